@@ -1,0 +1,302 @@
+"""The nouns of the library: what happened, what a model says about it, and what a method is.
+
+Every array field is documented with its shape, dtype and unit. Nothing here computes a loss or an advantage.
+
+Symbols, here and everywhere: `P` prompts, `G` rollouts per prompt, `B = P * G` sequences (prompt-major: row
+`p * G + g`), `T` positions (prompt included), `V` vocabulary, `D` model width.
+
+Alignment: every `[B, T]` array speaks of its own token. `logp[b, t]` is the log-probability of `tokens[b, t]` given
+`tokens[b, :t]`; position 0 is 0 and masked. Only a `Score` ever shifts by one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+Array: TypeAlias = jax.Array
+PyTree: TypeAlias = Any
+Params: TypeAlias = Any
+
+AggregationMode: TypeAlias = Literal[
+    "token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "seq_mean_token_sum_norm"
+]
+Unit: TypeAlias = Literal["token", "sequence", "group", "batch"]
+
+FINISH_NONE = 0  # still running, or not a sampled sequence
+FINISH_STOP = 1  # ended by a stop token, which is the last token of the sequence and inside its mask
+FINISH_LENGTH = 2  # cut at the limit of new tokens
+FINISH_ABORT = 3  # given up: an error of the environment or of the engine
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """What happened: `P` prompts with `G` sequences each.
+
+    Attributes:
+        tokens: `[B, T]` int32 token ids (or any pytree of `[B, T, ...]` actions). Prompt first, completion directly
+            after it, then padding of any value.
+        mask: `[B, T]` float32, 1 where the policy itself chose the token; the only truth about what is trained.
+        logp: `[B, T]` float32, nats. Log-prob of the token under the distribution it was sampled from before
+            truncation: temperature-adjusted, all tokens allowed. Where top-k, top-p or min-p cut the distribution,
+            `extras["sampler_logp"]` holds the log-prob under the cut one.
+        step: `[B, T]` int32, turn or reasoning step of the token, -1 elsewhere.
+        version: `[B, T]` int32, version (training step) of the policy that sampled the token, -1 if none did.
+        reward: `[P, G]` float32, the total reward of the sequence.
+        rewards: components by name, each `[P, G]`, or `[B, T]` on the token where it was earned.
+        valid: `[P, G]` bool; False takes the sequence out of group statistics and of the loss.
+        length: `[P, G]` int32, tokens of prompt and completion; the only truth about padding.
+        finish: `[P, G]` int8, one of the `FINISH_` constants.
+        id: `[P, G]` uint32, unique in a run; with the position it determines the sequence's random stream.
+        prompt_id: `[P]` int32, index of the prompt in its data set.
+        extras: further arrays with a leading axis of `B` or `P`, e.g. `agent i32[B, T]`.
+
+    A preference pair is a group of two, column 0 chosen; unpaired feedback is `G = 1` with a reward of +-1; a ranked
+    list is `G = K`.
+    """
+
+    tokens: Any
+    mask: Array
+    logp: Array
+    step: Array
+    version: Array
+    reward: Array
+    rewards: dict[str, Array]
+    valid: Array
+    length: Array
+    finish: Array
+    id: Array
+    prompt_id: Array
+    extras: dict[str, Array] = dataclasses.field(default_factory=dict)
+
+    @property
+    def num_prompts(self) -> int:
+        """`P`."""
+        return self.reward.shape[0]
+
+    @property
+    def group_size(self) -> int:
+        """`G`."""
+        return self.reward.shape[1]
+
+    @property
+    def batch_size(self) -> int:
+        """`B = P * G`."""
+        return self.reward.shape[0] * self.reward.shape[1]
+
+    def replace(self, **changes: Any) -> Rollouts:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenStats:
+    """What a model says about given tokens; every field is `[B, T]` float32 or wider, None where it was not asked for.
+
+    Attributes:
+        logp: log-prob of the token, nats.
+        entropy: entropy of the distribution the token was drawn from, nats.
+        value: the model's estimate of the return before the token is chosen.
+        mean_logp: mean over the vocabulary of the log-probs, nats.
+        sum_p_squared: sum over the vocabulary of the squared probabilities.
+        max_prob: the largest probability of the distribution.
+    """
+
+    logp: Array | None = None
+    entropy: Array | None = None
+    value: Array | None = None
+    mean_logp: Array | None = None
+    sum_p_squared: Array | None = None
+    max_prob: Array | None = None
+
+    def replace(self, **changes: Any) -> TokenStats:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+Score: TypeAlias = Callable[[Params, Rollouts, frozenset[str], Array], TokenStats]
+"""`(params, rollouts, fields, key) -> TokenStats`: all that training knows about a model."""
+
+
+class Unembedding(NamedTuple):
+    """The last linear map of a language model.
+
+    Attributes:
+        weight: `[V, D]`; None where `hidden` already holds logits (a model known only by its logits).
+        softcap: logits become `softcap * tanh(logits / softcap)`; None for no cap.
+        bias: `[V]` or None.
+    """
+
+    weight: Array | None
+    softcap: float | None = None
+    bias: Array | None = None
+
+
+class Policy(NamedTuple):
+    """A language model as pure functions.
+
+    Attributes:
+        init: `(key) -> params`.
+        hidden: `(params, tokens[B, T], positions[B, T], segment_ids=None, *, key=None) -> (f[B, T, D], aux)`; `aux`
+            is a dict of scalars (e.g. a load-balancing loss), empty for most models.
+        unembed: `(params) -> Unembedding`.
+        heads: `(params, hidden[B, T, D]) -> dict[str, [B, T]]`, e.g. `value`; empty if the model has none.
+        init_cache: `(batch, capacity, dtype) -> cache`.
+        prefill: `(params, tokens[B, T], positions[B, T], cache) -> (hidden, cache)` on an empty cache; a position of -1
+            marks padding.
+        decode: the same signature, on a cache that holds something.
+        axes: `() -> pytree` of the structure of `params`: a tuple of logical axis names (or None) for each parameter;
+            None if the model names no axes and is replicated.
+    """
+
+    init: Callable[..., Params]
+    hidden: Callable[..., tuple[Array, dict[str, Array]]]
+    unembed: Callable[[Params], Unembedding]
+    heads: Callable[[Params, Array], dict[str, Array]]
+    init_cache: Callable[..., PyTree]
+    prefill: Callable[..., tuple[Array, PyTree]]
+    decode: Callable[..., tuple[Array, PyTree]]
+    axes: Callable[[], PyTree] | None = None
+
+
+class Targets(NamedTuple):
+    """What a step trains towards; computed once per step, without gradient, and held over its epochs.
+
+    Attributes:
+        advantages: `[B, T]`, zero where `mask` is.
+        mask: `[B, T]`, at most `rollouts.mask`: a method may drop rows or tokens from the loss and its denominators.
+        old_logp: `[B, T]`, nats: the denominator of the importance ratio.
+        returns: `[B, T]` or None: the critic's regression target.
+        extras: further arrays with a leading axis of `B` or `P`, or scalars.
+    """
+
+    advantages: Array
+    mask: Array
+    old_logp: Array
+    returns: Array | None = None
+    extras: Mapping[str, Array] = {}
+
+
+class Term(NamedTuple):
+    """One summand of a loss, not yet reduced.
+
+    Attributes:
+        value: `[B, T]`, `[B]` or `[P]`.
+        mask: of the same shape. It may depend on rollouts and targets only, never on the stats of the trained model,
+            because denominators are computed over the whole batch before any micro-batch is run.
+        mode: how it is reduced, see `losses.aggregate`.
+        weight: factor of the reduced value.
+        horizon: fixed length for `mode="seq_mean_token_sum_norm"`.
+    """
+
+    value: Array
+    mask: Array
+    mode: AggregationMode
+    weight: float | Array = 1.0
+    horizon: int | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A number that knows how it is reduced over micro-batches, epochs and hosts.
+
+    Attributes:
+        value: scalar; for `reducer="mean"` the weighted sum.
+        weight: scalar; the sum of the weights for `reducer="mean"`, otherwise unused.
+        reducer: `"mean" | "sum" | "min" | "max"`.
+    """
+
+    value: Array
+    weight: Array
+    reducer: str = dataclasses.field(metadata={"static": True})
+
+    @staticmethod
+    def mean(value: Array, mask: Array | None = None) -> Metric:
+        """Mean of `value` where `mask` is nonzero; an empty mask gives 0."""
+        mask = jnp.ones_like(value) if mask is None else mask
+        return Metric(jnp.sum(jnp.where(mask > 0, value * mask, 0.0)), jnp.sum(mask), "mean")
+
+    @staticmethod
+    def sum(value: Array) -> Metric:
+        """Sum of `value`."""
+        return Metric(jnp.sum(value), jnp.ones(()), "sum")
+
+    @staticmethod
+    def max(value: Array, mask: Array) -> Metric:
+        """Largest `value` where `mask` is nonzero; -inf if there is none."""
+        return Metric(jnp.max(jnp.where(mask > 0, value, -jnp.inf)), jnp.sum(mask), "max")
+
+    @staticmethod
+    def min(value: Array, mask: Array) -> Metric:
+        """Smallest `value` where `mask` is nonzero; inf if there is none."""
+        return Metric(jnp.min(jnp.where(mask > 0, value, jnp.inf)), jnp.sum(mask), "min")
+
+    def merge(self) -> Metric:
+        """Reduce a metric whose fields carry one leading axis (as `lax.scan` stacks them)."""
+        reduce = {"mean": jnp.sum, "sum": jnp.sum, "min": jnp.min, "max": jnp.max}[self.reducer]
+        return Metric(reduce(self.value, axis=0), jnp.sum(self.weight, axis=0), self.reducer)
+
+    def result(self) -> Array:
+        """The reduced number; NaN where nothing was there to reduce."""
+        if self.reducer == "sum":
+            return self.value
+        empty = self.weight <= 0
+        value = self.value / jnp.where(empty, 1.0, self.weight) if self.reducer == "mean" else self.value
+        return jnp.where(empty, jnp.nan, value)
+
+
+Stats: TypeAlias = Mapping[str, TokenStats]
+"""`TokenStats` by role: `stats["policy"].logp`."""
+
+
+def _stateless(rollouts: Any, num_prompts: int) -> tuple[()]:
+    del rollouts, num_prompts
+    return ()
+
+
+class Method(NamedTuple):
+    """A training method: the counterpart of `optax.GradientTransformation`.
+
+    Attributes:
+        init: `(rollouts, num_prompts) -> state`; `rollouts` holds shapes only. The state is an explicit pytree and is
+            checkpointed with everything else.
+        targets: `(state, rollouts, stats, key) -> (Targets, state)`: whole batch, no gradient, stats of the start of
+            the step. Stats that it does not use are not computed.
+        loss: `(stats, rollouts, targets) -> dict[str, Term]`: differentiated, never reduced.
+        needs: the fields that are read of each role's stats, e.g. `{"policy": frozenset({"logp"})}`.
+        trains: the roles whose parameters are updated.
+        unit: the smallest piece a micro-batch may not split.
+        probes: `rollouts -> {name: (Rollouts, role)}`: extra forward passes, which arrive as `stats["probe/<name>"]`.
+        metrics: `(stats, rollouts, targets) -> dict[str, Metric]`: diagnostics of one (micro-)batch, without gradient.
+    """
+
+    targets: Callable[..., tuple[Targets, PyTree]]
+    loss: Callable[[Stats, Rollouts, Targets], dict[str, Term]]
+    needs: Mapping[str, frozenset[str]]
+    init: Callable[[Any, int], PyTree] = _stateless
+    trains: frozenset[str] = frozenset({"policy"})
+    unit: Unit = "token"
+    probes: Callable[[Rollouts], Mapping[str, tuple[Rollouts, str]]] | None = None
+    metrics: Callable[[Stats, Rollouts, Targets], dict[str, Metric]] | None = None
+
+
+class Curriculum(NamedTuple):
+    """Which prompts to try next, and how often.
+
+    Attributes:
+        init: `(num_prompts) -> state`.
+        select: `(state, key, budget) -> (prompt_id i32[P], counts i32[P], hints)`; ragged groups are slots with
+            `valid=False`.
+        observe: `(state, prompt_id, rewards[P, G], valid[P, G]) -> state`.
+    """
+
+    init: Callable[[int], PyTree]
+    select: Callable[..., tuple[Array, Array, Any]]
+    observe: Callable[..., PyTree]
