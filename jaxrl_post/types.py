@@ -89,6 +89,11 @@ class Rollouts:
         """`B = P * G`."""
         return self.reward.shape[0] * self.reward.shape[1]
 
+    @property
+    def valid_mask(self) -> Array:
+        """`[B, T]` float32: `mask` without the sequences that are not `valid`."""
+        return self.mask * self.valid.reshape(-1, 1)
+
     def replace(self, **changes: Any) -> Rollouts:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)

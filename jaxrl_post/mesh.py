@@ -1,0 +1,206 @@
+"""One mesh and one table: which mesh axes each logical axis of an array is spread over.
+
+Arrays name their axes by meaning ("batch", "vocab", "mlp", ...); `RULES` says where each goes. A different sharding is
+a changed row, not a changed model. Nothing here moves data except `place`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxrl_post.types import PyTree, Rollouts
+
+AXES = ("data", "fsdp", "tensor", "sequence", "expert")
+
+LogicalAxes: TypeAlias = tuple[str | None, ...]
+Rules: TypeAlias = Mapping[str, str | tuple[str, ...] | None]
+
+RULES: Rules = {
+    # parameters
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "experts": "expert",
+    "layers": None,
+    # activations and rollouts
+    "batch": ("data", "fsdp"),
+    "length": "sequence",
+    "act_embed": None,
+    "act_heads": "tensor",
+    "act_mlp": "tensor",
+    "act_vocab": "tensor",
+    # key-value cache
+    "cache_length": None,
+}
+
+
+def make_mesh(
+    data: int = 1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    sequence: int = 1,
+    expert: int = 1,
+    *,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """The mesh with axes `AXES`; an axis of size 1 costs nothing.
+
+    Args:
+        data: replicas that each hold a part of the batch and all of the parameters.
+        fsdp: ways the parameters, the optimiser state and the batch are split.
+        tensor: ways heads, hidden units and the vocabulary are split.
+        sequence: ways positions are split.
+        expert: ways experts are split.
+        devices: devices to use, `jax.devices()` by default; the first `data * fsdp * ...` of them are taken.
+
+    Returns:
+        A `jax.sharding.Mesh` with automatic (compiler-propagated) axes.
+
+    Raises:
+        ValueError: if there are fewer devices than the product of the sizes, or a size is below 1.
+
+    Example:
+        >>> make_mesh().shape["fsdp"]
+        1
+    """
+    sizes = (data, fsdp, tensor, sequence, expert)
+    if min(sizes) < 1:
+        raise ValueError(f"mesh sizes must be at least 1, got {dict(zip(AXES, sizes, strict=True))}")
+    devices = jax.devices() if devices is None else devices
+    needed = math.prod(sizes)
+    if needed > len(devices):
+        raise ValueError(
+            f"the mesh {dict(zip(AXES, sizes, strict=True))} needs {needed} devices but {len(devices)} are available; "
+            "make an axis smaller"
+        )
+    grid = np.asarray(devices[:needed]).reshape(sizes)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def spec(
+    axes: LogicalAxes | None, shape: Sequence[int], mesh_shape: Mapping[str, int], rules: Rules = RULES
+) -> PartitionSpec:
+    """The `PartitionSpec` of an array with logical `axes`.
+
+    A mesh axis is used once, by the first logical axis that asks for it, and only where it divides the dimension: a
+    vocabulary of 39 is not split in two but kept whole.
+
+    Args:
+        axes: logical name of each dimension, None for "not split"; None altogether replicates the array.
+        shape: the array's shape.
+        mesh_shape: size of each mesh axis.
+        rules: logical name to mesh axis or axes.
+
+    Raises:
+        ValueError: for a logical name that `rules` does not hold, or as many names as the array has not dimensions.
+
+    Example:
+        >>> spec(("vocab", "embed"), (64, 16), {"tensor": 2, "fsdp": 4})
+        PartitionSpec('tensor', 'fsdp')
+        >>> spec(("vocab", "embed"), (39, 16), {"tensor": 2, "fsdp": 4})
+        PartitionSpec(None, 'fsdp')
+    """
+    if axes is None:
+        return PartitionSpec()
+    if len(axes) != len(shape):
+        raise ValueError(f"{len(axes)} logical axes {axes} were given for an array of shape {tuple(shape)}")
+    used: set[str] = set()
+    entries: list[str | tuple[str, ...] | None] = []
+    for name, size in zip(axes, shape, strict=True):
+        if name is not None and name not in rules:
+            raise ValueError(f"unknown logical axis {name!r}; the table holds {sorted(rules)}")
+        wanted = rules[name] if name is not None else None
+        wanted = (wanted,) if isinstance(wanted, str) else (wanted or ())
+        taken: list[str] = []
+        for axis in wanted:
+            ways = mesh_shape.get(axis, 1)
+            split = math.prod(mesh_shape[a] for a in taken)
+            if ways > 1 and axis not in used and size % (ways * split) == 0:
+                taken.append(axis)
+        used.update(taken)
+        entries.append(None if not taken else taken[0] if len(taken) == 1 else tuple(taken))
+    return PartitionSpec(*entries)
+
+
+def constrain(x: jax.Array, axes: LogicalAxes, rules: Rules = RULES) -> jax.Array:
+    """Tell the compiler how `x` lies on the ambient mesh (`jax.set_mesh`); without one, `x` itself.
+
+    Mesh axes that the caller handles himself (explicit ones, and manual ones inside `shard_map`) are left alone.
+
+    Args:
+        x: the array.
+        axes: logical name of each dimension, None for "not split".
+        rules: logical name to mesh axis or axes.
+
+    Returns:
+        `x`, constrained.
+
+    Raises:
+        ValueError: as `spec`, with and without a mesh.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> constrain(jnp.ones((2, 3)), ("batch", None)).shape
+        (2, 3)
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = () if mesh.empty else zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    sizes = {name: size for name, size, kind in kinds if kind == AxisType.Auto}
+    wanted = spec(axes, x.shape, sizes, rules)
+    return x if math.prod(sizes.values()) == 1 else jax.lax.with_sharding_constraint(x, wanted)
+
+
+def _names_an_array(node: Any) -> bool:
+    return node is None or (isinstance(node, tuple) and all(name is None or isinstance(name, str) for name in node))
+
+
+def shardings(tree: PyTree, axes: PyTree | None, mesh: Mesh, rules: Rules = RULES) -> PyTree:
+    """The `NamedSharding` of every leaf of `tree`.
+
+    Args:
+        tree: arrays or `jax.ShapeDtypeStruct`s.
+        axes: the same structure with a tuple of logical names (or None) for each leaf; None replicates everything.
+        mesh: from `make_mesh`.
+        rules: logical name to mesh axis or axes.
+    """
+    if axes is None:
+        return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree)
+    return jax.tree.map(
+        lambda names, leaf: NamedSharding(mesh, spec(names, leaf.shape, dict(mesh.shape), rules)),
+        axes,
+        tree,
+        is_leaf=_names_an_array,
+    )
+
+
+def rollout_shardings(rollouts: Rollouts, mesh: Mesh) -> Rollouts:
+    """Shardings of `Rollouts`: the batch over `data` and `fsdp` (groups stay whole), nothing else split."""
+    ways = math.prod(dict(mesh.shape).get(axis, 1) for axis in ("data", "fsdp"))
+    whole_groups = rollouts.num_prompts % ways == 0
+
+    def leaf(x: Any) -> NamedSharding:
+        names: LogicalAxes = ("batch", *(None,) * (x.ndim - 1)) if x.ndim and whole_groups else (None,) * x.ndim
+        return NamedSharding(mesh, spec(names, x.shape, dict(mesh.shape)))
+
+    return jax.tree.map(leaf, rollouts)
+
+
+def place(tree: PyTree, sharding: PyTree) -> PyTree:
+    """Put host arrays that every process holds whole onto the mesh."""
+
+    def put(x: Any, s: NamedSharding) -> jax.Array:
+        if jax.process_count() == 1:
+            return jax.device_put(x, s)
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, s, lambda index: host[index])
+
+    return jax.tree.map(put, tree, sharding)

@@ -1,0 +1,64 @@
+"""The draw: one token per row, each row with a random stream of its own."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_post.types import Array
+
+
+def typed_key(key: Array) -> Array:
+    """`key` itself, or the typed key (or keys) that a raw one (`jax.random.PRNGKey`) stands for."""
+    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+
+
+def row_keys(key: Array, ids: Array, positions: Array) -> Array:
+    """A key for each sequence and position, whatever the batch they are in.
+
+    Args:
+        key: one key, typed or raw.
+        ids: `[B]` uint32, the sequences' ids.
+        positions: `[B]` int32, the position of the token to be drawn.
+
+    Returns:
+        `[B]` keys.
+
+    Example:
+        >>> key = jax.random.key(0)
+        >>> both = row_keys(key, jnp.array([7, 8], jnp.uint32), jnp.array([3, 3]))
+        >>> alone = row_keys(key, jnp.array([8], jnp.uint32), jnp.array([3]))
+        >>> bool(both[1] == alone[0])
+        True
+    """
+
+    key = typed_key(key)
+
+    def one(sequence: Array, position: Array) -> Array:
+        return jax.random.fold_in(jax.random.fold_in(key, sequence), position)
+
+    return jax.vmap(one)(ids, positions)
+
+
+def sample(key: Array, logits: Array) -> Array:
+    """One token per row by the Gumbel-max trick.
+
+    Args:
+        key: one key for all rows, or `[B]` keys, one for each (see `row_keys`).
+        logits: `[B, V]`, any real dtype, -inf for a forbidden token.
+
+    Returns:
+        `[B]` int32.
+
+    Example:
+        >>> sample(jax.random.key(0), jnp.array([[0.0, -jnp.inf]])).tolist()
+        [0]
+    """
+    key = typed_key(key)
+    # Noise of 16 bits would tie, and ties always fall to the smaller id.
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    if key.ndim == 0:
+        noise = jax.random.gumbel(key, logits.shape, logits.dtype)
+    else:
+        noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[-1:], logits.dtype))(key)
+    return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
