@@ -1,0 +1,344 @@
+"""Where problems come from: generators of verifiable tasks and JSONL files.
+
+A problem is a dict of columns. `prompt` is always there and is a string; `answer` usually is; `prompt_id` is the
+problem's position in its source. Every further column is kept, so that a reward function can ask for it by name.
+Order, repetition and batches are the business of `stream`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import string
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+Problem: TypeAlias = dict[str, Any]
+"""The columns of one problem: `prompt: str`, `prompt_id: int`, usually `answer: str`, and whatever rewards need."""
+
+
+class Source(Protocol):
+    """A random-access sequence of problems; anything with a length and `source[i] -> Problem` will do."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Problem: ...
+
+
+class ReasoningGymSource:
+    """Problems of a reasoning-gym task, generated when they are asked for.
+
+    Problem `i` is drawn with the random state `seed + i`, so two sources whose seeds differ by less than `size` share
+    problems: take seeds from `spaced_seed`. Even far seeds can draw the same problem, hence `held_out` and `exclude`.
+
+    Columns: `prompt`, `prompt_id`, `answer`, and `entry`, the task's own record, which `score_answer` reads.
+
+    Args:
+        task: name of the task, e.g. `"spell_backward"`.
+        seed: see above.
+        size: number of problems.
+        prompt: template over `question`, `answer` and the keys of the record's metadata (`{word}`, `{numbers}`, ...).
+            Lists are joined by commas, or by the text after a colon: `{numbers: }` joins by spaces.
+        answer: template of the answer, over the same keys.
+        lowercase: lower-case prompt and answer, the scorer's own answer included.
+        options: options of the task's generator.
+
+    Raises:
+        ImportError: if reasoning-gym is not installed.
+        ValueError: for an unknown task, option or template key, naming those there are.
+
+    Example:
+        >>> source = ReasoningGymSource("spell_backward", seed=0, size=100, prompt="{word}>", lowercase=True)
+        >>> problem = source[3]
+        >>> word = problem["prompt"].removesuffix(">")
+        >>> problem["answer"] == word[::-1], source.score_answer(word[::-1], problem["entry"])
+        (True, 1.0)
+    """
+
+    def __init__(
+        self,
+        task: str,
+        *,
+        seed: int,
+        size: int,
+        prompt: str = "{question}",
+        answer: str = "{answer}",
+        lowercase: bool = False,
+        options: Mapping[str, Any] | None = None,
+    ):
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
+        self.task = task
+        self.columns: tuple[str, ...] = ("prompt", "prompt_id", "answer", "entry")
+        self._size = size
+        self._prompt = prompt
+        self._answer = answer
+        self._lowercase = lowercase
+        self._dataset = _create_dataset(task, seed, size, dict(options or {}))
+        self[0]  # a wrong template is an error now, not at the first batch
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> Problem:
+        # The generators answer any index; only IndexError ends Python's iteration over a sequence.
+        if not 0 <= index < self._size:
+            raise IndexError(f"problem {index} of {self._size}")
+        try:
+            entry = self._dataset[index]
+        except Exception as error:
+            raise ValueError(
+                f"task {self.task!r} could not generate problem {index}: {error}; change its options"
+            ) from error
+        keys = {**entry["metadata"], "question": entry["question"], "answer": entry["answer"]}
+        where = f"task {self.task!r}"
+        prompt = _render(self._prompt, keys, where, "prompt", self._lowercase)
+        answer = _render(self._answer, keys, where, "answer", self._lowercase)
+        if self._lowercase and isinstance(entry["answer"], str):
+            # A scorer that compares letters must not punish the case that we took away.
+            entry = {**entry, "answer": entry["answer"].lower()}
+        return {"prompt": prompt, "prompt_id": index, "answer": answer, "entry": entry}
+
+    def score_answer(self, answer: str | None, entry: Mapping[str, Any]) -> float:
+        """The task's own score of an answer to a problem, usually in `[0, 1]`; many tasks give partial credit."""
+        return self._dataset.score_answer(answer, entry)
+
+
+class JsonlSource:
+    r"""Problems from JSONL files: one JSON object per line, blank lines skipped, all read at once.
+
+    Args:
+        paths: a file or several, read in order.
+        prompt: template over the columns of a line. Lists are joined by commas, or by the text after a colon.
+        answer: template of the column `answer`; None leaves the line's own column, if it has one.
+        chosen: template of the preferred completion; None leaves the line's own column, if it has one.
+        rejected: template of the other completion; None leaves the line's own column, if it has one.
+        lowercase: lower-case whatever is made by a template.
+
+    Raises:
+        ValueError: names file and line: a missing or empty file, a line that is not a JSON object, a column that a
+            template asks for and the line lacks.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "sums.jsonl"
+        >>> _ = path.write_text('{"question": "12+7=", "answer": 19}\n')
+        >>> JsonlSource(path, prompt="{question}", answer="{answer}")[0]
+        {'question': '12+7=', 'answer': '19', 'prompt': '12+7=', 'prompt_id': 0}
+    """
+
+    def __init__(
+        self,
+        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        *,
+        prompt: str = "{prompt}",
+        answer: str | None = None,
+        chosen: str | None = None,
+        rejected: str | None = None,
+        lowercase: bool = False,
+    ):
+        files = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+        if not files:
+            raise ValueError("at least one JSONL file is needed, got none")
+        made = {"prompt": prompt, "answer": answer, "chosen": chosen, "rejected": rejected}
+        templates = {column: template for column, template in made.items() if template is not None}
+        self._problems: list[Problem] = []
+        for file in files:
+            for where, row in _json_lines(Path(file)):
+                if "prompt_id" in row:
+                    raise ValueError(f"{where}: the column 'prompt_id' is set by the library; rename it")
+                rendered = {
+                    column: _render(template, row, where, column, lowercase) for column, template in templates.items()
+                }
+                self._problems.append({**row, **rendered, "prompt_id": len(self._problems)})
+        self.columns: tuple[str, ...] = tuple(dict.fromkeys(key for problem in self._problems for key in problem))
+
+    def __len__(self) -> int:
+        return len(self._problems)
+
+    def __getitem__(self, index: int) -> Problem:
+        if not 0 <= index < len(self._problems):
+            raise IndexError(f"problem {index} of {len(self._problems)}")
+        return dict(self._problems[index])
+
+
+def spaced_seed(seed: int, part: int, *, size: int, parts: int = 8) -> int:
+    """A generator's seed whose problems overlap with those of no other seed and part.
+
+    Generators that draw problem `i` with the state `s + i` give shifted copies of each other for neighbouring `s`.
+    The seed is `(seed * parts + part) * size`: the ranges `[s, s + size)` of all seeds and parts are disjoint.
+
+    Args:
+        seed: seed of the run, at least 0.
+        part: which use of the data, `0 .. parts - 1` (e.g. 0 training, 1 validation, 2 held-out).
+        size: the largest number of problems that any part draws; the same in every call.
+        parts: number of uses; the same in every call.
+
+    Returns:
+        The seed `s`.
+
+    Raises:
+        ValueError: for a negative seed, a part outside its range, or a size below 1.
+
+    Example:
+        >>> spaced_seed(0, 1, size=1000), spaced_seed(1, 0, size=1000)
+        (1000, 8000)
+    """
+    if seed < 0 or size < 1 or not 0 <= part < parts:
+        raise ValueError(f"need seed >= 0, size >= 1, 0 <= part < parts; got {seed=}, {size=}, {part=}, {parts=}")
+    return (seed * parts + part) * size
+
+
+def held_out(
+    source: Source,
+    count: int,
+    *,
+    exclude: AbstractSet[str] = frozenset(),
+    keep: Callable[[Problem], bool] | None = None,
+) -> list[Problem]:
+    """The first `count` problems of a source whose prompts are distinct and not excluded.
+
+    Args:
+        source: read in order from its first problem.
+        count: number of problems, at least 1.
+        exclude: prompts that must not be among them.
+        keep: further condition on a problem, e.g. `prompt_fits(...)`.
+
+    Returns:
+        `count` problems.
+
+    Raises:
+        ValueError: if the source does not hold as many.
+
+    Example:
+        >>> problems = [{"prompt": "a"}, {"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
+        >>> held_out(problems, 2, exclude={"b"})
+        [{'prompt': 'a'}, {'prompt': 'c'}]
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    found: dict[str, Problem] = {}
+    for index in range(len(source)):
+        problem = source[index]
+        if problem["prompt"] not in exclude and (keep is None or keep(problem)):
+            found.setdefault(problem["prompt"], problem)
+        if len(found) == count:
+            return list(found.values())
+    raise ValueError(
+        f"{count} problems with distinct prompts were asked for, but among {len(source)} problems only {len(found)} "
+        f"have prompts that differ, fit and are not excluded; ask for fewer or enlarge the source"
+    )
+
+
+def check_disjoint(prompts: Iterable[str], held_out: Iterable[str]) -> None:
+    """Make sure that no prompt is both trained on and held out.
+
+    Args:
+        prompts: prompts of training problems.
+        held_out: prompts of held-out problems.
+
+    Raises:
+        ValueError: names one shared prompt and how many there are.
+
+    Example:
+        >>> check_disjoint(["1+1=", "1+2="], ["2+2="])
+    """
+    shared = sorted(set(prompts) & set(held_out))
+    if shared:
+        raise ValueError(
+            f"{len(shared)} held-out prompts are also trained on, e.g. {shared[0]!r}; pass the held-out prompts as "
+            f"`exclude` to the training stream"
+        )
+
+
+def columns(problems: Sequence[Problem], *, repeat: int = 1) -> dict[str, list[Any]]:
+    """The columns of a batch, as reward functions take them: one list per name, without `prompt`.
+
+    Args:
+        problems: `P` problems.
+        repeat: how often each value occurs, the group size `G`; rows are prompt-major, as in `Rollouts`.
+
+    Returns:
+        For every column that any of the problems has, a list of `P * G` values, None where a problem lacks it.
+
+    Raises:
+        ValueError: if `repeat` is below 1.
+
+    Example:
+        >>> columns([{"prompt": "1+1=", "answer": "2"}, {"prompt": "hello"}], repeat=2)
+        {'answer': ['2', '2', None, None]}
+    """
+    if repeat < 1:
+        raise ValueError(f"repeat must be at least 1, got {repeat}")
+    names = dict.fromkeys(key for problem in problems for key in problem if key != "prompt")
+    return {name: [problem.get(name) for problem in problems for _ in range(repeat)] for name in names}
+
+
+class _Template(string.Formatter):
+    def format_field(self, value: Any, format_spec: str) -> str:
+        # Python's brackets and quotes around a list are noise in a prompt.
+        if isinstance(value, list | tuple):
+            return (format_spec or ",").join(str(item) for item in value)
+        return super().format_field(value, format_spec)
+
+
+def _render(template: str, keys: Mapping[str, Any], where: str, column: str, lowercase: bool) -> str:
+    try:
+        text = _Template().vformat(template, (), keys)
+    except (KeyError, AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}: the {column} template {template!r} cannot be filled ({type(error).__name__}: {error}); its keys "
+            f"are {', '.join(sorted(keys)) or 'none'} (a brace that is meant as text is written twice)"
+        ) from error
+    return text.lower() if lowercase else text
+
+
+def _json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise ValueError(f"data file {path} cannot be read: {error.strerror or error}; check the path") from error
+    rows = []
+    # Only newlines end a line: JSON strings may hold the other characters that str.splitlines breaks at.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: expected a JSON object with one key per column, got {type(row).__name__}")
+        rows.append((where, row))
+    if not rows:
+        raise ValueError(f"data file {path} is empty: expected one JSON object per line")
+    return rows
+
+
+def _create_dataset(task: str, seed: int, size: int, options: dict[str, Any]) -> Any:
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise ImportError(f'task {task!r} needs reasoning-gym: pip install "jaxrl-post[tasks]"') from error
+    if task not in DATASETS:
+        near = difflib.get_close_matches(task, DATASETS, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"It has: {', '.join(sorted(DATASETS))}"
+        raise ValueError(f"reasoning-gym has no task {task!r}; {hint}")
+    known = sorted(set(DATASETS[task][1].__dataclass_fields__) - {"seed", "size"})
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"task {task!r} has no option {unknown[0]!r}; {hint}It has: {', '.join(known)}")
+    try:
+        return reasoning_gym.create_dataset(task, seed=seed, size=size, **options)
+    # The generators check their options with assert.
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"task {task!r} rejects its options {options}: {error}") from error

@@ -1,0 +1,133 @@
+"""Characters and `transformers` tokenizers behind one protocol."""
+
+import json
+import sys
+
+import pytest
+
+from jaxrl_post.data import PRINTABLE, CharTokenizer, HFTokenizer, load_tokenizer
+
+
+@pytest.fixture
+def fast():
+    """A word-level tokenizer of four words, without a pad token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1, "one": 2, "two": 3, "<stop>": 4}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", unk_token="<unk>")
+
+
+def test_ids_are_pad_end_then_the_characters_in_order():
+    tokenizer = CharTokenizer("ba")
+    assert (tokenizer.pad_id, tokenizer.eos_ids, tokenizer.vocab_size) == (0, (1,), 4)
+    assert tokenizer.encode("abba") == [3, 2, 2, 3]
+
+
+def test_every_character_of_the_default_alphabet_survives_a_round_trip():
+    tokenizer = CharTokenizer()
+    assert len(PRINTABLE) == 96
+    assert tokenizer.decode(tokenizer.encode(PRINTABLE)) == PRINTABLE
+
+
+def test_decode_drops_pad_and_end_wherever_they_stand():
+    assert CharTokenizer("ab").decode([0, 2, 1, 3, 0]) == "ab"
+
+
+def test_encode_names_the_character_and_its_position():
+    with pytest.raises(ValueError, match=r"character 'x' at position 2 of 'abx'.*add it to the alphabet"):
+        CharTokenizer("ab").encode("abx")
+
+
+def test_encode_points_out_that_only_the_case_is_wrong():
+    with pytest.raises(ValueError, match=r"does have 'a'.*lower-cased"):
+        CharTokenizer("ab").encode("bA")
+
+
+@pytest.mark.parametrize("token", [-1, 4])
+def test_decode_refuses_an_id_outside_the_vocabulary(token):
+    with pytest.raises(ValueError, match=rf"token id {token} is outside 0\.\.3"):
+        CharTokenizer("ab").decode([token])
+
+
+@pytest.mark.parametrize(("alphabet", "message"), [("", "at least one"), ("abca", r"repeats \['a'\]")])
+def test_an_alphabet_that_is_empty_or_repeats_is_refused(alphabet, message):
+    with pytest.raises(ValueError, match=message):
+        CharTokenizer(alphabet)
+
+
+def test_a_saved_character_tokenizer_is_recognised_and_equal(tmp_path):
+    CharTokenizer("zyé\n").save(tmp_path / "new" / "folder")
+    loaded = load_tokenizer(tmp_path / "new" / "folder")
+    assert isinstance(loaded, CharTokenizer)
+    assert loaded.alphabet == "zyé\n"
+    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["char_tokenizer.json"]
+
+
+@pytest.mark.parametrize("text", ["", '{"alphabet": ', "[1]", '{"letters": "ab"}', '{"alphabet": "aa"}'])
+def test_a_damaged_character_tokenizer_is_named(tmp_path, text):
+    (tmp_path / "char_tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=r"char_tokenizer.json is damaged"):
+        load_tokenizer(tmp_path)
+
+
+def test_character_load_from_a_directory_without_one_says_so(tmp_path):
+    with pytest.raises(ValueError, match="no character tokenizer in"):
+        CharTokenizer.load(tmp_path)
+
+
+def test_a_missing_tokenizer_directory_is_named():
+    with pytest.raises(ValueError, match=r"'./no/such/folder' must be a directory or a hub id"):
+        load_tokenizer("./no/such/folder")
+
+
+def test_a_directory_without_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no tokenizer could be loaded from the directory"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_transformers_tokenizer_adds_nothing_and_pads_with_its_stop_token(fast):
+    tokenizer = HFTokenizer(fast)
+    assert tokenizer.encode("one two") == [2, 3]
+    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.eos_ids) == (5, 1, (1,))
+    assert tokenizer.decode([2, 3, 1, 1]) == "one two"
+
+
+def test_a_pad_token_of_the_tokenizer_is_kept(fast):
+    fast.pad_token = "<unk>"
+    assert HFTokenizer(fast).pad_id == 0
+
+
+def test_stop_tokens_of_the_generation_config_come_after_the_tokenizers_own(fast, tmp_path):
+    fast.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 1]}))
+    loaded = load_tokenizer(tmp_path)
+    assert isinstance(loaded, HFTokenizer)
+    assert loaded.eos_ids == (1, 4)
+    assert loaded.decode([2, 4]) == "one"
+
+
+def test_a_saved_transformers_tokenizer_keeps_its_stop_tokens(fast, tmp_path):
+    HFTokenizer(fast, eos_ids=[4]).save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.eos_ids == (1, 4)
+    assert loaded.encode("two one") == [3, 2]
+
+
+def test_saving_leaves_a_models_generation_config_alone(fast, tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 4, "top_k": 7}')
+    HFTokenizer(fast).save(tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": 4, "top_k": 7}
+
+
+def test_a_tokenizer_without_any_stop_token_is_refused(fast):
+    fast.eos_token = None
+    with pytest.raises(ValueError, match="no end-of-sequence token"):
+        HFTokenizer(fast)
+
+
+def test_without_transformers_the_error_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match="pip install transformers"):
+        load_tokenizer(tmp_path)
