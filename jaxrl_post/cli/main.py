@@ -1,0 +1,209 @@
+"""The command `jaxrl-post`: arguments in, one clear message out.
+
+Everything heavy is imported by the command that needs it, so that help and version come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxrl_post import __version__
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: the arguments; those of the process if None.
+
+    Returns:
+        0 after success, 2 after a mistake of the user, 130 after Ctrl-C. Other errors are raised.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.handler(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"\n{arguments.command}: interrupted{arguments.interrupted}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has left; the rest of the output must not raise again when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, ImportError) as error:
+        if getattr(arguments, "debug", False) or not is_user_error(error):
+            raise
+        print(f"jaxrl-post {arguments.command}: {_message(error)}", file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+def is_user_error(error: BaseException) -> bool:
+    """Whether an error tells the user what to change, so that a traceback would only hide it.
+
+    These are the errors of this library, which raises ValueErrors for wrong input, packages that are not
+    installed, and files that are missing or closed.
+    """
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+        return True
+    # An ImportError of ours names the extra to install; a module that Python itself misses is a broken installation.
+    if not isinstance(error, ValueError) and type(error) is not ImportError:
+        return False
+    if type(error).__module__.split(".")[0] == "jaxrl_post":
+        return True
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__", "").split(".")[0] == "jaxrl_post"
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
+def _parser() -> argparse.ArgumentParser:
+    debug = argparse.ArgumentParser(add_help=False)
+    debug.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks of errors")
+    parser = argparse.ArgumentParser(
+        prog="jaxrl-post", description="Post-training of language models in JAX.", parents=[debug]
+    )
+    parser.set_defaults(interrupted="")
+    parser.add_argument("--version", action="version", version=f"jaxrl-post {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, handler: Any, help: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", parents=[debug])
+        made.set_defaults(handler=handler)
+        return made
+
+    train = command("train", _train, "train as a configuration says, or resume the run in its run_dir")
+    train.add_argument("config", metavar="CONFIG", help="YAML file; `jaxrl-post config` lists its keys")
+    train.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="e.g. training.steps=100 rollout.group_size=16"
+    )
+    train.set_defaults(interrupted="; the same command resumes the run from its last checkpoint")
+
+    generate = command("generate", _generate, "complete prompts with the model of a run")
+    generate.add_argument("run_dir", metavar="RUN_DIR", help="directory of the run")
+    generate.add_argument(
+        "prompts", nargs="+", metavar="PROMPT", help="text to complete (after -- if it begins with a dash)"
+    )
+    generate.add_argument("--samples", type=_count, default=1, metavar="N", help="completions per prompt (1)")
+    generate.add_argument(
+        "--temperature", type=_temperature, default=0.0, metavar="T", help="divides the logits; 0 is greedy (0)"
+    )
+    generate.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the sampling (0)")
+    generate.add_argument(
+        "--max-new-tokens", type=_count, default=None, metavar="N", help="longest completion (as in training)"
+    )
+
+    evaluate = command("evaluate", _evaluate, "measure the model of a run on its held-out problems")
+    evaluate.add_argument("run_dir", metavar="RUN_DIR", help="directory of the run")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. eval.problems=64")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+
+    plot = command("plot", _plot, "draw the curves of one or several runs")
+    plot.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="directories of runs")
+    plot.add_argument("--output", metavar="FILE", help="the picture (curves.png in the first run's directory)")
+
+    config = command("config", _config, "explain every key of a configuration")
+    config.add_argument("--defaults", action="store_true", help="print a YAML file of all defaults instead")
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return value
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from jaxrl_post.training import config as configs
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", configs.ConfigWarning)
+        config = configs.load(arguments.config, arguments.overrides)
+    for warning in caught:
+        if issubclass(warning.category, configs.ConfigWarning):
+            print(f"warning: {warning.message}", file=sys.stderr)
+    from jaxrl_post.training import loop
+
+    loop.run(config)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    _require_run(arguments.run_dir)
+    from jaxrl_post.training import inference
+
+    results = inference.generate_text(
+        arguments.run_dir,
+        arguments.prompts,
+        samples=arguments.samples,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+        max_new_tokens=arguments.max_new_tokens,
+    )
+    for prompt, completions in zip(arguments.prompts, results, strict=True):
+        for completion in completions:
+            print(f"{prompt}{completion['text']}")
+            print(
+                f"    log-probability {completion['logp']:.4f} nats, ended by {completion['finish']}", file=sys.stderr
+            )
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    _require_run(arguments.run_dir)
+    from jaxrl_post.training import inference
+
+    results = inference.evaluate_run(arguments.run_dir, arguments.overrides)
+    if arguments.json:
+        print(json.dumps({name: _finite(results[name]) for name in sorted(results)}))
+        return
+    width = max(map(len, results), default=0)
+    for name, value in results.items():
+        print(f"{name:<{width}}  {value:.4f}" if isinstance(value, float) else f"{name:<{width}}  {value}")
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and (value != value or abs(value) == float("inf")) else value
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    from jaxrl_post.training.plot import plot
+
+    print(plot(arguments.run_dirs, arguments.output))
+
+
+def _config(arguments: argparse.Namespace) -> None:
+    from jaxrl_post.training import config as configs
+
+    print(configs.defaults() if arguments.defaults else configs.document(), end="")
+
+
+def _require_run(run_dir: str) -> None:
+    # Before the slow imports, and in the words of somebody who mistyped a directory.
+    if not (Path(run_dir) / "config.yaml").is_file():
+        raise FileNotFoundError(f"{run_dir} is not the directory of a run: it holds no config.yaml")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

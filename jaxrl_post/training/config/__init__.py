@@ -1,0 +1,180 @@
+"""The configuration of a run: typed sections, read from YAML with `key=value` overrides, checked before compilation.
+
+`schema` holds the sections, `parsing` the types, `checks`, `content_checks` and `methods_check` what must hold between
+fields and methods, `document` the printed reference. Nothing here touches a device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxrl_post.data import PRINTABLE
+from jaxrl_post.training.config import checks, parsing, yaml_text
+from jaxrl_post.training.config.checks import check_devices
+from jaxrl_post.training.config.content_checks import PREFERENCE, WITHOUT_ROLLOUTS, uses_rollouts
+from jaxrl_post.training.config.document import defaults, document
+from jaxrl_post.training.config.errors import ConfigError, ConfigWarning, Problems
+from jaxrl_post.training.config.methods_check import check_method
+from jaxrl_post.training.config.schema import (
+    Config,
+    CurriculumConfig,
+    DataConfig,
+    EvalConfig,
+    LoggingConfig,
+    MeshConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RewardConfig,
+    RoleConfig,
+    RolloutConfig,
+    SamplingConfig,
+    TrainingConfig,
+    WarmStartConfig,
+)
+
+__all__ = [
+    "PREFERENCE",
+    "WITHOUT_ROLLOUTS",
+    "Config",
+    "ConfigError",
+    "ConfigWarning",
+    "CurriculumConfig",
+    "DataConfig",
+    "EvalConfig",
+    "LoggingConfig",
+    "MeshConfig",
+    "MethodConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RewardConfig",
+    "RoleConfig",
+    "RolloutConfig",
+    "SamplingConfig",
+    "TrainingConfig",
+    "WarmStartConfig",
+    "check_devices",
+    "defaults",
+    "document",
+    "dump",
+    "from_dict",
+    "load",
+    "to_dict",
+    "uses_rollouts",
+    "validate",
+]
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), *, namespace: Any = None, check_files: bool = True) -> Config:
+    """Read a YAML file, apply overrides, check everything and fill in what follows from other fields.
+
+    Args:
+        path: the file.
+        overrides: `a.b.c=value`, the value in YAML; items of lists by number, `rewards.0.weight=2`.
+        namespace: where the functions of methods are looked up; `jaxrl_post.methods` if None.
+        check_files: whether files and packages that the run needs must be there; False to read an old run's file.
+
+    Returns:
+        The configuration, resolved.
+
+    Raises:
+        ConfigError: with all problems of file and overrides at once.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a directory; give the YAML file in it" if path.is_dir() else f"not found (looked from {Path.cwd()})"
+        raise FileNotFoundError(f"configuration file {path}: {what}")
+    problems = Problems()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"is not UTF-8 text ({error}); save it as UTF-8"], str(path)) from error
+    values, duplicates = yaml_text.read(text, str(path))
+    problems.messages.extend(duplicates)
+    values = {} if values is None else values
+    if isinstance(values, dict):
+        for item in overrides:
+            parsing.override(values, item, problems)
+    return _build(values, str(path), problems, namespace, check_files)
+
+
+def from_dict(
+    values: Mapping[str, Any], *, source: str = "configuration", namespace: Any = None, check_files: bool = True
+) -> Config:
+    """The configuration that a mapping of YAML keys describes, checked and resolved as `load` does.
+
+    Args:
+        values: sections by name, as `to_dict` returns them.
+        source: what to call them in messages.
+        namespace: where the functions of methods are looked up; `jaxrl_post.methods` if None.
+        check_files: whether files and packages that the run needs must be there.
+
+    Raises:
+        ConfigError: with all problems at once.
+    """
+    return _build(values, source, Problems(), namespace, check_files)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as mappings, lists and scalars; `from_dict` gives an equal one back."""
+    return parsing.plain(config)
+
+
+def dump(config: Config) -> str:
+    """The configuration as YAML; `load` gives an equal one back."""
+    return yaml_text.write(to_dict(config))
+
+
+def validate(config: Config, *, namespace: Any = None, check_files: bool = True) -> Config:
+    """Check a configuration that was made in Python, and fill in what follows from other fields.
+
+    Args:
+        config: the configuration.
+        namespace: where the functions of methods are looked up; `jaxrl_post.methods` if None.
+        check_files: whether files and packages that the run needs must be there.
+
+    Returns:
+        The configuration, resolved.
+
+    Raises:
+        ConfigError: with all problems at once.
+    """
+    return from_dict(to_dict(config), namespace=namespace, check_files=check_files)
+
+
+def _build(values: Any, source: str, problems: Problems, namespace: Any, check_files: bool) -> Config:
+    if not isinstance(values, Mapping):
+        raise ConfigError([*problems.messages, "must be a mapping of sections (run_dir, data, training, ...)"], source)
+    config: Config = parsing.parse_section(Config, values, "", problems)
+    made = None
+    if problems.ok("method") and config.method is not None:
+        method, made = check_method(config.method, problems, namespace)
+        config = dataclasses.replace(config, method=method)
+    checks.check_fields(config, problems, check_files)
+    if made is not None:
+        checks.check_batch(config, made.unit, problems)
+        checks.check_roles(config, made.needs, made.trains, problems)
+    if problems.messages or made is None:
+        raise ConfigError(problems.messages, source)
+    for text in problems.warnings:
+        warnings.warn(text, ConfigWarning, stacklevel=3)
+    return _resolve(config, made.needs)
+
+
+def _resolve(config: Config, needs: Mapping[str, Any]) -> Config:
+    model, data = config.model, config.data
+    model = dataclasses.replace(
+        model,
+        kv_heads=model.heads if model.kv_heads is None else model.kv_heads,
+        head_dim=model.width // model.heads if model.head_dim is None else model.head_dim,
+        mlp_width=4 * model.width if model.mlp_width is None else model.mlp_width,
+    )
+    if data.alphabet is None and data.tokenizer is None:
+        data = dataclasses.replace(data, alphabet=PRINTABLE)
+    missing = {role: RoleConfig() for role in sorted(needs) if role != "policy" and "/" not in role}
+    return dataclasses.replace(config, model=model, data=data, roles={**missing, **config.roles})

@@ -1,0 +1,159 @@
+"""What must hold between the fields that say what is trained on: problems, templates, tokenizer, rewards, files."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+import string
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from jaxrl_post.training.config.errors import Problems, nearest
+from jaxrl_post.training.config.parsing import default_of, join
+from jaxrl_post.training.config.schema import Config
+
+WITHOUT_ROLLOUTS = frozenset({"sft", "dpo"})
+"""Methods that train on given completions, `training.batch_size` of them (or of pairs) a step."""
+PREFERENCE = frozenset({"dpo"})
+"""Methods that train on pairs of a preferred and another completion."""
+
+
+def uses_rollouts(config: Config) -> bool:
+    """Whether the method trains on sampled completions."""
+    return config.method.name not in WITHOUT_ROLLOUTS
+
+
+def reward_names() -> list[str]:
+    """The rewards that a configuration can name: functions of prompts and completions, and `task_score`.
+
+    `task_score` is made from the generator of `data.task`, and is no such function itself.
+    """
+    from jaxrl_post import rewards
+
+    def takes_completions(function: object) -> bool:
+        return inspect.isfunction(function) and [*inspect.signature(function).parameters][:2] == [
+            "prompts",
+            "completions",
+        ]
+
+    return ["task_score", *(name for name in rewards.__all__ if takes_completions(getattr(rewards, name)))]
+
+
+def changed(section: Any, names: Iterable[str]) -> list[str]:
+    """The fields among `names` whose value is not the default."""
+    # Only values that differ from the default can be told from silence: a written-out configuration holds them all.
+    fields = {field.name: field for field in dataclasses.fields(section)}
+    return [name for name in names if getattr(section, name) != default_of(fields[name])]
+
+
+def refuse_unused(section: Any, path: str, names: Iterable[str], why: str, problems: Problems) -> None:
+    """A problem for each field among `names` that was set although it does not apply."""
+    for name in changed(section, names):
+        key = join(path, name)
+        if problems.ok(key):
+            problems.add(key, f"does not apply: {why}; leave it out", getattr(section, name))
+
+
+def check_data(config: Config, problems: Problems) -> None:
+    """Problems, templates and tokenizer."""
+    data = config.data
+    if data is None:
+        return
+    if problems.ok("data.task", "data.files"):
+        if data.task is None and not data.files:
+            problems.add("data", "nothing to train on; give data.task (a generator) or data.files (JSONL)")
+        elif data.task is not None and data.files:
+            problems.add("data.files", "exactly one of data.task and data.files can be given; remove one", data.files)
+        elif data.files:
+            refuse_unused(data, "data", ("task_options", "size"), "data.files is given, nothing is generated", problems)
+        else:
+            refuse_unused(
+                data, "data", ("eval_files",), "held-out problems come from the generator of data.task", problems
+            )
+    if problems.ok("data.alphabet", "data.tokenizer"):
+        if data.alphabet is not None and data.tokenizer is not None:
+            problems.add(
+                "data.tokenizer",
+                "exactly one of data.alphabet and data.tokenizer can be given; remove one",
+                data.tokenizer,
+            )
+        elif data.alphabet is not None:
+            twice = sorted({character for character in data.alphabet if data.alphabet.count(character) > 1})
+            if not data.alphabet:
+                problems.add("data.alphabet", "must hold at least one character", data.alphabet)
+            elif twice:
+                problems.add("data.alphabet", f"holds {''.join(twice)!r} more than once; list each once", data.alphabet)
+    for name in ("prompt", "answer", "chosen", "rejected"):
+        if problems.ok(f"data.{name}"):
+            _template(getattr(data, name), f"data.{name}", problems)
+    preference = config.method is not None and config.method.name in PREFERENCE
+    if problems.ok("method.name") and config.method is not None:
+        if not preference:
+            why = f"method {config.method.name} does not train on pairs"
+            refuse_unused(data, "data", ("chosen", "rejected"), why, problems)
+        elif data.task is not None and not changed(data, ("rejected",)):
+            problems.add(
+                "data.task",
+                f"{config.method.name} trains on preference pairs, which no task has; give data.files",
+                data.task,
+            )
+
+
+def _template(text: str, key: str, problems: Problems) -> None:
+    try:
+        columns = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+    except ValueError as error:
+        problems.add(key, f"is not a template: {error}; write a brace itself as {{{{ or }}}}", text)
+        return
+    if "" in columns or any(column.isdigit() for column in columns):
+        problems.add(key, "must name its columns, e.g. {question}", text)
+    elif not columns:
+        problems.add(key, "names no column, so it is the same for every problem; write e.g. {question}", text)
+
+
+def check_rewards(config: Config, problems: Problems) -> None:
+    """Each component of the reward, and that there is one where the method needs it."""
+    for index, reward in enumerate(config.rewards or ()):
+        key = f"rewards.{index}"
+        if reward is None or not problems.ok(key):
+            continue
+        if (reward.name is None) == (reward.path is None):
+            problems.add(key, "give exactly one of name (a reward of this library) and path (a function of yours)")
+        elif reward.name is not None:
+            refuse_unused(reward, key, ("adapter",), "it is for a function given by path", problems)
+            if reward.name not in (known := reward_names()):
+                problems.add(f"{key}.name", f"there is no such reward; {nearest(reward.name, known)}", reward.name)
+            if reward.name == "task_score" and config.data is not None and problems.ok("data") and not config.data.task:
+                problems.add(f"{key}.name", "scores with the generator of data.task; give data.task", reward.name)
+        elif not all(reward.path.rpartition(":")[::2]):  # pyright: ignore[reportOptionalMemberAccess]
+            problems.add(f"{key}.path", "must be module:function or file.py:function", reward.path)
+    known = config.method is not None and problems.ok("method.name", "rewards")
+    if known and not config.rewards and uses_rollouts(config):
+        problems.add(
+            "rewards", f"method {config.method.name} needs at least one reward, e.g. [{{name: task_score}}]", []
+        )
+
+
+def check_files_exist(config: Config, problems: Problems) -> None:
+    """Files and packages that the run needs."""
+    data = config.data
+    for name in ("files", "eval_files"):
+        if data is not None and problems.ok(f"data.{name}"):
+            for index, file in enumerate(getattr(data, name)):
+                if not Path(file).is_file():
+                    problems.add(
+                        f"data.{name}.{index}", f"no such file (looked from {Path.cwd()}); correct the path", file
+                    )
+    for index, reward in enumerate(config.rewards or ()):
+        if reward is not None and reward.path is not None and problems.ok(f"rewards.{index}"):
+            file = reward.path.rpartition(":")[0]
+            if file.endswith(".py") and not Path(file).is_file():
+                problems.add(
+                    f"rewards.{index}.path", f"no such file (looked from {Path.cwd()}); correct the path", reward.path
+                )
+    if config.logging is not None and config.logging.wandb and importlib.util.find_spec("wandb") is None:
+        problems.add(
+            "logging.wandb", "wandb is not installed; pip install 'jaxrl-post[wandb]', or set it to false", True
+        )

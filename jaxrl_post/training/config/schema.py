@@ -1,0 +1,266 @@
+"""What a run can be told: one frozen dataclass per section of the YAML file, with meaning, unit and bounds per field.
+
+Bounds of single fields stand here; what concerns several fields at once is in `checks`. A field whose default is null
+because it follows from others (`model.kv_heads`) is filled in when the configuration is read.
+"""
+
+# ruff: noqa: RUF009 (option() makes a dataclasses.field, which is not shared between instances)
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+def option(
+    help: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    factory: Callable[[], Any] | None = None,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
+    key: str | None = None,
+) -> Any:
+    """A field with its meaning and bounds; required if it has neither `default` nor `factory`.
+
+    Args:
+        help: meaning and unit, one line.
+        default: value where the file says nothing.
+        factory: makes the default of a section or container.
+        minimum: smallest allowed value.
+        above: the value must be larger.
+        maximum: largest allowed value.
+        below: the value must be smaller.
+        key: name in YAML where it cannot be the field's (a Python keyword).
+    """
+    bounds = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
+    metadata = {
+        "help": help,
+        "key": key,
+        "bounds": {name: value for name, value in bounds.items() if value is not None},
+    }
+    if factory is not None:
+        return dataclasses.field(default_factory=factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def yaml_key(field: dataclasses.Field[Any]) -> str:
+    """The name that `field` has in YAML."""
+    return field.metadata.get("key") or field.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The decoder that is built and trained."""
+
+    path: str | None = option("checkpoint directory or hub id to start from; null builds the decoder below", None)
+    width: int = option("size of the residual stream (D)", 128, minimum=1)
+    layers: int = option("number of blocks", 2, minimum=1)
+    heads: int = option("query heads of a block", 4, minimum=1)
+    kv_heads: int | None = option("key and value heads; divides heads; null: as many as heads", None, minimum=1)
+    head_dim: int | None = option("size of a head, even; null: width / heads", None, minimum=2)
+    mlp_width: int | None = option("hidden size of the gated MLP; null: 4 * width", None, minimum=1)
+    rope_base: float = option("base of the rotary position angles", 10000.0, above=0)
+    qk_norm: bool = option("RMS-normalise queries and keys of each head", False)
+    tied: bool = option("use the token embedding as the unembedding too", False)
+    softcap: float | None = option("logits become softcap * tanh(logits / softcap); null: no cap", None, above=0)
+    norm_eps: float = option("epsilon of RMSNorm", 1e-6, above=0)
+    dtype: Literal["float32", "bfloat16"] = option("type that activations are computed in", "float32")
+    param_dtype: Literal["float32", "bfloat16"] = option("type that parameters are stored and updated in", "float32")
+    remat: Literal["none", "full"] = option("full: recompute each block in the backward pass to save memory", "none")
+    init_std: float = option("standard deviation of the initial weights", 0.02, above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The problems, how they become text, and how text becomes tokens. Exactly one of `task` and `files` is given."""
+
+    task: str | None = option("name of a reasoning-gym task that generates problems", None)
+    task_options: dict[str, Any] = option("options of the task's generator", factory=dict)
+    files: tuple[str, ...] = option("JSONL files with one problem per line", factory=tuple)
+    eval_files: tuple[str, ...] = option("JSONL files with the held-out problems", factory=tuple)
+    prompt: str = option("template of the prompt over the problem's columns", "{question}")
+    answer: str = option("template of the answer (supervised training and rewards)", "{answer}")
+    chosen: str = option("template of the preferred completion (preference methods)", "{chosen}")
+    rejected: str = option("template of the other completion (preference methods)", "{rejected}")
+    lowercase: bool = option("lower-case prompts and answers", False)
+    alphabet: str | None = option(
+        "characters of the character tokenizer; null without a tokenizer: printable ASCII and newline", None
+    )
+    tokenizer: str | None = option("directory or hub id of a tokenizer, in place of alphabet", None)
+    size: int = option("problems to draw from the task's generator", 100_000, minimum=1)
+    max_prompt_length: int = option("longest prompt, tokens", minimum=1)
+    on_long_prompt: Literal["filter", "error"] = option("a longer prompt is dropped and counted, or an error", "filter")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """One component of the reward. Exactly one of `name` and `path` is given."""
+
+    name: str | None = option("a reward of this library, e.g. task_score or exact_match", None)
+    path: str | None = option("a function of yours: module:function or file.py:function", None)
+    weight: float = option("factor of this component in the total reward", 1.0)
+    threshold: float | None = option("the component becomes 1 where its score is at least this, else 0", None)
+    adapter: Literal["trl", "verl", "verifiers"] = option("whose signature the function of path has", "trl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurriculumConfig:
+    """Which prompts to try next."""
+
+    name: Literal["uniform"] = option("uniform: every problem once, in random order, then again", "uniform")
+    oversample: int = option(
+        "sample this many times the prompts of a step and train on those whose rewards vary first", 1, minimum=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How a token is drawn while training (evaluation is greedy, and sampled beside it)."""
+
+    temperature: float = option("divides the logits", 1.0, above=0)
+    top_k: int = option("draw among the k likeliest tokens; 0: all", 0, minimum=0)
+    top_p: float = option("draw from the smallest set with this much probability; 1: all", 1.0, above=0, maximum=1)
+    min_p: float = option("drop tokens less likely than this times the likeliest; 0: none", 0.0, minimum=0, maximum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """The completions sampled at each step."""
+
+    group_size: int = option("completions per prompt (G)", 8, minimum=1)
+    prompts: int = option("prompts per step that are trained on (P)", 32, minimum=1)
+    max_new_tokens: int = option("longest completion, tokens", minimum=1)
+    sampling: SamplingConfig = option("how a token is drawn", factory=SamplingConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """The training method. In YAML the keywords stand beside the name: `{name: grpo, clip_high: 0.28}`."""
+
+    name: str = option("a function of jaxrl_post.methods; its keywords stand beside it", "grpo")
+    keywords: dict[str, Any] = option("keywords of that function", factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleConfig:
+    """A model beside the policy, e.g. the reference: where its parameters come from, and whether they are renewed."""
+
+    source: str = option("policy, or the role whose parameters it starts and is renewed from", "policy", key="from")
+    refresh: Literal["frozen", "every"] = option("frozen, or every: renewed every n steps", "frozen")
+    every: int | None = option("steps between renewals (refresh: every)", None, minimum=1)
+    mix: float = option("a renewal gives mix * source + (1 - mix) * old (refresh: every)", 1.0, above=0, maximum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The Optax chain."""
+
+    name: Literal["adamw", "adam", "sgd"] = option("the update rule", "adamw")
+    learning_rate: float = option("peak step size", above=0)
+    schedule: Literal["constant", "cosine", "linear"] = option(
+        "how the step size goes from its peak to end_fraction of it", "constant"
+    )
+    warmup_steps: int = option("steps over which the step size rises linearly from 0", 0, minimum=0)
+    end_fraction: float = option(
+        "step size at the last step, as a fraction of the peak (cosine, linear)", 0.1, minimum=0, maximum=1
+    )
+    b1: float = option("decay of the mean of gradients (adam, adamw); momentum (sgd)", 0.9, minimum=0, below=1)
+    b2: float = option("decay of the mean of squared gradients (adam, adamw)", 0.999, minimum=0, below=1)
+    eps: float = option("added to the root of the mean square (adam, adamw)", 1e-8, above=0)
+    weight_decay: float = option("decoupled weight decay (adamw)", 0.0, minimum=0)
+    max_grad_norm: float | None = option("gradients are scaled down to this global norm; null: never", 1.0, above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStartConfig:
+    """A supervised stage on worked examples before the method starts."""
+
+    steps: int = option("most steps of the stage", minimum=1)
+    batch_size: int = option("examples per step", 128, minimum=1)
+    examples: int = option("number of distinct problems", minimum=1)
+    until: float | None = option(
+        "stop when greedy accuracy on separate problems reaches this fraction; null: run all steps",
+        None,
+        above=0,
+        maximum=1,
+    )
+    check_every: int | None = option("steps between the checks of until", None, minimum=1)
+    check_problems: int = option("problems of each check of until", 256, minimum=1)
+    optimizer: OptimizerConfig = option("the optimiser of this stage")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The loop."""
+
+    steps: int = option("steps of the method", minimum=1)
+    epochs: int = option("passes over the rollouts of a step", 1, minimum=1)
+    micro_batches: int = option("pieces of a batch whose gradients are accumulated", 1, minimum=1)
+    batch_size: int = option("examples or preference pairs per step (methods without rollouts)", 128, minimum=1)
+    optimizer: OptimizerConfig = option("the optimiser")
+    checkpoint_every: int = option("steps between checkpoints", 100, minimum=1)
+    keep_checkpoints: int = option("newest checkpoints that are kept", 2, minimum=1)
+    max_nonfinite_steps: int = option(
+        "skipped steps with non-finite gradients, in a row, that end the run", 5, minimum=1
+    )
+    max_empty_steps: int = option("steps without anything to train on, in a row, that end the run", 10, minimum=1)
+    log_completions_every: int = option("steps between samples of completions in the log; 0: never", 50, minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; their product is the number of devices."""
+
+    data: int = option("copies that split the batch", 1, minimum=1)
+    fsdp: int = option("shards of parameters that split the batch too", 1, minimum=1)
+    tensor: int = option("shards of heads, MLP and vocabulary", 1, minimum=1)
+    sequence: int = option("shards of the sequence", 1, minimum=1)
+    expert: int = option("shards of the experts", 1, minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Measurements on held-out problems."""
+
+    problems: int = option("held-out problems; 0: no evaluation", 512, minimum=0)
+    every: int = option("steps between evaluations; 0: only after each stage", 0, minimum=0)
+    samples: int = option("completions per problem for sampled accuracy and pass@k", 8, minimum=1)
+    k: int = option("k of pass@k, at most samples", 8, minimum=1)
+    correct_at: float = option("a completion with at least this total reward is correct", 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What is written beside metrics.jsonl."""
+
+    tensorboard: bool = option("write TensorBoard event files", True)
+    wandb: bool = option("log to Weights & Biases, which must be installed", False)
+    progress: bool = option("show progress on the terminal", True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    run_dir: str = option("directory that receives metrics.jsonl, config.yaml, checkpoints and curves.png")
+    seed: int = option("seed of everything random", 0, minimum=0, below=2**32)
+    model: ModelConfig = option("the model", factory=ModelConfig)
+    data: DataConfig = option("the problems")
+    rewards: tuple[RewardConfig, ...] = option("components of the reward, added up by weight", factory=tuple)
+    on_reward_error: Literal["stop", "invalid"] = option(
+        "a reward function that raises stops the run, or makes its rows invalid", "stop"
+    )
+    curriculum: CurriculumConfig = option("which prompts to try next", factory=CurriculumConfig)
+    rollout: RolloutConfig = option("the completions sampled at each step")
+    method: MethodConfig = option("the training method", factory=MethodConfig)
+    roles: dict[str, RoleConfig] = option("models beside the policy, by role", factory=dict)
+    warm_start: WarmStartConfig | None = option("a supervised stage before the method; null: none", None)
+    training: TrainingConfig = option("the loop")
+    mesh: MeshConfig = option("devices", factory=MeshConfig)
+    eval: EvalConfig = option("measurements on held-out problems", factory=EvalConfig)
+    logging: LoggingConfig = option("what is written beside metrics.jsonl", factory=LoggingConfig)

@@ -1,0 +1,524 @@
+"""The configuration: what is read, what is refused, and what the messages say."""
+
+import copy
+import dataclasses
+import re
+import types
+import warnings
+from typing import Literal, NamedTuple
+
+import pytest
+
+from jaxrl_post import methods
+from jaxrl_post.data import PRINTABLE
+from jaxrl_post.training import config as configs
+from jaxrl_post.training.config import ConfigError, ConfigWarning, yaml_text
+
+MINIMAL = {
+    "run_dir": "runs/test",
+    "data": {"task": "spell_backward", "max_prompt_length": 11},
+    "rewards": [{"name": "task_score"}],
+    "rollout": {"max_new_tokens": 12},
+    "method": {"name": "grpo", "beta": 0.0},
+    "training": {"steps": 10, "optimizer": {"learning_rate": 1e-3}},
+}
+
+
+def make(**changes):
+    """MINIMAL with dotted keys changed (`rollout__prompts=8`); the value `...` removes the key."""
+    values = copy.deepcopy(MINIMAL)
+    for dotted, value in changes.items():
+        *parents, last = dotted.split("__")
+        node = values
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        if value is ...:
+            del node[last]
+        else:
+            node[last] = value
+    return values
+
+
+def problems_of(**changes):
+    with pytest.raises(ConfigError) as caught:
+        configs.from_dict(make(**changes))
+    return caught.value.problems
+
+
+def write(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_minimal_configuration_gets_the_documented_defaults_and_what_follows_from_them():
+    config = configs.from_dict(make(model={"width": 96, "heads": 6}))
+    assert (config.model.kv_heads, config.model.head_dim, config.model.mlp_width) == (6, 16, 384)
+    assert config.data.alphabet == PRINTABLE
+    assert config.rollout.group_size == 8
+    assert config.rollout.sampling.temperature == 1.0
+    assert config.training.optimizer.name == "adamw"
+    assert config.training.optimizer.max_grad_norm == 1.0
+    assert config.warm_start is None
+    assert config.roles == {}
+
+
+def test_a_role_that_the_method_needs_is_filled_in_with_a_frozen_copy_of_the_policy():
+    config = configs.from_dict(make(method={"name": "grpo", "beta": 0.1}))
+    assert config.roles == {"reference": configs.RoleConfig(source="policy", refresh="frozen")}
+
+
+def test_a_configuration_written_as_yaml_is_read_back_equal(tmp_path):
+    values = make(
+        method={"name": "ppo", "beta": 0.1, "gamma": 1, "value_clip": None},
+        roles={"reference": {"from": "policy", "refresh": "every", "every": 5, "mix": 0.6}},
+        data__alphabet="0123456789 :{}\"'#-\n",
+        data__prompt="{question} = ",
+        seed=4_000_000_000,
+        warm_start={"steps": 5, "examples": 10, "optimizer": {"learning_rate": 1e-3}},
+    )
+    config = configs.from_dict(values)
+    assert config.method.keywords["gamma"] == 1.0
+    assert configs.load(write(tmp_path, configs.dump(config))) == config
+    assert configs.validate(config) == config
+
+
+def test_all_problems_of_a_file_and_its_overrides_are_told_at_once(tmp_path):
+    path = write(
+        tmp_path,
+        """
+run_dir: x
+data: {task: spell_backward, max_prompt_length: 11}
+rewards: [{name: task_scor}]
+rollout: {max_new_tokens: 11, sampling: {top_p: 0}, group_size: 1}
+method: {name: grpo, clip_hgh: 0.28}
+training: {steps: ten, stepz: 3, optimizer: {}}
+seed: 1
+seed: 2
+""",
+    )
+    with pytest.raises(ConfigError) as caught:
+        configs.load(path, ["nonsense", "model.width=-1"])
+    text = str(caught.value)
+    for part in (
+        f"{path}: 10 problems",
+        "seed: given twice, on lines 8 and 9",
+        "nonsense: is not an override; write key=value",
+        "model.width = -1: must be at least 1",
+        "rewards.0.name = 'task_scor': there is no such reward; did you mean 'task_score'?",
+        "rollout.sampling.top_p = 0.0: must be above 0 and at most 1",
+        "rollout.group_size = 1: grpo compares",
+        "method.clip_hgh = 0.28: methods.grpo has no such keyword; did you mean 'method.clip_high'?",
+        "training.steps = 'ten': must be an integer",
+        "training.stepz = 3: unknown key; did you mean 'training.steps'?",
+        "training.optimizer.learning_rate: is missing and has no default",
+    ):
+        assert part in text
+
+
+CASES = [
+    # changes, key, words of the message
+    ({"modle": {}}, "modle", "did you mean 'model'?"),
+    ({"learning_rate": 1e-3}, "learning_rate", "did you mean 'training.optimizer.learning_rate'?"),
+    ({"rollout__sampling": {"temperature": 0}}, "rollout.sampling.temperature", "above 0"),
+    ({"rollout__sampling": {"top_p": 1.5}}, "rollout.sampling.top_p", "at most 1"),
+    ({"rollout__sampling": {"top_k": -1}}, "rollout.sampling.top_k", "at least 0"),
+    ({"rollout": 3}, "rollout", "must be a section"),
+    ({"rollout__prompts": True}, "rollout.prompts", "must be an integer"),
+    ({"rollout__prompts": 2.5}, "rollout.prompts", "must be an integer"),
+    ({"training__optimizer": {"learning_rate": "fast"}}, "training.optimizer.learning_rate", "finite number"),
+    ({"training__optimizer": {"learning_rate": float("nan")}}, "training.optimizer.learning_rate", "finite number"),
+    ({"training__optimizer": {"learning_rate": 0}}, "training.optimizer.learning_rate", "above 0"),
+    ({"training__steps": 0}, "training.steps", "at least 1"),
+    ({"training__steps": ...}, "training.steps", "is missing"),
+    ({"data": ...}, "data.max_prompt_length", "is missing"),
+    ({"logging": {"wandb": "yes"}}, "logging.wandb", "true or false"),
+    ({"data__alphabet": 123}, "data.alphabet", "quotes"),
+    ({"data__alphabet": "abca"}, "data.alphabet", "'a' more than once"),
+    ({"data__alphabet": ""}, "data.alphabet", "at least one character"),
+    ({"data__alphabet": "abc", "data__tokenizer": "here"}, "data.tokenizer", "remove one"),
+    ({"data__files": ["a.jsonl"]}, "data.files", "remove one"),
+    ({"data__task": None}, "data", "nothing to train on"),
+    ({"data__eval_files": ["a.jsonl"]}, "data.eval_files", "does not apply"),
+    ({"data__prompt": "solve it"}, "data.prompt", "names no column"),
+    ({"data__prompt": "{}="}, "data.prompt", "must name its columns"),
+    ({"data__answer": "{answer"}, "data.answer", "not a template"),
+    ({"data__chosen": "{best}"}, "data.chosen", "does not apply"),
+    ({"data__size": 31}, "data.size", "32 problems"),
+    ({"data__files": "a.jsonl"}, "data.files", "list of text"),
+    ({"data__on_long_prompt": "fliter"}, "data.on_long_prompt", "did you mean 'filter'?"),
+    ({"rewards": []}, "rewards", "at least one reward"),
+    ({"rewards": [{"weight": 2}]}, "rewards.0", "exactly one of name"),
+    ({"rewards": [{"name": "task_score", "path": "a:b"}]}, "rewards.0", "exactly one of name"),
+    ({"rewards": [{"path": "a.b"}]}, "rewards.0.path", "module:function"),
+    ({"rewards": [{"path": "nowhere.py:f"}]}, "rewards.0.path", "no such file"),
+    ({"rewards": [{"name": "task_score", "adapter": "verl"}]}, "rewards.0.adapter", "does not apply"),
+    ({"curriculum": {"oversample": 0}}, "curriculum.oversample", "at least 1"),
+    ({"method": {"name": "gpro"}}, "method.name", "did you mean 'grpo'?"),
+    ({"method": {"name": "grpo", "clip_low": "low"}}, "method.clip_low", "finite number"),
+    ({"method": {"name": "grpo", "aggregation": "mean"}}, "method.aggregation", "one of"),
+    ({"method": {"name": "grpo", "horizon": 12}}, "method.horizon", "does not apply"),
+    (
+        {"method": {"name": "grpo", "beta": 0.0, "aggregation": "seq_mean_token_sum_norm"}},
+        "method.horizon",
+        "is missing",
+    ),
+    ({"method": {"name": "mc_grpo"}, "rollout__group_size": 1}, "rollout.group_size", "2 or more"),
+    (
+        {"method": {"name": "reinforce", "baseline": "leave_one_out"}, "rollout__group_size": 1},
+        "rollout.group_size",
+        "2 or more",
+    ),
+    (
+        {"method": {"name": "reinforce"}, "rollout__group_size": 1, "curriculum": {"oversample": 2}},
+        "curriculum.oversample",
+        "one completion cannot",
+    ),
+    ({"training__batch_size": 8}, "training.batch_size", "does not apply"),
+    ({"training__micro_batches": 3}, "training.micro_batches", "32 * 8 = 256"),
+    ({"mesh": {"data": 3}}, "mesh", "make rollout.prompts a multiple of 3"),
+    ({"mesh": {"data": 2, "fsdp": 3}}, "mesh", "multiple of 3"),
+    ({"mesh": {"sequence": 2}}, "mesh.sequence", "not available yet"),
+    ({"mesh": {"expert": 2}}, "mesh.expert", "not available yet"),
+    ({"model": {"path": "somewhere"}}, "model.path", "not available yet"),
+    ({"model": {"heads": 6, "width": 96, "kv_heads": 4}}, "model.kv_heads", "divide model.heads = 6; try 3"),
+    ({"model": {"width": 130}}, "model.width", "try 132"),
+    ({"model": {"width": 12}}, "model.width", "heads of size 3"),
+    ({"model": {"head_dim": 7}}, "model.head_dim", "set model.head_dim to 8"),
+    ({"eval": {"samples": 4}}, "eval.k", "at most eval.samples = 4"),
+    ({"roles": {"reference": {}}}, "roles.reference", "no role beside the policy"),
+    ({"roles": {"policy": {}}}, "roles.policy", "under model"),
+    ({"method": {"name": "ppo"}, "roles": {"critc": {}}}, "roles.critc", "did you mean 'critic'?"),
+    (
+        {"method": {"name": "ppo"}, "roles": {"critic": {"refresh": "every", "every": 2}}},
+        "roles.critic.refresh",
+        "trains this role",
+    ),
+    (
+        {"method": {"name": "grpo", "beta": 0.1}, "roles": {"reference": {"refresh": "every"}}},
+        "roles.reference.every",
+        "is missing",
+    ),
+    (
+        {"method": {"name": "grpo", "beta": 0.1}, "roles": {"reference": {"mix": 0.5}}},
+        "roles.reference.mix",
+        "refresh is frozen",
+    ),
+    (
+        {"method": {"name": "grpo", "beta": 0.1}, "roles": {"reference": {"from": "polciy"}}},
+        "roles.reference.from",
+        "did you mean 'policy'?",
+    ),
+    (
+        {
+            "method": {"name": "ppo", "beta": 0.1},
+            "roles": {"critic": {"from": "reference"}, "reference": {"from": "critic"}},
+        },
+        "roles.critic.from",
+        "circle",
+    ),
+    (
+        {"training__optimizer": {"learning_rate": 1e-3, "name": "sgd", "b2": 0.9}},
+        "training.optimizer.b2",
+        "does not apply",
+    ),
+    (
+        {"training__optimizer": {"learning_rate": 1e-3, "name": "adam", "weight_decay": 0.1}},
+        "training.optimizer.weight_decay",
+        "adamw decays",
+    ),
+    (
+        {"training__optimizer": {"learning_rate": 1e-3, "end_fraction": 0.0}},
+        "training.optimizer.end_fraction",
+        "schedule is constant",
+    ),
+    (
+        {"training__optimizer": {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 10}},
+        "training.optimizer.warmup_steps",
+        "training.steps = 10",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "key", "words"), CASES, ids=[f"{case[1]}-{case[2][:20]}" for case in CASES])
+def test_a_value_that_cannot_be_run_is_one_problem_that_names_its_key_and_the_fix(changes, key, words):
+    problems = [problem for problem in problems_of(**changes) if problem.split(":")[0].split(" =")[0] == key]
+    assert len(problems) == 1
+    assert words in problems[0]
+
+
+WARM = {"steps": 20, "examples": 10, "optimizer": {"learning_rate": 1e-3}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "words"),
+    [
+        ({"until": 0.3}, "warm_start.check_every", "is missing"),
+        ({"until": 1.3, "check_every": 5}, "warm_start.until", "at most 1"),
+        ({"until": 0.3, "check_every": 21}, "warm_start.check_every", "never checked"),
+        ({"check_every": 5}, "warm_start.check_every", "until is not given"),
+        ({"check_problems": 5}, "warm_start.check_problems", "until is not given"),
+        ({"optimizer": {}}, "warm_start.optimizer.learning_rate", "is missing"),
+    ],
+)
+def test_options_of_a_warm_start_must_fit_together(changes, key, words):
+    (problem,) = problems_of(warm_start={**WARM, **changes})
+    assert problem.startswith(key)
+    assert words in problem
+
+
+def test_a_method_without_rollouts_takes_a_batch_size_and_refuses_the_options_of_rollouts(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("{}\n")
+    offline = make(
+        method={"name": "dpo"},
+        rewards=[],
+        data={"files": [str(tmp_path / "pairs.jsonl")], "max_prompt_length": 8},
+        training__batch_size=6,
+        training__micro_batches=3,
+    )
+    config = configs.from_dict(offline)
+    assert config.training.batch_size == 6
+    assert not configs.uses_rollouts(config)
+    offline["rollout"]["group_size"] = 4
+    offline["curriculum"] = {"oversample": 2}
+    offline["training"]["micro_batches"] = 4  # 12 sequences can be cut in four, six pairs cannot
+    with pytest.raises(ConfigError) as caught:
+        configs.from_dict(offline)
+    assert [problem.split(" =")[0] for problem in caught.value.problems] == [
+        "rollout.group_size",
+        "curriculum.oversample",
+    ]
+    del offline["curriculum"], offline["rollout"]["group_size"]
+    with pytest.raises(ConfigError, match=r"training.micro_batches = 4: does not divide training.batch_size = 6 pairs"):
+        configs.from_dict(offline)
+
+
+def test_preference_training_on_a_task_that_has_no_pairs_is_an_error():
+    assert any("preference pairs" in problem for problem in problems_of(method={"name": "dpo"}, rewards=[]))
+
+
+def test_a_missing_data_file_is_named_unless_an_old_run_is_only_read(tmp_path):
+    missing = str(tmp_path / "gone.jsonl")
+    values = make(data={"files": [missing], "max_prompt_length": 8, "prompt": "{p}"}, rewards=[{"name": "exact_match"}])
+    with pytest.raises(ConfigError, match=r"data.files.0 = .*gone.jsonl.*no such file"):
+        configs.from_dict(values)
+    assert configs.from_dict(values, check_files=False).data.files == (missing,)
+
+
+def test_a_batch_is_held_against_mesh_and_micro_batches_together():
+    # 4 prompts * 2 completions = 8 rows: 2 micro-batches of 4 fit on 4 devices, 4 micro-batches of 2 do not.
+    sizes = {"rollout__prompts": 4, "rollout__group_size": 2, "mesh": {"data": 2, "fsdp": 2}}
+    assert configs.from_dict(make(**sizes, training__micro_batches=2)).mesh.fsdp == 2
+    (problem,) = problems_of(**sizes, training__micro_batches=4)
+    assert "in each of 4 micro-batches evenly; make rollout.prompts a multiple of 8" in problem
+
+
+def test_a_warm_start_batch_must_be_shared_evenly_by_the_devices():
+    (problem,) = problems_of(mesh={"data": 4}, warm_start={**WARM, "batch_size": 30})
+    assert problem.startswith("warm_start.batch_size = 30")
+    assert "try 32" in problem
+
+
+def test_a_mesh_larger_than_the_devices_is_an_error_and_a_smaller_one_a_warning():
+    config = configs.from_dict(make(mesh={"fsdp": 4, "tensor": 2}))
+    assert configs.check_devices(config, 8) == []
+    with pytest.raises(ConfigError, match=r"= 8 devices, but there are 4.*device_count=8"):
+        configs.check_devices(config, 4)
+    (warning,) = configs.check_devices(config, 16)
+    assert "8 devices of 16" in warning
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": {"name": "mc_grpo"}}, "use 9"),
+        ({"mesh": {"tensor": 3}}, "does not divide model.heads = 4"),
+        ({"training__optimizer": {"learning_rate": 1e-3, "warmup_steps": 10}}, "still rising"),
+    ],
+)
+def test_what_can_be_run_but_is_probably_not_meant_is_a_warning(changes, words):
+    with pytest.warns(ConfigWarning, match=words):
+        configs.from_dict(make(**changes))
+
+
+def test_overrides_reach_sections_lists_absent_sections_and_method_keywords(tmp_path):
+    path = write(tmp_path, yaml_text.write(MINIMAL))
+    config = configs.load(
+        path,
+        [
+            "rollout.prompts=16",
+            "rewards.0.threshold=0.9",
+            "training.optimizer.learning_rate=3e-3",
+            "warm_start.steps=7",
+            "warm_start.examples=1e2",
+            "warm_start.optimizer={learning_rate: 1e-2}",
+            "method.clip_high=.28",
+            "data.prompt={word}>",
+            "data.alphabet=123",
+            "data.answer={answer}",
+            "model.softcap=null",
+        ],
+    )
+    assert config.rollout.prompts == 16
+    assert config.rewards[0].threshold == 0.9
+    assert config.training.optimizer.learning_rate == 0.003
+    assert config.warm_start is not None
+    assert (config.warm_start.steps, config.warm_start.examples) == (7, 100)
+    assert config.warm_start.optimizer.learning_rate == 0.01
+    assert config.method.keywords == {"beta": 0.0, "clip_high": 0.28}
+    assert (config.data.prompt, config.data.alphabet, config.data.answer) == ("{word}>", "123", "{answer}")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("seed", "write key=value"),
+        ("=3", "write key=value"),
+        ("seed.x=1", "seed is not a section"),
+        ("rewards.5.weight=1", "items 0 to 0"),
+        ("rollout.promts=4", "did you mean 'rollout.prompts'?"),
+        ("rollout.prompts=[1", "not valid YAML"),
+    ],
+)
+def test_an_override_that_cannot_be_applied_says_why(tmp_path, override, words):
+    values = {**MINIMAL, "seed": 3}
+    with pytest.raises(ConfigError) as caught:
+        configs.load(write(tmp_path, yaml_text.write(values)), [override])
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3e-3", 0.003),
+        ("1.5e3", 1500.0),
+        (".5", 0.5),
+        ("1_000", 1000),
+        ("-2", -2),
+        ("no", "no"),
+        ("on", "on"),
+        ("1:30", "1:30"),
+        ("010", "010"),
+        ("2024-01-01", "2024-01-01"),
+        ("true", True),
+        ("null", None),
+        ("", None),
+    ],
+)
+def test_plain_scalars_are_read_as_in_yaml_1_2_and_written_so_that_they_are_read_back(text, value):
+    (result, duplicates) = yaml_text.read(f"x: {text}", "test")
+    assert result == {"x": value}
+    assert type(result["x"]) is type(value)
+    assert duplicates == []
+    # As text, each must come back as text.
+    assert yaml_text.read(yaml_text.write([text]), "test")[0] == [text]
+
+
+def test_a_key_given_twice_is_found_in_nested_sections(tmp_path):
+    path = write(tmp_path, yaml_text.write(MINIMAL) + "eval:\n  samples: 8\n  k: 2\n  samples: 9\n")
+    with pytest.raises(ConfigError, match="samples: given twice, on lines"):
+        configs.load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [1, 2", "not valid YAML: line"),
+        ("- 1\n- 2", "must be a mapping"),
+        ("!!python/object/apply:os.system ['true']", "not valid YAML"),
+        ("", "run_dir: is missing"),
+    ],
+)
+def test_a_file_that_is_no_configuration_gives_a_message_and_not_a_traceback_of_the_parser(tmp_path, text, words):
+    with pytest.raises(ConfigError, match=words):
+        configs.load(write(tmp_path, text))
+
+
+def test_a_file_that_is_missing_or_a_directory_is_said_to_be(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not found"):
+        configs.load(tmp_path / "none.yaml")
+    with pytest.raises(FileNotFoundError, match="is a directory"):
+        configs.load(tmp_path)
+
+
+class Method(NamedTuple):
+    needs: dict
+    unit: str = "token"
+    trains: frozenset = frozenset({"policy"})
+
+
+def _stub(unit="token", fail=None):
+    def stub(*, kind: Literal["a", "b"] = "a", rate: float, pair: tuple[int, ...] = (), untyped=3) -> Method:
+        if fail:
+            raise ValueError(fail)
+        return Method({"policy": frozenset()}, unit)
+
+    return types.SimpleNamespace(stub=stub, other=len, __all__=["stub", "other"])
+
+
+def test_keywords_of_a_method_are_checked_against_annotations_and_defaults():
+    values = make(method={"name": "stub", "rate": 1, "pair": [1, 2], "untyped": 4})
+    config = configs.from_dict(values, namespace=_stub())
+    assert config.method.keywords == {"rate": 1.0, "pair": (1, 2), "untyped": 4}
+    assert isinstance(config.method.keywords["rate"], float)
+    with pytest.raises(ConfigError) as caught:
+        configs.from_dict(make(method={"name": "stub", "kind": "c", "pair": 3, "untyped": "x"}), namespace=_stub())
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [
+        "method.kind = 'c'",
+        "method.pair = 3",
+        "method.untyped = 'x'",
+        "method.rate",
+    ]
+
+
+def test_what_a_method_itself_refuses_is_a_problem_of_the_configuration():
+    with pytest.raises(ConfigError, match="method: rate must be odd"):
+        configs.from_dict(make(method={"name": "stub", "rate": 1}), namespace=_stub(fail="rate must be odd"))
+
+
+@pytest.mark.parametrize(("unit", "words"), [("batch", "set it to 1"), ("group", "divisor of 32")])
+def test_micro_batches_may_not_cut_the_piece_that_the_method_needs_whole(unit, words):
+    values = make(method={"name": "stub", "rate": 1}, training__micro_batches=64)
+    with pytest.raises(ConfigError, match=words):
+        configs.from_dict(values, namespace=_stub(unit))
+    assert configs.from_dict(values, namespace=_stub("sequence")).training.micro_batches == 64
+
+
+@pytest.mark.parametrize("name", ["sft", "reinforce", "grpo", "mc_grpo", "ppo", "dpo"])
+def test_every_method_of_the_library_can_be_configured_by_name(name, tmp_path):
+    assert callable(getattr(methods, name))
+    data = {"files": [str(tmp_path / "data.jsonl")], "max_prompt_length": 8}
+    (tmp_path / "data.jsonl").write_text("{}\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConfigWarning)
+        config = configs.from_dict(make(method={"name": name}, data=data, rewards=[{"name": "exact_match"}]))
+    assert config.method.name == name
+
+
+def test_every_field_has_a_meaning_and_stands_in_the_printed_reference():
+    text = configs.document()
+    words = " ".join(text.split())
+    for section in vars(configs).values():
+        if dataclasses.is_dataclass(section):
+            for field in dataclasses.fields(section):
+                # A section is introduced by the first line of its own description instead.
+                is_section = re.search(rf"^# ([a-z_]+\.)*{field.name}: .{{5}}", text, re.MULTILINE)
+                assert is_section or field.metadata["help"] in words
+                assert len(field.metadata["help"]) > 5
+    assert "training.optimizer.learning_rate  (number, above 0, required)" in text
+    assert "rollout.sampling.top_p  (number, above 0 and at most 1, default 1.0)" in text
+    assert "warm_start.check_problems  (integer, at least 1, default 256)" in text
+
+
+def test_the_printed_defaults_are_yaml_that_lacks_only_what_is_required():
+    values, duplicates = yaml_text.read(configs.defaults(), "defaults")
+    assert duplicates == []
+    assert values["data"]["prompt"] == "{question}"
+    assert values["training"]["optimizer"]["eps"] == 1e-8
+    values["run_dir"] = "runs/test"
+    values["data"].update(task="spell_backward", max_prompt_length=11)
+    values["rewards"] = [{"name": "task_score"}]
+    values["rollout"]["max_new_tokens"] = 12
+    values["training"]["steps"] = 10
+    values["training"]["optimizer"]["learning_rate"] = 1e-3
+    assert configs.from_dict(values) == configs.from_dict(make(method={"name": "grpo"}))
