@@ -1,0 +1,247 @@
+"""Policy-gradient losses per token, the importance ratio they share, and what their clipping did.
+
+Nothing is reduced here (see `aggregation`), and advantages come ready-made (see `jaxrl_post.advantages`).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_post import masked
+from jaxrl_post.types import Array
+
+LOG_RATIO_LIMIT = 20.0
+"""Log-ratios are clamped to +- this before `exp`: e^20 is 4.9e8, far outside any clip range and safe in float32."""
+
+
+def _constant(name: str, x: Array, logp: Array) -> Array:
+    x = masked.as_float(x)
+    hint = "spread [P, G] over tokens with advantages.per_token(advantages, mask)" if name == "advantages" else ""
+    masked.check_like(name, x, "logp", logp, hint)
+    return jax.lax.stop_gradient(x)
+
+
+def _logp(logp: Array) -> Array:
+    logp = masked.as_float(logp)
+    masked.check_axes("logp", logp, "[B, T] or [B]")
+    return logp
+
+
+def _check_clip(name: str, bound: float) -> None:
+    if isinstance(bound, float | int) and bound < 0:
+        raise ValueError(f"{name} must be >= 0 (a distance from 1), got {bound}; give e.g. {name}=0.2")
+
+
+def log_ratio(logp: Array, old_logp: Array) -> Array:
+    r"""Log of the importance ratio, clamped: $d = \mathrm{clip}(\log\pi - \log\pi_{old}, -20, 20)$.
+
+    Args:
+        logp: `[B, T]` or `[B]` float, nats; log-prob under the trained policy.
+        old_logp: `logp`'s shape, nats; log-prob under the policy that is the ratio's denominator. A constant: no
+            gradient flows into it.
+
+    Returns:
+        `logp`'s shape, float32 or wider, nats. The gradient is zero where the clamp acts.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Example:
+        >>> log_ratio(jnp.array([-1.0, -1.0]), jnp.array([-1.5, -99.0])).tolist()
+        [0.5, 20.0]
+    """
+    logp = _logp(logp)
+    return jnp.clip(logp - _constant("old_logp", old_logp, logp), -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def importance_ratio(logp: Array, old_logp: Array) -> Array:
+    r"""Importance ratio $r = \exp(\mathrm{clip}(\log\pi - \log\pi_{old}, -20, 20))$.
+
+    Args:
+        logp: `[B, T]` or `[B]` float, nats; log-prob under the trained policy.
+        old_logp: `logp`'s shape, nats; log-prob under the policy that is the ratio's denominator. A constant: no
+            gradient flows into it.
+
+    Returns:
+        `logp`'s shape, float32 or wider, in [e^-20, e^20].
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Example:
+        >>> importance_ratio(jnp.log(jnp.array([0.3])), jnp.log(jnp.array([0.2]))).round(4).tolist()
+        [1.5]
+    """
+    return jnp.exp(log_ratio(logp, old_logp))
+
+
+def ppo(
+    logp: Array,
+    old_logp: Array,
+    advantages: Array,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+) -> Array:
+    r"""Clipped surrogate of PPO with two bounds, and optionally the dual clip.
+
+    $$\ell = -\min(r A,\ \mathrm{clip}(r, 1 - \epsilon_{low}, 1 + \epsilon_{high})\, A), \qquad
+    \ell_{dual} = \min(\ell, -c A)\ \text{where}\ A < 0$$
+
+    with $r = \exp(\log\pi - \log\pi_{old})$. At $r = 1$ its gradient is that of `reinforce`. GRPO, DAPO
+    (`clip_high=0.28`) and RLOO use it as it stands.
+
+    Args:
+        logp: `[B, T]` or `[B]` float, nats; log-prob of the token under the trained policy.
+        old_logp: `logp`'s shape, nats; log-prob under the policy at the start of the step. A constant.
+        advantages: `logp`'s shape. A constant.
+        clip_low: $\epsilon_{low}$, distance of the lower bound from 1.
+        clip_high: $\epsilon_{high}$, distance of the upper bound from 1.
+        dual_clip: $c > 1$, the largest ratio that counts where the advantage is negative; None for no bound.
+
+    Returns:
+        `logp`'s shape, float32 or wider: the loss of each token.
+
+    Raises:
+        ValueError: if shapes differ, a clip distance is negative, or `dual_clip` is not above 1.
+
+    Example:
+        >>> logp = jnp.log(jnp.array([[1.5, 0.5, 1.1]]))
+        >>> [round(loss, 4) for loss in ppo(logp, jnp.zeros((1, 3)), jnp.array([[1.0, -1.0, 2.0]]))[0].tolist()]
+        [-1.2, 0.8, -2.2]
+
+    Reference: Proximal Policy Optimization Algorithms (arXiv 1707.06347); the dual clip is of Mastering Complex
+    Control in MOBA Games with Deep Reinforcement Learning (arXiv 1912.09729), two bounds are of DAPO
+    (arXiv 2503.14476).
+    """
+    _check_clip("clip_low", clip_low)
+    _check_clip("clip_high", clip_high)
+    if isinstance(dual_clip, float | int) and dual_clip <= 1:
+        raise ValueError(f"dual_clip must be above 1 (a ratio), got {dual_clip}; give e.g. dual_clip=3.0 or None")
+    logp = _logp(logp)
+    ratio = importance_ratio(logp, old_logp)
+    advantages = _constant("advantages", advantages, logp)
+    clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+    loss = jnp.maximum(-ratio * advantages, -clipped * advantages)
+    if dual_clip is None:
+        return loss
+    return jnp.where(advantages < 0, jnp.minimum(loss, -dual_clip * advantages), loss)
+
+
+def reinforce(logp: Array, advantages: Array) -> Array:
+    r"""Plain policy gradient, $\ell = -A \log\pi$.
+
+    Args:
+        logp: `[B, T]` or `[B]` float, nats; log-prob of the token under the trained policy.
+        advantages: `logp`'s shape. A constant: no gradient flows into it.
+
+    Returns:
+        `logp`'s shape, float32 or wider: the loss of each token. Its value says nothing; its gradient is the policy
+        gradient.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Example:
+        >>> reinforce(jnp.array([[-1.0, -0.5]]), jnp.array([[2.0, -2.0]])).tolist()
+        [[2.0, -1.0]]
+
+    Reference: Simple statistical gradient-following algorithms for connectionist reinforcement learning
+    (Williams, 1992).
+    """
+    logp = _logp(logp)
+    return -_constant("advantages", advantages, logp) * logp
+
+
+def _indicator(condition: Array, like: Array) -> Array:
+    return jax.lax.stop_gradient(condition.astype(like.dtype))
+
+
+def clipped_low(logp: Array, old_logp: Array, advantages: Array, *, clip_low: float = 0.2) -> Array:
+    r"""Indicator of the tokens that `ppo` clips from below: $r < 1 - \epsilon_{low}$ and $A < 0$.
+
+    They get no gradient. The mean under the mask is the metric `clip_ratio/low_mean`; it is 0 on the first pass over
+    on-policy rollouts, where every ratio is 1.
+
+    Args:
+        logp: `[B, T]` or `[B]` float, nats; log-prob under the trained policy.
+        old_logp: `logp`'s shape, nats.
+        advantages: `logp`'s shape.
+        clip_low: $\epsilon_{low}$, distance of the lower bound from 1.
+
+    Returns:
+        `logp`'s shape, float32 or wider, 0 or 1, without gradient.
+
+    Raises:
+        ValueError: if shapes differ or the clip distance is negative.
+
+    Example:
+        >>> logp = jnp.log(jnp.array([[0.5, 0.5, 1.5, 1.5]]))
+        >>> clipped_low(logp, jnp.zeros((1, 4)), jnp.array([[-1.0, 1.0, -1.0, 1.0]])).tolist()
+        [[1.0, 0.0, 0.0, 0.0]]
+    """
+    _check_clip("clip_low", clip_low)
+    logp = _logp(logp)
+    ratio, advantages = importance_ratio(logp, old_logp), _constant("advantages", advantages, logp)
+    return _indicator((ratio < 1 - clip_low) & (advantages < 0), logp)
+
+
+def clipped_high(logp: Array, old_logp: Array, advantages: Array, *, clip_high: float = 0.2) -> Array:
+    r"""Indicator of the tokens that `ppo` clips from above: $r > 1 + \epsilon_{high}$ and $A > 0$.
+
+    They get no gradient. The mean under the mask is the metric `clip_ratio/high_mean`.
+
+    Args:
+        logp: `[B, T]` or `[B]` float, nats; log-prob under the trained policy.
+        old_logp: `logp`'s shape, nats.
+        advantages: `logp`'s shape.
+        clip_high: $\epsilon_{high}$, distance of the upper bound from 1.
+
+    Returns:
+        `logp`'s shape, float32 or wider, 0 or 1, without gradient.
+
+    Raises:
+        ValueError: if shapes differ or the clip distance is negative.
+
+    Example:
+        >>> logp = jnp.log(jnp.array([[0.5, 0.5, 1.5, 1.5]]))
+        >>> clipped_high(logp, jnp.zeros((1, 4)), jnp.array([[-1.0, 1.0, -1.0, 1.0]])).tolist()
+        [[0.0, 0.0, 0.0, 1.0]]
+    """
+    _check_clip("clip_high", clip_high)
+    logp = _logp(logp)
+    ratio, advantages = importance_ratio(logp, old_logp), _constant("advantages", advantages, logp)
+    return _indicator((ratio > 1 + clip_high) & (advantages > 0), logp)
+
+
+def clipped_region(
+    logp: Array, old_logp: Array, advantages: Array, *, clip_low: float = 0.2, clip_high: float = 0.2
+) -> Array:
+    r"""Indicator of the tokens that `ppo` clips on either side: `clipped_low` or `clipped_high`.
+
+    The mean under the mask is the metric `clip_ratio/region_mean`.
+
+    Args:
+        logp: `[B, T]` or `[B]` float, nats; log-prob under the trained policy.
+        old_logp: `logp`'s shape, nats.
+        advantages: `logp`'s shape.
+        clip_low: $\epsilon_{low}$, distance of the lower bound from 1.
+        clip_high: $\epsilon_{high}$, distance of the upper bound from 1.
+
+    Returns:
+        `logp`'s shape, float32 or wider, 0 or 1, without gradient.
+
+    Raises:
+        ValueError: if shapes differ or a clip distance is negative.
+
+    Example:
+        >>> logp = jnp.log(jnp.array([[0.5, 0.5, 1.5, 1.5]]))
+        >>> clipped_region(logp, jnp.zeros((1, 4)), jnp.array([[-1.0, 1.0, -1.0, 1.0]])).tolist()
+        [[1.0, 0.0, 0.0, 1.0]]
+    """
+    # No token is in both: the two ask for advantages of opposite sign.
+    return clipped_low(logp, old_logp, advantages, clip_low=clip_low) + clipped_high(
+        logp, old_logp, advantages, clip_high=clip_high
+    )
