@@ -104,10 +104,10 @@ def spec(
         ValueError: for a logical name that `rules` does not hold, or as many names as the array has not dimensions.
 
     Example:
-        >>> spec(("vocab", "embed"), (64, 16), {"tensor": 2, "fsdp": 4})
-        PartitionSpec('tensor', 'fsdp')
-        >>> spec(("vocab", "embed"), (39, 16), {"tensor": 2, "fsdp": 4})
-        PartitionSpec(None, 'fsdp')
+        >>> tuple(spec(("vocab", "embed"), (64, 16), {"tensor": 2, "fsdp": 4}))
+        ('tensor', 'fsdp')
+        >>> tuple(spec(("vocab", "embed"), (39, 16), {"tensor": 2, "fsdp": 4}))
+        (None, 'fsdp')
     """
     if axes is None:
         return PartitionSpec()

@@ -26,6 +26,10 @@ AggregationMode: TypeAlias = Literal[
     "token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "seq_mean_token_sum_norm"
 ]
 Unit: TypeAlias = Literal["token", "sequence", "group", "batch"]
+LearnsFrom: TypeAlias = Literal["rollouts", "completions", "pairs"]
+
+# Absent fields are None, but a method that declares in `needs` what it reads may rely on what it finds.
+_ABSENT: Any = None
 
 FINISH_NONE = 0  # still running, or not a sampled sequence
 FINISH_STOP = 1  # ended by a stop token, which is the last token of the sequence and inside its mask
@@ -113,12 +117,12 @@ class TokenStats:
         max_prob: the largest probability of the distribution.
     """
 
-    logp: Array | None = None
-    entropy: Array | None = None
-    value: Array | None = None
-    mean_logp: Array | None = None
-    sum_p_squared: Array | None = None
-    max_prob: Array | None = None
+    logp: Array = _ABSENT
+    entropy: Array = _ABSENT
+    value: Array = _ABSENT
+    mean_logp: Array = _ABSENT
+    sum_p_squared: Array = _ABSENT
+    max_prob: Array = _ABSENT
 
     def replace(self, **changes: Any) -> TokenStats:
         """A copy with some fields changed."""
@@ -184,7 +188,7 @@ class Targets(NamedTuple):
     advantages: Array
     mask: Array
     old_logp: Array
-    returns: Array | None = None
+    returns: Array = _ABSENT
     extras: Mapping[str, Array] = {}
 
 
@@ -280,6 +284,9 @@ class Method(NamedTuple):
         unit: the smallest piece a micro-batch may not split.
         probes: `rollouts -> {name: (Rollouts, role)}`: extra forward passes, which arrive as `stats["probe/<name>"]`.
         metrics: `(stats, rollouts, targets) -> dict[str, Metric]`: diagnostics of one (micro-)batch, without gradient.
+        learns_from: what the sequences are: `rollouts` the policy samples, `completions` the data gives (`G = 1`), or
+            `pairs` of which column 0 is preferred (`G = 2`).
+        min_group: the smallest group that gives any advantage.
     """
 
     targets: Callable[..., tuple[Targets, PyTree]]
@@ -290,6 +297,8 @@ class Method(NamedTuple):
     unit: Unit = "token"
     probes: Callable[[Rollouts], Mapping[str, tuple[Rollouts, str]]] | None = None
     metrics: Callable[[Stats, Rollouts, Targets], dict[str, Metric]] | None = None
+    learns_from: LearnsFrom = "rollouts"
+    min_group: int = 1
 
 
 class Curriculum(NamedTuple):

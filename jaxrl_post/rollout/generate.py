@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxrl_post import models
 from jaxrl_post.mesh import constrain
@@ -215,7 +216,7 @@ def generate(
 def _check_lengths(prompts: Prompts) -> None:
     """Raise ValueError for a prompt that is empty or longer than its row, where the lengths are known already."""
     length, width = prompts.length, prompts.tokens.shape[1]
-    if not jax.core.is_concrete(length) or not getattr(length, "is_fully_addressable", True):
+    if isinstance(length, Tracer) or not getattr(length, "is_fully_addressable", True):
         return
     length = np.asarray(length)
     wrong = np.flatnonzero((length < 1) | (length > width))

@@ -12,12 +12,13 @@ import json
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxrl_post.training import config as configs
-from jaxrl_post.training.config import Config, ConfigError, yaml_text
+from jaxrl_post.training.config import Config, ConfigError, ConfigWarning, yaml_text
 
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"
@@ -32,9 +33,13 @@ HARMLESS_KEYS = (
     "training.max_nonfinite_steps",
     "training.max_empty_steps",
     "logging",
-    "eval",
+    # Not eval.problems: prompts that are held out are left out of training.
+    "eval.every",
+    "eval.samples",
+    "eval.k",
+    "eval.correct_at",
 )
-"""Keys, or sections, that may change when a run is resumed: they do not change what a step computes."""
+"""Keys, or sections, that may change when a run is resumed: how long it trains, what is measured and written."""
 
 
 class RunDirError(ValueError):
@@ -111,7 +116,8 @@ def _check_same_run(path: Path, config: Config) -> None:
         stored, _ = yaml_text.read(path.read_text(encoding="utf-8"), str(path))
     except (ConfigError, UnicodeDecodeError) as error:
         raise RunDirError(f"{path} cannot be read ({error}); give another run_dir, or restore the file") from error
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConfigWarning)  # whoever resumes has changed it, or was warned already
         # Fills in keys that this version of the library added since the run was started.
         stored = configs.to_dict(configs.from_dict(stored, check_files=False))
     old, new = _flat(stored), _flat(configs.to_dict(config))

@@ -77,9 +77,9 @@ def test_a_missing_configuration_is_one_line(capsys, tmp_path):
 
 def test_warnings_of_a_configuration_are_printed_before_it_runs(monkeypatch, config_file, capsys):
     stub(monkeypatch, "loop", run=lambda config: print("running", file=sys.stderr))
-    assert cli.main(["train", str(config_file), "method.name=mc_grpo"]) == 0
+    assert cli.main(["train", str(config_file), "training.optimizer.warmup_steps=10"]) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("warning: rollout.group_size = 8: mc_grpo")
+    assert lines[0].startswith("warning: training.optimizer.warmup_steps = 10: ")
     assert lines[1:] == ["running"]
 
 

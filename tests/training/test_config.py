@@ -90,7 +90,7 @@ def test_all_problems_of_a_file_and_its_overrides_are_told_at_once(tmp_path):
 run_dir: x
 data: {task: spell_backward, max_prompt_length: 11}
 rewards: [{name: task_scor}]
-rollout: {max_new_tokens: 11, sampling: {top_p: 0}, group_size: 1}
+rollout: {max_new_tokens: 11, sampling: {top_p: 0}}
 method: {name: grpo, clip_hgh: 0.28}
 training: {steps: ten, stepz: 3, optimizer: {}}
 seed: 1
@@ -101,13 +101,12 @@ seed: 2
         configs.load(path, ["nonsense", "model.width=-1"])
     text = str(caught.value)
     for part in (
-        f"{path}: 10 problems",
+        f"{path}: 9 problems",
         "seed: given twice, on lines 8 and 9",
         "nonsense: is not an override; write key=value",
         "model.width = -1: must be at least 1",
         "rewards.0.name = 'task_scor': there is no such reward; did you mean 'task_score'?",
         "rollout.sampling.top_p = 0.0: must be above 0 and at most 1",
-        "rollout.group_size = 1: grpo compares",
         "method.clip_hgh = 0.28: methods.grpo has no such keyword; did you mean 'method.clip_high'?",
         "training.steps = 'ten': must be an integer",
         "training.stepz = 3: unknown key; did you mean 'training.steps'?",
@@ -232,11 +231,6 @@ CASES = [
         "training.optimizer.end_fraction",
         "schedule is constant",
     ),
-    (
-        {"training__optimizer": {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 10}},
-        "training.optimizer.warmup_steps",
-        "training.steps = 10",
-    ),
 ]
 
 
@@ -278,7 +272,6 @@ def test_a_method_without_rollouts_takes_a_batch_size_and_refuses_the_options_of
     )
     config = configs.from_dict(offline)
     assert config.training.batch_size == 6
-    assert not configs.uses_rollouts(config)
     offline["rollout"]["group_size"] = 4
     offline["curriculum"] = {"oversample": 2}
     offline["training"]["micro_batches"] = 4  # 12 sequences can be cut in four, six pairs cannot
@@ -293,8 +286,10 @@ def test_a_method_without_rollouts_takes_a_batch_size_and_refuses_the_options_of
         configs.from_dict(offline)
 
 
-def test_preference_training_on_a_task_that_has_no_pairs_is_an_error():
-    assert any("preference pairs" in problem for problem in problems_of(method={"name": "dpo"}, rewards=[]))
+@pytest.mark.parametrize("templates", [{}, {"data__rejected": "{question}"}])
+def test_preference_training_on_a_task_that_has_no_pairs_is_an_error(templates):
+    problems = problems_of(method={"name": "dpo"}, rewards=[], **templates)
+    assert any("preference pairs" in problem for problem in problems)
 
 
 def test_a_missing_data_file_is_named_unless_an_old_run_is_only_read(tmp_path):
@@ -328,17 +323,30 @@ def test_a_mesh_larger_than_the_devices_is_an_error_and_a_smaller_one_a_warning(
     assert "8 devices of 16" in warning
 
 
+SHORT = {"training__steps": 2, "training__epochs": 2}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"method": {"name": "mc_grpo"}}, "use 9"),
         ({"mesh": {"tensor": 3}}, "does not divide model.heads = 4"),
-        ({"training__optimizer": {"learning_rate": 1e-3, "warmup_steps": 10}}, "still rising"),
+        ({"training__optimizer": {"learning_rate": 1e-3, "warmup_steps": 10}}, "last of the 10 updates"),
+        (
+            {"training__optimizer": {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 25}, **SHORT},
+            "last of the 4 updates",
+        ),
     ],
 )
 def test_what_can_be_run_but_is_probably_not_meant_is_a_warning(changes, words):
     with pytest.warns(ConfigWarning, match=words):
         configs.from_dict(make(**changes))
+
+
+def test_a_warm_up_is_held_against_updates_of_which_a_step_makes_one_per_epoch():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = {"learning_rate": 1e-3, "schedule": "linear", "warmup_steps": 15}
+        assert configs.from_dict(make(training__optimizer=optimizer, training__epochs=2)).training.epochs == 2
 
 
 def test_overrides_reach_sections_lists_absent_sections_and_method_keywords(tmp_path):
@@ -445,13 +453,15 @@ class Method(NamedTuple):
     needs: dict
     unit: str = "token"
     trains: frozenset = frozenset({"policy"})
+    learns_from: str = "rollouts"
+    min_group: int = 1
 
 
-def _stub(unit="token", fail=None):
+def _stub(unit="token", fail=None, **facts):
     def stub(*, kind: Literal["a", "b"] = "a", rate: float, pair: tuple[int, ...] = (), untyped=3) -> Method:
         if fail:
             raise ValueError(fail)
-        return Method({"policy": frozenset()}, unit)
+        return Method({"policy": frozenset()}, unit, **facts)
 
     return types.SimpleNamespace(stub=stub, other=len, __all__=["stub", "other"])
 
@@ -482,6 +492,34 @@ def test_micro_batches_may_not_cut_the_piece_that_the_method_needs_whole(unit, w
     with pytest.raises(ConfigError, match=words):
         configs.from_dict(values, namespace=_stub(unit))
     assert configs.from_dict(values, namespace=_stub("sequence")).training.micro_batches == 64
+
+
+def test_what_a_method_that_nothing_here_knows_says_of_its_groups_and_its_data_is_believed(tmp_path):
+    values = make(method={"name": "stub", "rate": 1}, rollout__group_size=3)
+    with pytest.raises(ConfigError, match=r"rollout.group_size = 3: stub compares.*fewer than 4 has no advantage"):
+        configs.from_dict(values, namespace=_stub(min_group=4))
+    assert configs.from_dict(values, namespace=_stub(min_group=3)).rollout.group_size == 3
+
+    (tmp_path / "data.jsonl").write_text("{}\n")
+    data = {"files": [str(tmp_path / "data.jsonl")], "max_prompt_length": 8, "chosen": "{best}"}
+    values = make(method={"name": "stub", "rate": 1}, data=data, rewards=[], training__batch_size=6)
+    pairs = configs.from_dict(values, namespace=_stub(learns_from="pairs", min_group=2))
+    assert (pairs.data.chosen, pairs.training.batch_size) == ("{best}", 6)
+    with pytest.raises(ConfigError) as caught:
+        configs.from_dict(values, namespace=_stub(learns_from="completions"))
+    assert [problem.split(" =")[0] for problem in caught.value.problems] == ["data.chosen"]
+    with pytest.raises(ConfigError) as caught:
+        configs.from_dict(values, namespace=_stub(learns_from="rollouts"))
+    assert {problem.split(" =")[0] for problem in caught.value.problems} == {
+        "data.chosen",
+        "rewards",
+        "training.batch_size",
+    }
+
+
+def test_what_depends_on_the_method_is_passed_over_where_the_method_is_wrong():
+    (problem,) = problems_of(method={"name": "gpro"}, rewards=[], rollout__group_size=1, data__chosen="{best}")
+    assert problem.startswith("method.name = 'gpro'")
 
 
 @pytest.mark.parametrize("name", ["sft", "reinforce", "grpo", "mc_grpo", "ppo", "dpo"])

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import types
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
@@ -209,9 +210,25 @@ def test_a_new_run_directory_gets_the_resolved_configuration_and_an_old_one_is_r
 
 def test_what_does_not_change_a_step_may_change_when_a_run_is_resumed(tmp_path):
     prepare_run_dir(make_config(tmp_path))
-    changed = make_config(tmp_path, training={"steps": 20, "checkpoint_every": 5}, eval={"samples": 16}, logging={})
+    measured = {"every": 5, "samples": 16, "k": 4, "correct_at": 0.5}
+    changed = make_config(tmp_path, training={"steps": 20, "checkpoint_every": 5}, eval=measured, logging={})
     assert prepare_run_dir(changed) is True
     assert configs.load(tmp_path / "config.yaml") == changed
+
+
+def test_the_number_of_held_out_problems_may_not_change_because_training_leaves_them_out(tmp_path):
+    prepare_run_dir(make_config(tmp_path))
+    with pytest.raises(RunDirError, match=r"eval.problems: 512 there, 64 here"):
+        prepare_run_dir(make_config(tmp_path, eval={"problems": 64}))
+
+
+def test_warnings_about_the_configuration_of_the_run_so_far_are_not_repeated(tmp_path):
+    config = make_config(tmp_path)
+    rising = dataclasses.replace(config.training.optimizer, warmup_steps=10)
+    prepare_run_dir(make_config(tmp_path, training={"steps": 2, "optimizer": rising}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert prepare_run_dir(make_config(tmp_path, training={"steps": 20, "optimizer": rising})) is True
 
 
 def test_a_directory_of_another_configuration_is_refused_with_the_keys_that_differ(tmp_path):

@@ -55,8 +55,8 @@ def token_logprob(
 
     Example:
         >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
-        >>> token_logprob(hidden, weight, jnp.array([0, 0])).logp.round(4).tolist()
-        [-0.5514, -1.5514]
+        >>> print(token_logprob(hidden, weight, jnp.array([0, 0])).logp.round(4))
+        [-0.5514 -1.5514]
     """
     if hidden.ndim != 2 or unembedding.ndim != 2 or hidden.shape[1] != unembedding.shape[1]:
         raise ValueError(
@@ -66,6 +66,8 @@ def token_logprob(
         raise ValueError(f"targets must be [N] = [{hidden.shape[0]}], got shape {targets.shape}")
     if mask is not None and mask.shape != targets.shape:
         raise ValueError(f"mask must be [N] = [{hidden.shape[0]}], got shape {mask.shape}")
+    if bias is not None and bias.shape != unembedding.shape[:1]:
+        raise ValueError(f"bias must be [V] = [{unembedding.shape[0]}], got shape {bias.shape}")
     if unknown := sorted(set(outputs) - set(OUTPUTS)):
         raise ValueError(f"unknown outputs {unknown}; token_logprob computes {list(OUTPUTS)}")
     if max_tokens is not None and mask is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ def token_logprob_chunked(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _chunked(hidden, unembedding, bias, temperature, targets, softcap, outputs, count):
+def _chunked(hidden, unembedding, bias, temperature, targets, softcap, outputs, count) -> Any:
     def body(_, chunk):
         chunk_hidden, chunk_targets = chunk
         return None, token_logprob_reference(
@@ -109,13 +110,13 @@ def _backward(softcap, outputs, count, residuals, cotangents):
         d_raw, d_bias, d_temperature = pullback(chunk_cotangents)
         d_hidden = dot(d_raw, unembedding, (((1,), (0,)), ((), ())))
         d_unembedding = dot(d_raw, chunk_hidden, (((0,), (0,)), ((), ())))
-        shares = (d_unembedding, d_bias, d_temperature)
-        return [total + d for total, d in zip(sums, shares, strict=True)], d_hidden.astype(chunk_hidden.dtype)
+        totals = (sums[0] + d_unembedding, sums[1] + d_bias, sums[2] + d_temperature)
+        return totals, d_hidden.astype(chunk_hidden.dtype)
 
     chunked_cotangents = jax.tree.map(lambda c: _chunks(c, count), cotangents._replace(argmax=None))
     sums, d_hidden = jax.lax.scan(
         body,
-        [jnp.zeros(unembedding.shape, wide), jnp.zeros(bias.shape, wide), jnp.zeros((), temperature.dtype)],
+        (jnp.zeros(unembedding.shape, wide), jnp.zeros(bias.shape, wide), jnp.zeros((), temperature.dtype)),
         (_chunks(hidden, count), _chunks(targets, count), chunked_cotangents),
     )
     d_unembedding, d_bias, d_temperature = sums

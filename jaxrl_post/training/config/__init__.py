@@ -15,7 +15,6 @@ from typing import Any
 from jaxrl_post.data import PRINTABLE
 from jaxrl_post.training.config import checks, parsing, yaml_text
 from jaxrl_post.training.config.checks import check_devices
-from jaxrl_post.training.config.content_checks import PREFERENCE, WITHOUT_ROLLOUTS, uses_rollouts
 from jaxrl_post.training.config.document import defaults, document
 from jaxrl_post.training.config.errors import ConfigError, ConfigWarning, Problems
 from jaxrl_post.training.config.methods_check import check_method
@@ -38,8 +37,6 @@ from jaxrl_post.training.config.schema import (
 )
 
 __all__ = [
-    "PREFERENCE",
-    "WITHOUT_ROLLOUTS",
     "Config",
     "ConfigError",
     "ConfigWarning",
@@ -64,7 +61,6 @@ __all__ = [
     "from_dict",
     "load",
     "to_dict",
-    "uses_rollouts",
     "validate",
 ]
 
@@ -155,10 +151,7 @@ def _build(values: Any, source: str, problems: Problems, namespace: Any, check_f
     if problems.ok("method") and config.method is not None:
         method, made = check_method(config.method, problems, namespace)
         config = dataclasses.replace(config, method=method)
-    checks.check_fields(config, problems, check_files)
-    if made is not None:
-        checks.check_batch(config, made.unit, problems)
-        checks.check_roles(config, made.needs, made.trains, problems)
+    checks.check(config, made, problems, check_files)
     if problems.messages or made is None:
         raise ConfigError(problems.messages, source)
     for text in problems.warnings:

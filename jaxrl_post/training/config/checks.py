@@ -4,30 +4,49 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
 
 from jaxrl_post.training.config import content_checks
-from jaxrl_post.training.config.content_checks import PREFERENCE, refuse_unused, uses_rollouts
+from jaxrl_post.training.config.content_checks import refuse_unused
 from jaxrl_post.training.config.errors import ConfigError, Problems, nearest
 from jaxrl_post.training.config.schema import Config, OptimizerConfig, yaml_key
-
-GROUP_BASELINE = frozenset({"grpo", "mc_grpo"})
-"""Methods that compare the completions of one prompt with each other, whatever their keywords."""
-GROUP_BASELINE_CHOICES = frozenset({"leave_one_out"})
-"""Choices of a method's `baseline` that do so."""
+from jaxrl_post.types import Method
 
 
-def check_fields(config: Config, problems: Problems, check_files: bool = True) -> None:
-    """Everything between fields that does not need the method itself."""
+def check(config: Config, made: Method | None, problems: Problems, check_files: bool = True) -> None:
+    """Everything that must hold between fields, and between fields and the method.
+
+    What a method wants (groups, pairs, roles) is asked of the method itself, so that a new one needs no change here.
+
+    Args:
+        config: the configuration; a field that could not be read is None.
+        made: the method, None if it could not be made; what depends on it is then passed over.
+        problems: takes what is wrong.
+        check_files: whether files and packages that the run needs must be there.
+    """
     _model(config, problems)
-    content_checks.check_data(config, problems)
-    content_checks.check_rewards(config, problems)
-    _sizes(config, problems)
-    if config.training is not None and config.training.optimizer is not None:
-        _optimizer(config.training.optimizer, "training.optimizer", config.training.steps, problems)
+    content_checks.check_data(config, made, problems)
+    content_checks.check_rewards(config, made, problems)
+    if made is not None:
+        _source(config, made, problems)
+        if made.learns_from == "rollouts":
+            _groups(config, made, problems)
+    _mesh(config, problems)
+    if config.eval is not None and problems.ok("eval.k", "eval.samples") and config.eval.k > config.eval.samples:
+        problems.add(
+            "eval.k", f"must be at most eval.samples = {config.eval.samples}; lower it or sample more", config.eval.k
+        )
+    training = config.training
+    if training is not None and training.optimizer is not None:
+        known = problems.ok("training.steps", "training.epochs")
+        _optimizer(
+            training.optimizer, "training.optimizer", training.steps * training.epochs if known else None, problems
+        )
     _warm_start(config, problems)
     if check_files:
         content_checks.check_files_exist(config, problems)
+    if made is not None:
+        _batch(config, made, problems)
+        _roles(config, made, problems)
 
 
 def _model(config: Config, problems: Problems) -> None:
@@ -69,95 +88,81 @@ def _nearest_divisor(number: int, wanted: int) -> int:
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))
 
 
-def _sizes(config: Config, problems: Problems) -> None:
-    rollout, training, mesh = config.rollout, config.training, config.mesh
-    if config.method is None or not problems.ok("method.name"):
-        return
-    name, online = config.method.name, uses_rollouts(config)
-    if not online:
+def _source(config: Config, made: Method, problems: Problems) -> None:
+    rollout, name = config.rollout, config.method.name
+    if made.learns_from != "rollouts":
         why = f"method {name} samples no completions to train on"
         if rollout is not None:
             refuse_unused(rollout, "rollout", ("group_size", "prompts"), why, problems)
         if config.curriculum is not None:
             refuse_unused(config.curriculum, "curriculum", ("oversample",), why, problems)
-    elif training is not None:
+    elif config.training is not None:
         why = f"method {name} trains on rollout.prompts * rollout.group_size completions"
-        refuse_unused(training, "training", ("batch_size",), why, problems)
-    if online and problems.ok("rollout.group_size", "rollout.prompts", "curriculum", "data.size"):
-        baseline = (config.method.keywords or {}).get("baseline")
-        compares = name in GROUP_BASELINE or baseline in GROUP_BASELINE_CHOICES
-        oversample = config.curriculum.oversample
-        if rollout.group_size == 1 and compares:
-            problems.add(
-                "rollout.group_size",
-                f"{name} compares the completions of a prompt with each other, so that a group of one has no "
-                "advantage; set it to 2 or more (8 is usual), or use a method without a group baseline (ppo)",
-                1,
-            )
-        elif rollout.group_size == 1 and oversample > 1:
-            problems.add(
-                "curriculum.oversample",
-                "prefers groups whose rewards vary, and one completion cannot; set rollout.group_size to 2 or more",
-                oversample,
-            )
-        if config.data is not None and config.data.task and rollout.prompts * oversample > config.data.size:
-            problems.add(
-                "data.size",
-                f"a step samples rollout.prompts * curriculum.oversample = {rollout.prompts * oversample} problems; "
-                "make it at least that",
-                config.data.size,
-            )
-        if name == "mc_grpo" and rollout.group_size % 2 == 0:
-            problems.warnings.append(
-                f"rollout.group_size = {rollout.group_size}: mc_grpo drops the completion with the median "
-                f"reward, which only an odd group has; use {rollout.group_size + 1}"
-            )
+        refuse_unused(config.training, "training", ("batch_size",), why, problems)
+
+
+def _groups(config: Config, made: Method, problems: Problems) -> None:
+    if not problems.ok("rollout.group_size", "rollout.prompts", "curriculum", "data.size"):
+        return
+    rollout, oversample = config.rollout, config.curriculum.oversample
+    if rollout.group_size < made.min_group:
+        problems.add(
+            "rollout.group_size",
+            f"{config.method.name} compares the completions of a prompt with each other, and a group of fewer than "
+            f"{made.min_group} has no advantage; set it to {made.min_group} or more (8 is usual), or use a method "
+            "without a group baseline (ppo)",
+            rollout.group_size,
+        )
+    elif rollout.group_size == 1 and oversample > 1:
+        problems.add(
+            "curriculum.oversample",
+            "prefers groups whose rewards vary, and one completion cannot; set rollout.group_size to 2 or more",
+            oversample,
+        )
+    if config.data is not None and config.data.task and rollout.prompts * oversample > config.data.size:
+        problems.add(
+            "data.size",
+            f"a step samples rollout.prompts * curriculum.oversample = {rollout.prompts * oversample} problems; "
+            "make it at least that",
+            config.data.size,
+        )
+
+
+def _mesh(config: Config, problems: Problems) -> None:
+    mesh = config.mesh
+    if mesh is None:
+        return
     for axis in ("sequence", "expert"):
-        if mesh is not None and problems.ok(f"mesh.{axis}") and getattr(mesh, axis) > 1:
+        if problems.ok(f"mesh.{axis}") and getattr(mesh, axis) > 1:
             problems.add(
                 f"mesh.{axis}", "splitting over this axis is not available yet; set it to 1", getattr(mesh, axis)
             )
-    if (
-        mesh is not None
-        and problems.ok("mesh.tensor", "model")
-        and mesh.tensor > 1
-        and config.model.heads % mesh.tensor
-    ):
+    if problems.ok("mesh.tensor", "model") and mesh.tensor > 1 and config.model.heads % mesh.tensor:
         problems.warnings.append(
             f"mesh.tensor = {mesh.tensor}: does not divide model.heads = {config.model.heads}, so every device keeps "
             "all heads"
         )
-    if config.eval is not None and problems.ok("eval.k", "eval.samples") and config.eval.k > config.eval.samples:
-        problems.add(
-            "eval.k", f"must be at most eval.samples = {config.eval.samples}; lower it or sample more", config.eval.k
-        )
 
 
-def check_batch(config: Config, unit: str, problems: Problems) -> None:
-    """Micro-batches against the batch and the piece that the method may not split, and both against the mesh.
-
-    Args:
-        config: the configuration.
-        unit: `token`, `sequence`, `group` or `batch`, of the method.
-        problems: takes what is wrong.
-    """
+def _batch(config: Config, made: Method, problems: Problems) -> None:
+    # Micro-batches against the batch and the piece that the method may not split, and both against the mesh.
     if not problems.ok("rollout", "training", "mesh", "method"):
         return
     micro, shards = config.training.micro_batches, config.mesh.data * config.mesh.fsdp
-    if uses_rollouts(config):
+    if made.learns_from == "rollouts":
         groups, size = config.rollout.prompts, config.rollout.group_size
         source = f"rollout.prompts * rollout.group_size = {groups} * {size} = {groups * size} completions"
         change = "rollout.prompts"
     else:
-        groups, size = config.training.batch_size, 2 if config.method.name in PREFERENCE else 1
+        groups, size = config.training.batch_size, 2 if made.learns_from == "pairs" else 1
         source = f"training.batch_size = {groups} " + ("pairs" if size == 2 else "examples")
         change = "training.batch_size"
-    pieces = {"group": groups, "batch": 1}.get(unit, groups * size)
+    pieces = {"group": groups, "batch": 1}.get(made.unit, groups * size)
     if pieces % micro:
         fix = {
             "group": f"groups of one prompt must stay whole: use a divisor of {groups}",
             "batch": "the method needs the whole batch at once: set it to 1",
-        }.get(unit, f"use a divisor of {pieces}")
+        }.get(made.unit, f"use a divisor of {pieces}")
         problems.add("training.micro_batches", f"does not divide {source}; {fix}", micro)
     elif (groups * size // micro) % shards:
         each = f" in each of {micro} micro-batches" if micro > 1 else ""
@@ -177,17 +182,10 @@ def check_batch(config: Config, unit: str, problems: Problems) -> None:
         )
 
 
-def check_roles(config: Config, needs: Iterable[str], trains: Iterable[str], problems: Problems) -> None:
-    """The roles given against those that the method needs, and where each comes from.
-
-    Args:
-        config: the configuration.
-        needs: roles whose stats the method reads.
-        trains: roles whose parameters it updates.
-        problems: takes what is wrong.
-    """
+def _roles(config: Config, made: Method, problems: Problems) -> None:
+    # The roles given against those that the method reads, and where each comes from.
     name, roles = config.method.name, config.roles or {}
-    needed = sorted(role for role in needs if role != "policy" and "/" not in role)
+    needed = sorted(role for role in made.needs if role != "policy" and "/" not in role)
     for role, options in roles.items():
         key = f"roles.{role}"
         if options is None or not problems.ok(key):
@@ -204,7 +202,7 @@ def check_roles(config: Config, needs: Iterable[str], trains: Iterable[str], pro
             others = ["policy", *(other for other in needed if other != role)]
             problems.add(f"{key}.from", f"must be another role; {nearest(options.source, others)}", options.source)
         if options.refresh == "every":
-            if role in trains:
+            if role in made.trains:
                 problems.add(f"{key}.refresh", f"method {name} trains this role itself; use frozen", "every")
             elif options.every is None:
                 problems.add(f"{key}.every", "is missing; give the steps between renewals, e.g. 50")
@@ -220,7 +218,7 @@ def check_roles(config: Config, needs: Iterable[str], trains: Iterable[str], pro
             chain.append(source)
 
 
-def _optimizer(optimizer: OptimizerConfig, path: str, steps: int | None, problems: Problems) -> None:
+def _optimizer(optimizer: OptimizerConfig, path: str, updates: int | None, problems: Problems) -> None:
     if problems.ok(f"{path}.name"):
         if optimizer.name == "sgd":
             refuse_unused(optimizer, path, ("b2", "eps", "weight_decay"), "the optimiser is sgd", problems)
@@ -230,13 +228,12 @@ def _optimizer(optimizer: OptimizerConfig, path: str, steps: int | None, problem
         return
     if optimizer.schedule == "constant":
         refuse_unused(optimizer, path, ("end_fraction",), "the schedule is constant", problems)
-    steps_key = path.replace(".optimizer", ".steps")
-    if steps is not None and optimizer.warmup_steps and optimizer.warmup_steps >= steps:
-        message = f"the step size is still rising at the end, {steps_key} = {steps}; make it smaller"
-        if optimizer.schedule == "constant":
-            problems.warnings.append(f"{path}.warmup_steps = {optimizer.warmup_steps}: {message}")
-        else:
-            problems.add(f"{path}.warmup_steps", message, optimizer.warmup_steps)
+    if updates is not None and optimizer.warmup_steps and optimizer.warmup_steps >= updates:
+        # No error, because a run that is cut to two steps for a quick try is one of these.
+        problems.warnings.append(
+            f"{path}.warmup_steps = {optimizer.warmup_steps}: the step size is still rising at the last of the "
+            f"{updates} updates; make it smaller, or train for more steps"
+        )
 
 
 def _warm_start(config: Config, problems: Problems) -> None:

@@ -13,16 +13,7 @@ from typing import Any
 from jaxrl_post.training.config.errors import Problems, nearest
 from jaxrl_post.training.config.parsing import default_of, join
 from jaxrl_post.training.config.schema import Config
-
-WITHOUT_ROLLOUTS = frozenset({"sft", "dpo"})
-"""Methods that train on given completions, `training.batch_size` of them (or of pairs) a step."""
-PREFERENCE = frozenset({"dpo"})
-"""Methods that train on pairs of a preferred and another completion."""
-
-
-def uses_rollouts(config: Config) -> bool:
-    """Whether the method trains on sampled completions."""
-    return config.method.name not in WITHOUT_ROLLOUTS
+from jaxrl_post.types import Method
 
 
 def reward_names() -> list[str]:
@@ -56,8 +47,8 @@ def refuse_unused(section: Any, path: str, names: Iterable[str], why: str, probl
             problems.add(key, f"does not apply: {why}; leave it out", getattr(section, name))
 
 
-def check_data(config: Config, problems: Problems) -> None:
-    """Problems, templates and tokenizer."""
+def check_data(config: Config, made: Method | None, problems: Problems) -> None:
+    """Problems, templates and tokenizer; `made` is the method, None if it could not be made."""
     data = config.data
     if data is None:
         return
@@ -88,12 +79,11 @@ def check_data(config: Config, problems: Problems) -> None:
     for name in ("prompt", "answer", "chosen", "rejected"):
         if problems.ok(f"data.{name}"):
             _template(getattr(data, name), f"data.{name}", problems)
-    preference = config.method is not None and config.method.name in PREFERENCE
-    if problems.ok("method.name") and config.method is not None:
-        if not preference:
+    if made is not None:
+        if made.learns_from != "pairs":
             why = f"method {config.method.name} does not train on pairs"
             refuse_unused(data, "data", ("chosen", "rejected"), why, problems)
-        elif data.task is not None and not changed(data, ("rejected",)):
+        elif data.task is not None:
             problems.add(
                 "data.task",
                 f"{config.method.name} trains on preference pairs, which no task has; give data.files",
@@ -113,8 +103,8 @@ def _template(text: str, key: str, problems: Problems) -> None:
         problems.add(key, "names no column, so it is the same for every problem; write e.g. {question}", text)
 
 
-def check_rewards(config: Config, problems: Problems) -> None:
-    """Each component of the reward, and that there is one where the method needs it."""
+def check_rewards(config: Config, made: Method | None, problems: Problems) -> None:
+    """Each component of the reward, and that there is one where the method, if it could be made, needs it."""
     for index, reward in enumerate(config.rewards or ()):
         key = f"rewards.{index}"
         if reward is None or not problems.ok(key):
@@ -129,8 +119,7 @@ def check_rewards(config: Config, problems: Problems) -> None:
                 problems.add(f"{key}.name", "scores with the generator of data.task; give data.task", reward.name)
         elif not all(reward.path.rpartition(":")[::2]):  # pyright: ignore[reportOptionalMemberAccess]
             problems.add(f"{key}.path", "must be module:function or file.py:function", reward.path)
-    known = config.method is not None and problems.ok("method.name", "rewards")
-    if known and not config.rewards and uses_rollouts(config):
+    if made is not None and made.learns_from == "rollouts" and problems.ok("rewards") and not config.rewards:
         problems.add(
             "rewards", f"method {config.method.name} needs at least one reward, e.g. [{{name: task_score}}]", []
         )

@@ -14,6 +14,7 @@ from typing import Any
 from jaxrl_post.training.config.errors import Problems, nearest
 from jaxrl_post.training.config.parsing import BAD, coerce, type_name
 from jaxrl_post.training.config.schema import MethodConfig
+from jaxrl_post.types import Method
 
 
 def method_functions(namespace: Any = None) -> dict[str, Callable[..., Any]]:
@@ -53,7 +54,7 @@ def keyword_types(function: Callable[..., Any]) -> dict[str, Any]:
     return result
 
 
-def check_method(method: MethodConfig, problems: Problems, namespace: Any = None) -> tuple[MethodConfig, Any]:
+def check_method(method: MethodConfig, problems: Problems, namespace: Any = None) -> tuple[MethodConfig, Method | None]:
     """The method with its keywords as the function wants them, and what the function returns (None after a problem)."""
     functions = method_functions(namespace)
     if method.name not in functions:

@@ -165,7 +165,9 @@ class OptimizerConfig:
     schedule: Literal["constant", "cosine", "linear"] = option(
         "how the step size goes from its peak to end_fraction of it", "constant"
     )
-    warmup_steps: int = option("steps over which the step size rises linearly from 0", 0, minimum=0)
+    warmup_steps: int = option(
+        "updates over which the step size rises linearly; the first has peak / (warmup_steps + 1)", 0, minimum=0
+    )
     end_fraction: float = option(
         "step size at the last step, as a fraction of the peak (cosine, linear)", 0.1, minimum=0, maximum=1
     )
@@ -204,7 +206,9 @@ class TrainingConfig:
     batch_size: int = option("examples or preference pairs per step (methods without rollouts)", 128, minimum=1)
     optimizer: OptimizerConfig = option("the optimiser")
     checkpoint_every: int = option("steps between checkpoints", 100, minimum=1)
-    keep_checkpoints: int = option("newest checkpoints that are kept", 2, minimum=1)
+    keep_checkpoints: int = option(
+        "newest checkpoints that are kept; 2 or more leave one to fall back to", 2, minimum=1
+    )
     max_nonfinite_steps: int = option(
         "skipped steps with non-finite gradients, in a row, that end the run", 5, minimum=1
     )

@@ -1,0 +1,108 @@
+"""Using what a run has trained: completing prompts and measuring accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrl_post.rollout import SamplingParams
+from jaxrl_post.training import config as configs
+from jaxrl_post.training import setup as setups
+from jaxrl_post.training.checkpoint import Checkpointer, CheckpointError
+from jaxrl_post.training.evaluate import Evaluator
+from jaxrl_post.training.sampling import Sampler
+from jaxrl_post.training.setup import Setup
+from jaxrl_post.types import FINISH_STOP, Params
+
+
+def load_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[Setup, Params]:
+    """The parts of a run and the policy's parameters in its newest checkpoint.
+
+    Raises:
+        FileNotFoundError: if the directory is not one of a run.
+        CheckpointError: if it holds no checkpoint that can be read.
+    """
+    directory = Path(run_dir)
+    config = configs.load(directory / "config.yaml", overrides)
+    setup = setups.build(config)
+    if not (directory / "checkpoints").is_dir():
+        raise CheckpointError(f"{directory} holds no checkpoint yet; train first, or wait for the first save")
+    with Checkpointer(directory / "checkpoints", keep=config.training.keep_checkpoints) as checkpoints:
+        restored = checkpoints.restore(lambda saved: setup.template(setup.stages[saved["stage"]]))
+    if restored is None:
+        raise CheckpointError(f"{directory} holds no checkpoint yet; train first, or wait for the first save")
+    return setup, restored.state.params["policy"]
+
+
+def evaluate_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Accuracy, pass@k and lengths of a run's policy on its held-out problems.
+
+    Args:
+        run_dir: the run's directory.
+        overrides: `key=value` changes of its configuration, e.g. `eval.samples=64`.
+
+    Raises:
+        ValueError: if the run has no held-out problems or no rewards.
+    """
+    setup, params = load_run(run_dir, overrides)
+    results = Evaluator(setup)(params)
+    if not results:
+        raise ValueError("nothing to evaluate: the run holds out no problems (data.eval_files) or has no rewards")
+    return results
+
+
+def generate_text(
+    run_dir: str | Path,
+    prompts: Sequence[str],
+    *,
+    samples: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+    max_new_tokens: int | None = None,
+) -> list[list[dict[str, Any]]]:
+    """Complete prompts with a run's policy.
+
+    Args:
+        run_dir: the run's directory.
+        prompts: texts.
+        samples: completions per prompt.
+        temperature: divides the logits; 0 takes the most probable token.
+        seed: of the random streams.
+        max_new_tokens: longest completion; the run's own limit if None.
+
+    Returns:
+        For each prompt `samples` dicts: `text`, `logp` (of the completion, nats, at this temperature), `finish` (`stop`
+        or `length`).
+
+    Raises:
+        ValueError: for an empty prompt, or characters that the tokenizer does not know.
+    """
+    setup, params = load_run(run_dir)
+    lengths = [len(setup.tokenizer.encode(prompt)) for prompt in prompts]
+    sampler = Sampler(
+        setup,
+        SamplingParams(temperature=temperature or 1.0, greedy=temperature == 0),
+        group_size=samples,
+        max_new_tokens=max_new_tokens or setup.config.rollout.max_new_tokens,
+        prompts=len(prompts),
+        prompt_length=max(lengths),
+        rewarded=False,
+    )
+    sampled = sampler(params, [{"prompt": prompt} for prompt in prompts], jax.random.key(seed))
+    logp, finish = jax.device_get((sampled.rollouts.logp, sampled.rollouts.finish))
+    sums = np.sum(logp, axis=1).reshape(len(prompts), samples)
+    return [
+        [
+            {
+                "text": sampled.completions[row * samples + column],
+                "logp": float(sums[row, column]),
+                "finish": "stop" if finish[row, column] == FINISH_STOP else "length",
+            }
+            for column in range(samples)
+        ]
+        for row in range(len(prompts))
+    ]

@@ -1,0 +1,96 @@
+"""The Optax chain and the schedule that a configuration asks for."""
+
+from __future__ import annotations
+
+import optax
+
+
+def make_schedule(
+    *,
+    learning_rate: float,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+    steps: int = 1,
+    end_fraction: float = 0.1,
+) -> optax.Schedule:
+    """A linear warm-up to the peak, then a constant or decaying learning rate.
+
+    Args:
+        learning_rate: peak learning rate.
+        schedule: `"constant" | "cosine" | "linear"`, after the warm-up.
+        warmup_steps: updates over which the rate grows to its peak; the first of them already moves the parameters.
+        steps: updates in all; a decay ends with the last of them.
+        end_fraction: final rate as a fraction of the peak, for a schedule that decays.
+
+    Returns:
+        `update number (from 0) -> learning rate`.
+
+    Raises:
+        ValueError: for an unknown schedule.
+
+    Example:
+        >>> rate = make_schedule(learning_rate=1.0, schedule="linear", warmup_steps=3, steps=13, end_fraction=0.0)
+        >>> [round(float(rate(i)), 3) for i in (0, 1, 3, 8, 13)]
+        [0.25, 0.5, 1.0, 0.5, 0.0]
+    """
+    decay_steps = max(1, steps - warmup_steps)
+    if schedule == "constant":
+        rate = optax.constant_schedule(learning_rate)
+    elif schedule == "cosine":
+        rate = optax.cosine_decay_schedule(learning_rate, decay_steps, alpha=end_fraction)
+    elif schedule == "linear":
+        rate = optax.linear_schedule(learning_rate, learning_rate * end_fraction, decay_steps)
+    else:
+        raise ValueError(f"unknown schedule {schedule!r}; there are constant, cosine and linear")
+    if not warmup_steps:
+        return rate
+    warmup = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
+    return optax.join_schedules([warmup, rate], [warmup_steps])
+
+
+def make_optimizer(
+    learning_rate: float | optax.Schedule,
+    *,
+    name: str = "adamw",
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    max_grad_norm: float | None = 1.0,
+) -> optax.GradientTransformation:
+    """Clip by global norm, then the named optimiser.
+
+    Args:
+        learning_rate: a number, or a schedule.
+        name: `"adamw" | "adam" | "sgd"`.
+        b1: Adam's decay of the first moment; the momentum of `"sgd"`.
+        b2: Adam's decay of the second moment.
+        eps: Adam's epsilon.
+        weight_decay: decoupled weight decay, `"adamw"` only.
+        max_grad_norm: global norm that gradients are scaled down to; None for no clipping.
+
+    Returns:
+        A gradient transformation.
+
+    Raises:
+        ValueError: for an unknown name, or `weight_decay` with an optimiser that has none.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> optimizer = make_optimizer(0.5, name="sgd", b1=0.0, max_grad_norm=None)
+        >>> params = jnp.ones(2)
+        >>> updates, _ = optimizer.update(jnp.ones(2), optimizer.init(params), params)
+        >>> updates.tolist()
+        [-0.5, -0.5]
+    """
+    if weight_decay and name != "adamw":
+        raise ValueError(f"weight_decay={weight_decay} does not apply to {name!r}; use name='adamw' or weight_decay=0")
+    if name == "adamw":
+        rule = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    elif name == "adam":
+        rule = optax.adam(learning_rate, b1=b1, b2=b2, eps=eps)
+    elif name == "sgd":
+        rule = optax.sgd(learning_rate, momentum=b1 or None)
+    else:
+        raise ValueError(f"unknown optimizer {name!r}; there are adamw, adam and sgd")
+    return rule if max_grad_norm is None else optax.chain(optax.clip_by_global_norm(max_grad_norm), rule)

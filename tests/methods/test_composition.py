@@ -1,0 +1,86 @@
+"""What the methods' targets and terms are on rollouts that can be worked out by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_post import data, methods
+from jaxrl_post.types import TokenStats
+from tests import tiny
+
+
+def rollouts(rewards, valid=None):
+    """One prompt `[2]` with completions of lengths 1, 2, ... and the given rewards."""
+    count = len(rewards)
+    completions = [[[3] * (1 + index) for index in range(count)]]
+    batch = data.to_rollouts([[2]], completions, length=1 + count, rewards=np.array([rewards], np.float32))
+    if valid is not None:
+        batch = batch.replace(valid=jnp.array([valid]))
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def targets(method, batch, **stats):
+    every = {role: TokenStats(logp=jnp.zeros(batch.tokens.shape)) for role in method.needs}
+    return method.targets(method.init(batch, 1), batch, every | stats, jax.random.key(0))[0]
+
+
+def test_grpo_gives_each_token_its_sequence_s_standardised_reward():
+    # rewards 1, 3: mean 2, unbiased standard deviation sqrt(2)
+    made = targets(methods.grpo(), rollouts([1.0, 3.0]))
+    a = 1 / np.sqrt(2)
+    np.testing.assert_allclose(made.advantages, [[0, -a, 0], [0, a, a]], rtol=1e-5)
+    np.testing.assert_array_equal(made.mask, [[0, 1, 0], [0, 1, 1]])
+
+
+def test_an_invalid_sequence_leaves_statistics_loss_and_denominator():
+    batch = rollouts([1.0, 3.0, 100.0], valid=[True, True, False])
+    made = targets(methods.grpo(), batch)
+    a = 1 / np.sqrt(2)
+    np.testing.assert_allclose(made.advantages[:, 1], [-a, a, 0], rtol=1e-5)
+    np.testing.assert_array_equal(made.mask.sum(1), [1, 2, 0])
+
+
+def test_mc_grpo_drops_one_rollout_that_attains_the_median():
+    # The table's example: rewards .2, .9, .5: median .5, deviation .3 + .001.
+    made = targets(methods.mc_grpo(), rollouts([0.2, 0.9, 0.5]))
+    np.testing.assert_allclose(made.advantages[:2, 1], [-0.996678, 1.328904], rtol=1e-5)
+    np.testing.assert_array_equal(made.mask.sum(1), [1, 2, 0])
+
+
+def test_ppo_puts_reward_on_the_last_token_and_takes_the_kl_from_it():
+    batch = rollouts([1.0])  # one sequence of one completion token
+    method = methods.ppo(beta=0.5, whiten=False)
+    reference = TokenStats(logp=jnp.full(batch.tokens.shape, -2.0))
+    critic = TokenStats(value=jnp.full(batch.tokens.shape, 0.25))
+    made = targets(method, batch.replace(logp=jnp.array([[0.0, -1.0]])), reference=reference, critic=critic)
+    # reward 1 - 0.5 * (-1 - -2) = 0.5; advantage 0.5 - 0.25
+    np.testing.assert_allclose(made.returns, [[0.0, 0.5]], atol=1e-6)
+    np.testing.assert_allclose(made.advantages, [[0.0, 0.25]], atol=1e-6)
+
+
+def test_a_kl_term_is_there_only_if_it_counts():
+    assert set(methods.grpo(beta=0.0).needs) == {"policy"}
+    method = methods.grpo(beta=0.1)
+    batch = rollouts([1.0, 3.0])
+    stats = {
+        "policy": TokenStats(logp=jnp.full(batch.tokens.shape, -1.0)),
+        "reference": TokenStats(logp=jnp.full(batch.tokens.shape, -1.5)),
+    }
+    terms = method.loss(stats, batch, targets(method, batch))
+    assert set(terms) == {"policy", "kl"}
+    assert terms["kl"].weight == 0.1
+    x = -1.5 - -1.0
+    np.testing.assert_allclose(terms["kl"].value, np.full(batch.tokens.shape, np.exp(x) - x - 1), rtol=1e-5)
+
+
+def test_old_logp_is_the_sampler_s_or_the_recomputed_one():
+    batch = rollouts([1.0, 3.0])
+    batch = batch.replace(logp=jnp.full(batch.tokens.shape, -0.5))
+    assert float(targets(methods.grpo(), batch).old_logp[0, 1]) == -0.5
+    assert float(targets(methods.grpo(old_logp="recompute"), batch).old_logp[0, 1]) == 0.0
+
+
+def test_dpo_refuses_groups_that_are_not_pairs():
+    with pytest.raises(ValueError, match="group of two, got groups of 3"):
+        tiny.one_step(methods.dpo(), rollouts([1.0, 2.0, 3.0]))

@@ -1,0 +1,140 @@
+"""`sampling.transform` against examples worked out by hand and a float64 oracle that goes token by token."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_post.sampling import SamplingParams, is_truncating, transform
+
+LOGITS = jnp.log(jnp.array([0.5, 0.25, 0.125, 0.0625, 0.0625]))  # exact in binary, so that boundaries are too
+
+
+def kept(logits, **options):
+    return np.flatnonzero(np.isfinite(np.asarray(transform(jnp.asarray(logits), **options)))).tolist()
+
+
+def oracle(logits, temperature, top_k, top_p, min_p):
+    """Which tokens stay, by going down the sorted list in float64; None where a decision hangs on rounding."""
+    z = np.asarray(logits, np.float64) / temperature
+    p = np.exp(z - z.max())
+    p /= p.sum()
+    keep = np.ones(len(z), bool)
+    close = []
+    if top_k:
+        keep &= p >= np.sort(p)[::-1][min(top_k, len(p)) - 1]
+    if top_p < 1:
+        total, least = 0.0, 1.0
+        for mass in np.sort(p)[::-1]:
+            close.append(abs(total - top_p))
+            if total >= top_p:
+                break
+            total, least = total + mass, mass
+        keep &= p >= least
+    if min_p > 0:
+        close.append(np.abs(p - min_p * p.max()).min())
+        keep &= p >= min_p * p.max()
+    return keep if min(close, default=1.0) > 1e-6 else None
+
+
+def test_without_options_the_logits_stay_as_they_are():
+    assert transform(LOGITS).tolist() == LOGITS.tolist()
+
+
+def test_temperature_divides_the_logits_before_anything_is_cut():
+    np.testing.assert_allclose(transform(jnp.array([1.0, -3.0]), temperature=0.5), [2.0, -6.0])
+    # At temperature 1/2 the first token alone has 0.25 / 0.3359 = 0.744 of the mass, at 1 it has 0.5.
+    assert kept(LOGITS, temperature=0.5, top_p=0.7) == [0]
+    assert kept(LOGITS, temperature=1.0, top_p=0.7) == [0, 1]
+
+
+@pytest.mark.parametrize(("top_k", "expected"), [(0, 5), (1, 1), (2, 2), (3, 3), (4, 5), (5, 5), (99, 5)])
+def test_top_k_keeps_k_tokens_and_what_ties_with_the_last_of_them(top_k, expected):
+    assert kept(LOGITS, top_k=top_k) == list(range(expected))
+
+
+@pytest.mark.parametrize(
+    ("top_p", "expected"),
+    [(1e-6, 1), (0.5, 1), (0.50001, 2), (0.75, 2), (0.76, 3), (0.875, 3), (0.9, 5), (0.9375, 5), (1.0, 5)],
+)
+def test_top_p_keeps_the_smallest_set_that_reaches_the_mass_and_what_ties_with_its_last_token(top_p, expected):
+    assert kept(LOGITS, top_p=top_p) == list(range(expected))
+
+
+@pytest.mark.parametrize(("min_p", "expected"), [(0.0, 5), (0.125, 5), (0.126, 3), (0.25, 3), (0.49, 2), (0.51, 1)])
+def test_min_p_keeps_tokens_of_at_least_that_fraction_of_the_best(min_p, expected):
+    assert kept(LOGITS, min_p=min_p) == list(range(expected))
+
+
+def test_a_token_must_be_kept_by_every_truncation_judged_on_the_whole_distribution():
+    # top-p 0.76 keeps three; renormalized after top-k 2 the first token would have 2/3 and top-p would keep two.
+    assert kept(LOGITS, top_k=2, top_p=0.76) == [0, 1]
+    assert kept(LOGITS, top_k=3, top_p=0.55) == [0, 1]  # renormalized after top-k 3: 0.571 in the first alone
+    assert kept(LOGITS, top_k=3, top_p=0.76, min_p=0.3) == [0, 1]
+
+
+def test_each_row_and_any_order_of_tokens_agrees_with_a_float64_oracle():
+    random = np.random.default_rng(0)
+    logits = (2.5 * random.standard_normal((6, 23))).astype(np.float32)
+    logits[1, [3, 7, 9]] = logits[1].max()  # ties at the top
+    logits[2] = 0.0  # all tied
+    logits[3, ::2] = -np.inf  # forbidden from the start
+    decided = 0
+    for temperature, top_k, top_p, min_p in itertools.product([0.6, 1.7], [0, 1, 4], [0.3, 0.9, 1.0], [0.0, 0.05, 0.6]):
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        out = np.asarray(transform(jnp.asarray(logits), **options))
+        for row, cut in zip(logits, out, strict=True):
+            keep = oracle(row, **options)
+            if keep is None:
+                continue
+            decided += 1
+            keep &= np.isfinite(row)
+            np.testing.assert_array_equal(np.isfinite(cut), keep, err_msg=str(options))
+            np.testing.assert_allclose(cut[keep], row[keep] / temperature, rtol=1e-6)
+            assert keep[np.argmax(row)]
+    assert decided > 300  # of 324
+
+
+@pytest.mark.parametrize("value", [1e-9, 0.0])
+def test_the_best_token_survives_even_a_traced_value_out_of_range(value):
+    out = jax.jit(lambda p: transform(LOGITS, top_p=p))(value)
+    assert np.isfinite(out).tolist() == [True, False, False, False, False]
+    out = jax.jit(lambda p: transform(LOGITS, min_p=p))(2.0)
+    assert np.isfinite(out).tolist() == [True, False, False, False, False]
+
+
+def test_traced_values_do_what_static_ones_do():
+    traced = jax.jit(lambda t, p, m: transform(LOGITS, temperature=t, top_p=p, min_p=m))
+    for t, p, m in [(1.0, 1.0, 0.0), (0.5, 0.8, 0.0), (2.0, 1.0, 0.3), (1.0, 0.75, 0.2)]:
+        np.testing.assert_allclose(traced(t, p, m), transform(LOGITS, temperature=t, top_p=p, min_p=m), rtol=1e-6)
+
+
+def test_sixteen_bit_logits_are_raised_and_float64_stays():
+    assert transform(LOGITS.astype(jnp.bfloat16), temperature=0.7).dtype == jnp.float32
+    with jax.enable_x64(True):
+        assert transform(jnp.zeros(3, jnp.float64), top_p=0.5).dtype == jnp.float64
+
+
+def test_only_cuts_truncate():
+    assert not is_truncating(SamplingParams(temperature=0.3, greedy=True, stop_tokens=(1,)))
+    assert all(is_truncating(SamplingParams(**cut)) for cut in ({"top_k": 9}, {"top_p": 0.99}, {"min_p": 0.01}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0; use greedy=True"),
+        ({"temperature": float("nan")}, "temperature must be positive, got nan"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0; 1.0 turns it off"),
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+        ({"top_k": -1}, r"top_k must be 0 \(off\) or positive, got -1"),
+        ({"min_p": 1.0}, r"min_p must be in \[0, 1\), got 1.0; 0.0 turns it off"),
+        ({"min_p": -0.1}, r"min_p must be in \[0, 1\), got -0.1"),
+        ({"state": ()}, "state is reserved and must be None"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        transform(LOGITS, **options)

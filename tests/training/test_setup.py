@@ -1,0 +1,93 @@
+"""From a configuration to problems, rewards and stages."""
+
+import json
+
+import pytest
+
+from jaxrl_post.data import CharTokenizer
+from jaxrl_post.training import config as configs
+from jaxrl_post.training import setup
+
+QUESTIONS = [{"question": f"q{n}"} for n in range(20)]
+ANSWERED = [{**row, "answer": 19} for row in QUESTIONS]
+PAIRS = [{**row, "chosen": "a", "rejected": "b"} for row in QUESTIONS]
+WARM_START = {"steps": 2, "examples": 4, "optimizer": {"learning_rate": 1e-3}}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def problems(tmp_path, rows, method="grpo", data=None, **sections):
+    values = {
+        "run_dir": "unused",
+        "data": {"files": [write(tmp_path / "train.jsonl", rows)], "max_prompt_length": 12, **(data or {})},
+        "rewards": [{"path": "os:getcwd"}],
+        "rollout": {"max_new_tokens": 6},
+        "method": {"name": method},
+        "training": {"steps": 10, "optimizer": {"learning_rate": 1e-3}},
+    }
+    return setup.make_problems(configs.from_dict(values | sections), CharTokenizer())
+
+
+def test_files_without_answers_will_do_where_nothing_reads_them(tmp_path):
+    assert "answer" not in problems(tmp_path, QUESTIONS).train[0]
+    assert "answer" not in problems(tmp_path, ANSWERED[:5] + QUESTIONS).train[7]
+
+
+def test_answers_that_are_there_become_text(tmp_path):
+    assert problems(tmp_path, ANSWERED).train[0]["answer"] == "19"
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"rewards": [{"name": "exact_match"}]},
+        {"method": "sft"},
+        {"warm_start": WARM_START},
+        {"data": {"answer": "{solution}"}},
+    ],
+    ids=str,
+)
+def test_a_missing_answer_is_an_error_where_something_reads_it(sections, tmp_path):
+    with pytest.raises(ValueError, match="answer template"):
+        problems(tmp_path, QUESTIONS, **sections)
+
+
+def test_pairs_need_both_completions_in_training_but_not_held_out(tmp_path):
+    held_out = write(tmp_path / "eval.jsonl", [{"question": f"z{n}"} for n in range(5)])
+    made = problems(tmp_path, PAIRS, "dpo", {"eval_files": [held_out]})
+    assert made.train[0]["chosen"] == "a"
+    assert len(made.held_out) == 5
+    with pytest.raises(ValueError, match="chosen template"):
+        problems(tmp_path, QUESTIONS, "dpo")
+
+
+def test_training_never_sees_a_held_out_prompt(tmp_path):
+    held_out = write(tmp_path / "eval.jsonl", ANSWERED[:5])
+    made = problems(tmp_path, ANSWERED, data={"eval_files": [held_out]}, warm_start=WARM_START)
+    assert made.exclude == {f"q{n}" for n in range(5)}
+    assert [problem["prompt"] for problem in made.warm_start] == ["q5", "q6", "q7", "q8"]
+
+
+def test_generated_problems_are_disjoint_by_content():
+    values = {
+        "run_dir": "unused",
+        "data": {"task": "spell_backward", "prompt": "{word}>", "lowercase": True, "max_prompt_length": 11},
+        "rewards": [{"name": "task_score", "threshold": 0.999}],
+        "rollout": {"max_new_tokens": 11},
+        "training": {"steps": 10, "optimizer": {"learning_rate": 1e-3}},
+        "warm_start": {**WARM_START, "examples": 200, "until": 0.3, "check_every": 1, "check_problems": 50},
+        "eval": {"problems": 100},
+    }
+    by_seed = [setup.make_problems(configs.from_dict(values | {"seed": seed}), CharTokenizer()) for seed in (0, 1)]
+    for made in by_seed:
+        parts = [{p["prompt"] for p in part} for part in (made.warm_start, made.validation, made.held_out)]
+        assert [len(part) for part in parts] == [200, 50, 100]
+        assert not parts[0] & parts[1]
+        assert not parts[0] & parts[2]
+        assert not parts[1] & parts[2]
+        assert made.exclude == parts[1] | parts[2]
+    assert [p["prompt"] for p in by_seed[0].held_out] == [p["prompt"] for p in by_seed[1].held_out]
+    assert [p["prompt"] for p in by_seed[0].warm_start] != [p["prompt"] for p in by_seed[1].warm_start]

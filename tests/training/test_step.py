@@ -1,0 +1,165 @@
+"""The train step: what may not change a loss or a gradient, and what happens when something is wrong."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrl_post import mesh as mesh_lib
+from jaxrl_post import methods, models, training
+from tests import tiny
+
+METHODS = {
+    "sft": (methods.sft(), tiny.batch),
+    "grpo": (methods.grpo(), tiny.batch),
+    "grpo_token_mean": (methods.grpo(aggregation="token_mean", old_logp="recompute"), tiny.batch),
+    "mc_grpo": (methods.mc_grpo(aggregation="seq_mean_token_sum"), tiny.batch),
+    "reinforce": (methods.reinforce(baseline="leave_one_out"), tiny.batch),
+    "ppo": (methods.ppo(beta=0.1), tiny.batch),
+    "dpo": (methods.dpo(), tiny.pairs),
+}
+
+
+def assert_same(left, right, tolerance=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance), left, right)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Parameters and metrics of each method after one step on the whole batch."""
+    return {name: tiny.one_step(method, make()) for name, (method, make) in METHODS.items()}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_result_does_not_depend_on_the_number_of_micro_batches(name, whole):
+    method, make = METHODS[name]
+    count = 2 if name == "dpo" else 8
+    state, metrics = tiny.one_step(method, make(), micro_batches=count)
+    assert_same(state.params, whole[name][0].params)
+    for key, value in whole[name][1].items():
+        np.testing.assert_allclose(metrics[key], value, atol=2e-6, rtol=1e-4, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["grpo", "mc_grpo", "ppo", "dpo"])
+def test_the_result_does_not_depend_on_padding(name, whole):
+    method, make = METHODS[name]
+    batch = make()
+    width = batch.tokens.shape[1]
+
+    def pad(x):
+        return jnp.pad(x, ((0, 0), (0, 3)), constant_values=3) if x.ndim == 2 and x.shape[1] == width else x
+
+    padded = jax.tree.map(pad, batch).replace(mask=jnp.pad(jnp.asarray(batch.mask), ((0, 0), (0, 3))))
+    state, _ = tiny.one_step(method, padded)
+    assert_same(state.params, whole[name][0].params)
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("name", ["grpo", "ppo", "dpo"])
+def test_eight_devices_agree_with_one(name, sizes, whole):
+    method, make = METHODS[name]
+    mesh = mesh_lib.make_mesh(**sizes)
+    batch = make() if name == "dpo" else tiny.batch(count=8)
+    expected = whole[name] if name == "dpo" else tiny.one_step(method, batch)
+    state, metrics = tiny.one_step(method, batch, mesh=mesh, micro_batches=1)
+    assert_same(jax.device_get(state.params), expected[0].params, 1e-5)
+    for key, value in expected[1].items():
+        np.testing.assert_allclose(metrics[key], value, atol=1e-5, rtol=1e-4, err_msg=key)
+    split = [x for x in jax.tree.leaves(state.params["policy"]) if not x.sharding.is_fully_replicated]
+    assert split, "no parameter is split over the mesh"
+
+
+def test_micro_batches_on_a_mesh_agree_with_one_device():
+    method, _ = METHODS["grpo"]
+    batch = tiny.batch(count=8)
+    expected, _ = tiny.one_step(method, batch)
+    state, _ = tiny.one_step(method, batch, mesh=mesh_lib.make_mesh(fsdp=4, tensor=2), micro_batches=2)
+    assert_same(jax.device_get(state.params), expected.params, 1e-5)
+
+
+def test_the_first_update_of_a_batch_has_ratio_one_and_the_second_not():
+    method = methods.grpo(beta=0.0)
+    batch = tiny.batch()
+    _, once = tiny.one_step(method, batch)
+    assert abs(float(once["ppo_kl"])) < 1e-6
+    assert float(once["clip_ratio/region_mean"]) == 0.0
+    state, twice = tiny.one_step(method, batch, optax.sgd(5.0), epochs=2)
+    assert abs(float(twice["ppo_kl"])) > 1e-4  # the mean over both epochs
+    assert float(twice["sampling/sampling_logp_difference/max"]) < 1e-5  # of the first epoch only
+    assert int(state.step) == 1
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
+    batch = tiny.batch()
+    bad = batch.replace(logp=batch.logp.at[0].set(jnp.nan))
+    state, metrics = tiny.one_step(methods.grpo(), bad, optax.adam(0.1))
+    assert float(metrics["nonfinite_updates"]) == 1.0
+    assert_same(state.params, tiny.params_for(methods.grpo()), 0.0)
+    assert int(state.opt_state["policy"][0].count) == 0
+    assert int(state.step) == 1
+    _, metrics = tiny.one_step(methods.grpo(), batch, optax.adam(0.1))
+    assert float(metrics["nonfinite_updates"]) == 0.0
+
+
+def test_a_batch_without_valid_sequences_changes_nothing_and_stays_finite():
+    batch = tiny.batch()
+    state, metrics = tiny.one_step(methods.grpo(), batch.replace(valid=jnp.zeros_like(batch.valid)))
+    assert_same(state.params, tiny.params_for(methods.grpo()), 0.0)
+    assert float(metrics["loss"]) == 0.0
+
+
+def test_master_weights_move_by_updates_that_bfloat16_could_not_hold():
+    policy = tiny.policy(dtype="bfloat16")
+    method, optimizer = methods.sft(), optax.sign_sgd(1e-6)
+    params = {"policy": policy.init(jax.random.key(0))}
+    state = training.init(params, method, optimizer, jax.random.key(1))
+    step = training.make_step(models.score(policy), method, optimizer)
+    state, _ = step(state, tiny.batch())
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.params))
+    scale, before = state.params["policy"]["final_norm"], params["policy"]["final_norm"]
+    scale, before = (jax.tree.leaves(x)[0] for x in (scale, before))
+    np.testing.assert_array_equal(before, 1.0)
+    np.testing.assert_allclose(np.abs(scale - before), 1e-6, rtol=0.1)
+
+
+def test_stats_that_nothing_reads_are_not_computed():
+    def flops(method):
+        optimizer = optax.sgd(0.1)
+        state = training.init(tiny.params_for(method), method, optimizer, jax.random.key(0))
+        step = training.make_step(tiny.scores_for(method), method, optimizer)
+        return step.lower(state, tiny.batch()).compile().cost_analysis()["flops"]  # type: ignore[attr-defined]
+
+    sampled = flops(methods.grpo(beta=0.0, old_logp="rollout"))
+    recomputed = flops(methods.grpo(beta=0.0, old_logp="recompute"))
+    with_reference = flops(methods.grpo(beta=0.1, old_logp="rollout"))
+    assert sampled < 0.9 * recomputed
+    assert with_reference == pytest.approx(recomputed, rel=0.1)
+
+
+def test_the_reference_stays_frozen_or_follows_as_its_role_says():
+    from jaxrl_post.training.roles import Role, make_refresh
+
+    method = methods.grpo()
+    before = tiny.params_for(method)
+    state, _ = tiny.one_step(method, tiny.batch())
+    assert_same(state.params["reference"], before["reference"], 0.0)
+    refresh = make_refresh({"reference": Role(every=1, mix=0.25)})
+    state, _ = tiny.one_step(method, tiny.batch(), refresh=refresh)
+    mixed = jax.tree.map(lambda p, r: 0.25 * p + 0.75 * r, state.params["policy"], before["reference"])
+    assert_same(state.params["reference"], mixed)
+
+
+def test_wrong_use_is_an_error_that_says_what_to_do():
+    batch = tiny.batch()
+    with pytest.raises(ValueError, match=r"no score was given for \['reference'\]"):
+        training.make_step({"policy": models.score(tiny.policy())}, methods.grpo(), optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"\['critic'\] are missing from params"):
+        training.init({"policy": {}}, methods.ppo(), optax.sgd(0.1), jax.random.key(0))
+    with pytest.raises(ValueError, match="3 micro-batches do not divide 16 sequences"):
+        tiny.one_step(methods.grpo(), batch, micro_batches=3)
+    with pytest.raises(ValueError, match="8 micro-batches do not divide 4 groups"):
+        tiny.one_step(methods.dpo(), tiny.pairs(), micro_batches=8)
+    whole_batch = methods.grpo()._replace(unit="batch")
+    with pytest.raises(ValueError, match="needs the whole batch at once"):
+        tiny.one_step(whole_batch, batch, micro_batches=2)
