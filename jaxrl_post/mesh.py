@@ -183,12 +183,10 @@ def shardings(tree: PyTree, axes: PyTree | None, mesh: Mesh, rules: Rules = RULE
 
 
 def rollout_shardings(rollouts: Rollouts, mesh: Mesh) -> Rollouts:
-    """Shardings of `Rollouts`: the batch over `data` and `fsdp` (groups stay whole), nothing else split."""
-    ways = math.prod(dict(mesh.shape).get(axis, 1) for axis in ("data", "fsdp"))
-    whole_groups = rollouts.num_prompts % ways == 0
+    """Shardings of `Rollouts`: every array's leading axis over `data` and `fsdp` as far as they divide it."""
 
     def leaf(x: Any) -> NamedSharding:
-        names: LogicalAxes = ("batch", *(None,) * (x.ndim - 1)) if x.ndim and whole_groups else (None,) * x.ndim
+        names: LogicalAxes = ("batch", *(None,) * (x.ndim - 1)) if x.ndim else ()
         return NamedSharding(mesh, spec(names, x.shape, dict(mesh.shape)))
 
     return jax.tree.map(leaf, rollouts)

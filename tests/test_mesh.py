@@ -171,10 +171,14 @@ def test_rollouts_are_split_over_the_batch_in_whole_groups():
         assert tokens.index[0].start == 3 * reward.index[0].start
 
 
-def test_rollouts_whose_groups_would_be_torn_are_kept_whole():
+def test_rows_are_split_even_where_there_are_fewer_groups_than_devices():
     mesh = make_mesh(data=2, fsdp=2)
     two = to_rollouts([[1]] * 2, [[[2], [3]]] * 2, length=2)  # four rows, but two groups
-    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(rollout_shardings(two, mesh)))
+    layout = rollout_shardings(two, mesh)
+    assert tuple(layout.tokens.spec) == (("data", "fsdp"), None)
+    assert tuple(layout.reward.spec) == ("data", None)
+    odd = to_rollouts([[1]] * 3, [[[2]]] * 3, length=2)
+    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(rollout_shardings(odd, mesh)))
 
 
 def test_place_puts_host_arrays_on_their_devices_unchanged():

@@ -115,11 +115,14 @@ def run(config: Config) -> None:
                     progress.message(f"{line}; it was moved to checkpoints-damaged/")
                 progress.message(f"resuming {directory} from step {done}")
             params = setup.initial_params() if state is None else None
+            evaluator = Evaluator(setup)
             for index in range(cursor.stage, len(setup.stages)):
                 stage = setup.stages[index]
                 if state is None:
                     state = setup.begin(stage, params, step=done)
-                state, cursor, done = run_stage(setup, stage, state, cursor, done, checkpoints, log, progress)
+                state, cursor, done = run_stage(
+                    setup, stage, state, cursor, done, evaluator, checkpoints, log, progress
+                )
                 if index + 1 < len(setup.stages):
                     params, state = state.params["policy"], None
                     cursor = dataclasses.replace(
@@ -135,6 +138,7 @@ def run_stage(
     state: TrainState,
     cursor: Cursor,
     done: int,
+    evaluator: Evaluator,
     checkpoints: Checkpointer,
     log: RunLog,
     progress: Progress,
@@ -147,6 +151,7 @@ def run_stage(
         state: after step `done`.
         cursor: likewise.
         done: steps taken in the whole run.
+        evaluator: of the held-out and validation problems.
         checkpoints: where to save.
         log: where to write metrics.
         progress: where to show them.
@@ -158,7 +163,6 @@ def run_stage(
     if cursor.ended or cursor.stage_step >= stage.steps:
         return state, cursor, done
     batches = Batches(setup, stage, cursor)
-    evaluator = Evaluator(setup)
     step = make_step(
         setup.scores(stage),
         stage.method,

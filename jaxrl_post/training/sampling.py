@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 from jaxrl_post import data, rewards
 from jaxrl_post.rollout import Prompts, SamplingParams, generate
 from jaxrl_post.training.setup import Setup
-from jaxrl_post.types import FINISH_LENGTH, Array, Params, Rollouts
+from jaxrl_post.types import FINISH_LENGTH, Array, Params, Policy, Rollouts
 
 
 class Sampled(NamedTuple):
@@ -28,6 +28,16 @@ class Sampled(NamedTuple):
     rollouts: Rollouts
     completions: list[str]
     scored: rewards.Scored | None
+
+
+@functools.lru_cache(maxsize=32)
+def compiled_generate(
+    policy: Policy, sampling: SamplingParams, max_new_tokens: int, group_size: int
+) -> Callable[..., Rollouts]:
+    """`generate`, jitted; samplers of the same kind share it, so that training and evaluation compile once."""
+    return jax.jit(
+        functools.partial(generate, policy, sampling=sampling, max_new_tokens=max_new_tokens, group_size=group_size)
+    )
 
 
 class Sampler:
@@ -59,14 +69,9 @@ class Sampler:
         self._prompts = prompts
         self._prompt_length = prompt_length
         self._rewarded = rewarded
-        self._generate = jax.jit(
-            functools.partial(
-                generate,
-                setup.policy,
-                sampling=sampling._replace(stop_tokens=tuple(setup.tokenizer.eos_ids) + sampling.stop_tokens),
-                max_new_tokens=max_new_tokens,
-                group_size=group_size,
-            )
+        stops = tuple(setup.tokenizer.eos_ids) + sampling.stop_tokens
+        self._generate = compiled_generate(
+            setup.policy, sampling._replace(stop_tokens=stops), max_new_tokens, group_size
         )
 
     def __call__(

@@ -354,6 +354,16 @@ def test_wrong_arguments_are_refused_with_what_was_expected():
         run(x, targets, implementation="pallas")
 
 
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_a_target_that_is_no_token_has_no_log_prob(implementation):
+    inputs, targets = problem()
+    targets[[2, 5]] = -1, V
+    run = functools.partial(token_logprob, implementation=implementation, outputs=("logp", "entropy"))
+    out = jax.jit(lambda x: call(run, x, targets))(as_dtype(inputs))
+    assert np.flatnonzero(np.isnan(out.logp)).tolist() == [2, 5]
+    assert np.all(np.isfinite(out.entropy))
+
+
 def test_no_tokens_give_no_numbers():
     inputs, targets = problem()
     x = {**as_dtype(inputs), "hidden": jnp.zeros((0, D))}

@@ -36,7 +36,7 @@ def token_logprob(
     Args:
         hidden: `[N, D]`, bfloat16, float32 or float64.
         unembedding: `[V, D]`.
-        targets: `[N]` int32 in `[0, V)`.
+        targets: `[N]` int32 in `[0, V)`; the log-prob of any other unmasked target is NaN.
         mask: `[N]`; where it is 0 the outputs are 0 and no gradient flows, whatever `hidden` and `targets` hold.
         max_tokens: static bound on the number of unmasked tokens; given together with `mask`, masked tokens cost
             nothing. If more tokens than that are unmasked, the surplus ones come out as NaN (`argmax`: -1).

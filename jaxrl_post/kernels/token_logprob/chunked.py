@@ -64,7 +64,7 @@ def token_logprob_chunked(
     targets = jnp.pad(targets, (0, padding))
     bias = jnp.zeros((unembedding.shape[0],), unembedding.dtype) if bias is None else bias
     temperature = jnp.asarray(temperature, jnp.promote_types(hidden.dtype, jnp.float32))
-    result = _chunked(hidden, unembedding, bias, temperature, targets, softcap, outputs, count)
+    result: Any = _chunked(hidden, unembedding, bias, temperature, targets, softcap, outputs, count)
     return TokenLogprob(*(None if field is None else field[:num_tokens] for field in result))
 
 
@@ -87,7 +87,7 @@ def _chunked(hidden, unembedding, bias, temperature, targets, softcap, outputs, 
 
 
 def _forward(hidden, unembedding, bias, temperature, targets, softcap, outputs, count):
-    result = _chunked(hidden, unembedding, bias, temperature, targets, softcap, outputs, count)
+    result: Any = _chunked(hidden, unembedding, bias, temperature, targets, softcap, outputs, count)
     return result, (hidden, unembedding, bias, temperature, targets)
 
 

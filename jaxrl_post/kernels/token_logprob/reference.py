@@ -68,7 +68,10 @@ def stats_of_logits(logits: Array, targets: Array, outputs: tuple[str, ...]) -> 
     # A comparison instead of a gather: it stays local when the vocabulary is split over devices.
     vocabulary = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
     target_logit = jnp.sum(jnp.where(vocabulary == targets[..., None], centered, 0.0), axis=-1)
-    fields: dict[str, Array] = {"logp": target_logit - log_sum, "logsumexp": highest[..., 0] + log_sum}
+    # Without this a target that is no token would pass for the most probable one.
+    is_token = (targets >= 0) & (targets < logits.shape[-1])
+    logp = jnp.where(is_token, target_logit - log_sum, jnp.nan)
+    fields: dict[str, Array] = {"logp": logp, "logsumexp": highest[..., 0] + log_sum}
     if "entropy" in outputs or "sum_p_squared" in outputs:
         log_p = centered - log_sum[..., None]
         p = jnp.exp(log_p)
