@@ -71,7 +71,9 @@ class ModelConfig:
     norm_eps: float = option("epsilon of RMSNorm", 1e-6, above=0)
     dtype: Literal["float32", "bfloat16"] = option("type that activations are computed in", "float32")
     param_dtype: Literal["float32", "bfloat16"] = option("type that parameters are stored and updated in", "float32")
-    remat: Literal["none", "full"] = option("full: recompute each block in the backward pass to save memory", "none")
+    remat: Literal["none", "dots", "full"] = option(
+        "what the backward pass recomputes: nothing, all but matrix products, or whole blocks (least memory)", "none"
+    )
     init_std: float = option("standard deviation of the initial weights", 0.02, above=0)
 
 
