@@ -63,8 +63,8 @@ def transform(
 ) -> Array:
     """Tempered logits with -inf where a truncation forbids the token.
 
-    Temperature first; then top-k, top-p and min-p, each judged on the tempered distribution over all tokens, a token
-    being kept if every one of them keeps it. The most probable token is always kept.
+    Temperature first; then top-k; then top-p on what top-k left, renormalised, as transformers and vLLM do; min-p
+    compares with the most probable token. A token is kept if every one of them keeps it, the most probable one always.
 
     Args:
         logits: `[..., V]`, any real dtype.
@@ -99,7 +99,7 @@ def transform(
         kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
         keep &= logits >= kth
     if not (isinstance(top_p, float | int) and top_p >= 1):
-        probs = jax.nn.softmax(logits, axis=-1)
+        probs = jax.nn.softmax(jnp.where(keep, logits, -jnp.inf), axis=-1)
         descending = jnp.flip(jnp.sort(probs, axis=-1), axis=-1)
         before = jnp.cumsum(descending, axis=-1) - descending
         # The least probable token still needed to reach the mass; everything at least as probable stays.

@@ -25,6 +25,7 @@ def oracle(logits, temperature, top_k, top_p, min_p):
     close = []
     if top_k:
         keep &= p >= np.sort(p)[::-1][min(top_k, len(p)) - 1]
+        p = np.where(keep, p, 0.0) / p[keep].sum()  # top-p judges what top-k has left
     if top_p < 1:
         total, least = 0.0, 1.0
         for mass in np.sort(p)[::-1]:
@@ -68,11 +69,11 @@ def test_min_p_keeps_tokens_of_at_least_that_fraction_of_the_best(min_p, expecte
     assert kept(LOGITS, min_p=min_p) == list(range(expected))
 
 
-def test_a_token_must_be_kept_by_every_truncation_judged_on_the_whole_distribution():
-    # top-p 0.76 keeps three; renormalized after top-k 2 the first token would have 2/3 and top-p would keep two.
-    assert kept(LOGITS, top_k=2, top_p=0.76) == [0, 1]
-    assert kept(LOGITS, top_k=3, top_p=0.55) == [0, 1]  # renormalized after top-k 3: 0.571 in the first alone
-    assert kept(LOGITS, top_k=3, top_p=0.76, min_p=0.3) == [0, 1]
+def test_top_p_judges_what_top_k_has_left_renormalised():
+    # 0.5, 0.25, 0.125, 0.125: after top-k 2 the first token has 2/3 of the mass, after top-k 3 it has 4/7.
+    assert kept(LOGITS, top_k=2, top_p=0.66) == [0]
+    assert kept(LOGITS, top_k=2, top_p=0.67) == [0, 1]
+    assert kept(LOGITS, top_k=3, top_p=0.55) == [0]
 
 
 def test_each_row_and_any_order_of_tokens_agrees_with_a_float64_oracle():

@@ -20,20 +20,22 @@ from jaxrl_post.kernels.token_logprob.reference import (
 )
 from jaxrl_post.types import Array
 
-CHUNK_BYTES = 64 * 2**20  # of float32 logits held at once
+CHUNK_BYTES = 128 * 2**20  # of float32 logits held at once
 
 
 def chunk_count(num_tokens: int, vocab_size: int, chunk_bytes: int = CHUNK_BYTES) -> int:
     """How many chunks keep a chunk's float32 logits within `chunk_bytes`.
 
+    The tokens of a chunk are a power of two, so that the devices of a mesh share them evenly.
+
     Example:
         >>> chunk_count(16384, 151936)
-        149
+        128
         >>> chunk_count(256, 39)
         1
     """
-    tokens = max(1, chunk_bytes // (4 * vocab_size))
-    return max(1, math.ceil(num_tokens / tokens))
+    fitting = max(1, chunk_bytes // (4 * vocab_size))
+    return max(1, math.ceil(num_tokens / 2 ** int(math.log2(fitting))))
 
 
 def _chunks(x: Array, count: int) -> Array:
@@ -56,7 +58,7 @@ def token_logprob_chunked(
     outputs: tuple[str, ...] = ("logp",),
     chunks: int | None = None,
 ) -> TokenLogprob:
-    """`token_logprob` over `chunks` chunks of tokens (by default as many as keep a chunk's logits in 64 MiB)."""
+    """`token_logprob` over `chunks` chunks of tokens (by default as many as keep a chunk's logits in 128 MiB)."""
     num_tokens = hidden.shape[0]
     count = chunk_count(num_tokens, unembedding.shape[0]) if chunks is None else chunks
     padding = -num_tokens % count
