@@ -70,7 +70,7 @@ def test_min_p_keeps_tokens_of_at_least_that_fraction_of_the_best(min_p, expecte
 
 
 def test_top_p_judges_what_top_k_has_left_renormalised():
-    # 0.5, 0.25, 0.125, 0.125: after top-k 2 the first token has 2/3 of the mass, after top-k 3 it has 4/7.
+    # 0.5, 0.25, 0.125, ...: after top-k 2 the first token has 2/3 of the mass, after top-k 3 it has 4/7.
     assert kept(LOGITS, top_k=2, top_p=0.66) == [0]
     assert kept(LOGITS, top_k=2, top_p=0.67) == [0, 1]
     assert kept(LOGITS, top_k=3, top_p=0.55) == [0]
