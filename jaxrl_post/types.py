@@ -281,7 +281,7 @@ class Method(NamedTuple):
         loss: `(stats, rollouts, targets) -> dict[str, Term]`: differentiated, never reduced.
         needs: the fields that are read of each role's stats, e.g. `{"policy": frozenset({"logp"})}`.
         trains: the roles whose parameters are updated.
-        unit: the smallest piece a micro-batch may not split.
+        unit: the smallest piece a micro-batch may not split. Below `group`, `loss` may be given groups of one.
         probes: `rollouts -> {name: (Rollouts, role)}`: extra forward passes, which arrive as `stats["probe/<name>"]`.
         metrics: `(stats, rollouts, targets) -> dict[str, Metric]`: diagnostics of one (micro-)batch, without gradient.
         learns_from: what the sequences are: `rollouts` the policy samples, `completions` the data gives (`G = 1`), or

@@ -302,9 +302,11 @@ def mc_grpo(
     Args:
         rewards: `[P, G]` float.
         valid: `[P, G]` bool, False where the rollout does not count; None for all.
-        eps: $\epsilon$, added to the median absolute deviation, in units of the reward. Where that deviation is 0, as
-            often with binary rewards, `eps` alone is the scale and advantages reach $1 / \epsilon$.
-        max_abs: clip advantages to +- this (5 is a sensible choice); None for no clip.
+        eps: $\epsilon$, added to the median absolute deviation, in units of the reward. Where that deviation is 0,
+            `eps` alone is the scale. With rewards 0 and 1 it always is, and whatever differs from the median has
+            $\lvert A \rvert = 1 / \epsilon$: 1000 for the default.
+        max_abs: clip advantages to +- this; None for no clip, where `eps` alone bounds them. `methods.mc_grpo` clips
+            at 5.
         zero_mad_scale: the scale where the deviation is 0, in units of the reward (1 leaves the difference as it is);
             None for `eps`.
 
@@ -320,6 +322,9 @@ def mc_grpo(
         >>> advantages, keep = mc_grpo(jnp.array([[0.2, 0.9, 0.5]]))
         >>> [round(a, 4) for a in advantages[0].tolist()], keep.tolist()
         ([-0.9967, 1.3289, 0.0], [[True, True, False]])
+        >>> binary = jnp.array([[1.0, 0.0, 0.0]])
+        >>> [round(float(mc_grpo(binary, max_abs=bound)[0].max())) for bound in (None, 5.0)]
+        [1000, 5]
 
     Reference: MC-GRPO: Median-Centered Group Relative Policy Optimization for Small-Rollout Reinforcement Learning
     (arXiv 2601.22582).

@@ -53,9 +53,9 @@ def is_user_error(error: BaseException) -> bool:
     """Whether an error tells the user what to change, so that a traceback would only hide it.
 
     These are the errors of this library, which raises ValueErrors for wrong input, packages that are not
-    installed, and files that are missing or closed.
+    installed, and all that the operating system refuses: files that are missing or closed, a disk that is full.
     """
-    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+    if isinstance(error, OSError):
         return True
     # An ImportError of ours names the extra to install; a module that Python itself misses is a broken installation.
     if not isinstance(error, ValueError) and type(error) is not ImportError:
@@ -103,14 +103,16 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--temperature", type=_temperature, default=0.0, metavar="T", help="divides the logits; 0 is greedy (0)"
     )
-    generate.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the sampling (0)")
+    generate.add_argument("--seed", type=_seed, default=0, metavar="S", help="seed of the sampling, below 2**32 (0)")
     generate.add_argument(
         "--max-new-tokens", type=_count, default=None, metavar="N", help="longest completion (as in training)"
     )
 
     evaluate = command("evaluate", _evaluate, "measure the model of a run on its held-out problems")
     evaluate.add_argument("run_dir", metavar="RUN_DIR", help="directory of the run")
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. eval.problems=64")
+    evaluate.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="how to measure, e.g. eval.samples=64 mesh.data=2"
+    )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
     plot = command("plot", _plot, "draw the curves of one or several runs")
@@ -126,6 +128,13 @@ def _count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 2**32, got {text}")
     return value
 
 
@@ -172,6 +181,9 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     _require_run(arguments.run_dir)
+    from jaxrl_post.training import config as configs
+
+    configs.check_evaluation_overrides(arguments.overrides)
     from jaxrl_post.training import inference
 
     results = inference.evaluate_run(arguments.run_dir, arguments.overrides)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxrl_post import advantages, losses
+from jaxrl_post.methods import checks
 from jaxrl_post.methods.policy_gradient import OldLogp, policy_metrics, policy_needs
 from jaxrl_post.types import AggregationMode, Method, Metric, Rollouts, Stats, Targets, Term
 
@@ -47,6 +48,9 @@ def ppo(
     Returns:
         A `Method` that trains the roles `policy` and `critic`.
 
+    Raises:
+        ValueError: for a keyword out of its range, or a horizon that does not apply.
+
     Example:
         >>> sorted(ppo().trains), sorted(ppo().needs["critic"])
         (['critic', 'policy'], ['value'])
@@ -55,6 +59,14 @@ def ppo(
         Proximal Policy Optimization Algorithms, arXiv 1707.06347; Training language models to follow instructions with
         human feedback, arXiv 2203.02155.
     """
+
+    checks.clipping(clip_low, clip_high, dual_clip)
+    checks.reduction(aggregation, horizon)
+    for name, value in (("gamma", gamma), ("lam", lam)):
+        checks.within(name, value, 0, 1)
+    for name, value in (("beta", beta), ("value_clip", value_clip), ("value_weight", value_weight)):
+        checks.within(name, value, 0)
+    checks.one_of("old_logp", old_logp, OldLogp)
 
     def targets(state, rollouts: Rollouts, stats: Stats, key) -> tuple[Targets, tuple[()]]:
         del key

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 from jaxrl_post import advantages, losses
+from jaxrl_post.methods import checks
 from jaxrl_post.types import AggregationMode, Array, Method, Metric, Rollouts, Stats, Targets, Term
 
 KLEstimator = Literal["k1", "k2", "k3", "abs"]
 OldLogp = Literal["rollout", "recompute"]
+Baseline = Literal["none", "leave_one_out"]
 
 
 def policy_needs(beta: float) -> Mapping[str, frozenset[str]]:
@@ -79,6 +81,9 @@ def clipped_policy_gradient(
     Returns:
         A `Method`.
 
+    Raises:
+        ValueError: for a keyword out of its range, or a horizon that does not apply.
+
     Example:
         >>> method = clipped_policy_gradient(lambda r: (advantages.rloo(r.reward, r.valid), r.valid), beta=0.05)
         >>> sorted(method.needs)
@@ -87,6 +92,12 @@ def clipped_policy_gradient(
     Reference:
         Proximal Policy Optimization Algorithms, arXiv 1707.06347.
     """
+
+    checks.clipping(clip_low, clip_high, dual_clip)
+    checks.reduction(aggregation, horizon)
+    checks.within("beta", beta, 0)
+    checks.one_of("kl_estimator", kl_estimator, KLEstimator)
+    checks.one_of("old_logp", old_logp, OldLogp)
 
     def targets(state, rollouts: Rollouts, stats: Stats, key) -> tuple[Targets, tuple[()]]:
         del key
@@ -148,6 +159,9 @@ def grpo(
     Returns:
         A `Method`; it needs groups of at least two.
 
+    Raises:
+        ValueError: for a keyword out of its range, or a horizon that does not apply.
+
     Example:
         >>> sorted(grpo(beta=0.0).needs)
         ['policy']
@@ -207,6 +221,9 @@ def mc_grpo(
     Returns:
         A `Method`; it needs groups of at least two, and is meant for odd ones.
 
+    Raises:
+        ValueError: for a keyword out of its range, or a horizon that does not apply.
+
     Example:
         >>> mc_grpo().unit
         'token'
@@ -215,6 +232,8 @@ def mc_grpo(
         MC-GRPO: Median-Centered Group Relative Policy Optimization for Small-Rollout Reinforcement Learning, arXiv
         2601.22582.
     """
+    checks.within("eps", eps, 0)
+    checks.within("max_abs", max_abs, 0)
     return clipped_policy_gradient(
         lambda rollouts: advantages.mc_grpo(rollouts.reward, rollouts.valid, eps=eps, max_abs=max_abs),
         clip_low=clip_low,
@@ -231,7 +250,7 @@ def mc_grpo(
 
 def reinforce(
     *,
-    baseline: Literal["none", "leave_one_out"] = "none",
+    baseline: Baseline = "none",
     beta: float = 0.0,
     kl_estimator: KLEstimator = "k2",
     aggregation: AggregationMode = "seq_mean_token_sum",
@@ -251,6 +270,9 @@ def reinforce(
     Returns:
         A `Method`.
 
+    Raises:
+        ValueError: for a keyword out of its range, or a horizon that does not apply.
+
     Example:
         >>> sorted(reinforce(beta=0.1).needs)
         ['policy', 'reference']
@@ -259,6 +281,11 @@ def reinforce(
         Simple statistical gradient-following algorithms for connectionist reinforcement learning (Williams, 1992); Back
         to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs, arXiv 2402.14740.
     """
+
+    checks.one_of("baseline", baseline, Baseline)
+    checks.reduction(aggregation, horizon)
+    checks.within("beta", beta, 0)
+    checks.one_of("kl_estimator", kl_estimator, KLEstimator)
 
     def targets(state, rollouts: Rollouts, stats: Stats, key) -> tuple[Targets, tuple[()]]:
         del stats, key

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from jaxrl_post import losses
+from jaxrl_post.methods import checks
 from jaxrl_post.types import Array, Method, Metric, Rollouts, Stats, Targets, Term
 
 
@@ -28,6 +29,9 @@ def dpo(*, beta: float = 0.1, label_smoothing: float = 0.0) -> Method:
     Returns:
         A `Method` on groups of two, whose smallest unit is the group.
 
+    Raises:
+        ValueError: for a keyword out of its range.
+
     Example:
         >>> dpo().unit
         'group'
@@ -35,6 +39,9 @@ def dpo(*, beta: float = 0.1, label_smoothing: float = 0.0) -> Method:
     Reference:
         Direct Preference Optimization: Your Language Model is Secretly a Reward Model, arXiv 2305.18290.
     """
+
+    checks.within("beta", beta, 0)
+    checks.within("label_smoothing", label_smoothing, 0, 0.5)
 
     def pairs(stats: Stats, rollouts: Rollouts, targets: Targets) -> tuple[Array, Array, Array, Array]:
         policy = sequence_logp(stats["policy"].logp, targets.mask, rollouts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jaxrl_post import losses
+from jaxrl_post.methods import checks
 from jaxrl_post.types import AggregationMode, Method, Rollouts, Stats, Targets, Term
 
 
@@ -18,10 +19,15 @@ def sft(*, aggregation: AggregationMode = "token_mean", horizon: int | None = No
     Returns:
         A `Method` that reads `logp` of the policy and of the rollouts only `tokens`, `mask` and `valid`.
 
+    Raises:
+        ValueError: for a horizon that does not apply.
+
     Example:
         >>> sorted(sft().needs["policy"])
         ['logp']
     """
+
+    checks.reduction(aggregation, horizon)
 
     def targets(state, rollouts: Rollouts, stats: Stats, key) -> tuple[Targets, tuple[()]]:
         del stats, key

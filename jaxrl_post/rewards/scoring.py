@@ -16,6 +16,10 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+_FAILURE = (Exception, SystemExit)
+"""What a function may raise and have it counted as its failure. It may call exit(), which must not end a run that
+trains: the run would look as if it had been finished. Ctrl-C is not the function's doing."""
+
 Reward: TypeAlias = Callable[..., Any]
 """`reward(prompts, completions, **columns) -> list[float | None]`, or a coroutine function that returns one."""
 
@@ -82,9 +86,9 @@ def score(
 
     `total[n] = sum_k weight_k * r_k[n]` over the functions `k` that did not return None for row `n`.
 
-    A failure is an exception, a result of the wrong length, and a value that is neither None nor a finite number. Under
-    `on_error="invalid"` a row at which any function failed is not valid: a total that lacks a component must not be
-    compared with totals that have it. Coroutine functions of one call run concurrently.
+    A failure is an exception (also the one of `exit()`), a result of the wrong length, and a value that is neither None
+    nor a finite number. Under `on_error="invalid"` a row at which any function failed is not valid: a total that lacks
+    a component must not be compared with totals that have it. Coroutine functions of one call run concurrently.
 
     Args:
         functions: the components; names must differ, and one weight at least must not be zero.
@@ -212,7 +216,7 @@ def _call_all(calls: list[tuple[Reward, list[Any], dict[str, Any]]]) -> list[Any
     for function, positional, named in calls:
         try:
             outcomes.append(function(*positional, **named))
-        except Exception as error:
+        except _FAILURE as error:
             outcomes.append(error)
     waiting = [index for index, outcome in enumerate(outcomes) if inspect.isawaitable(outcome)]
     if waiting:
@@ -222,27 +226,39 @@ def _call_all(calls: list[tuple[Reward, list[Any], dict[str, Any]]]) -> list[Any
 
 
 def _gather(awaitables: list[Awaitable[Any]]) -> list[Any]:
+    async def one(awaitable: Awaitable[Any]) -> Any:
+        try:
+            return await awaitable
+        except _FAILURE as error:  # within the task: a SystemExit that leaves one ends its whole loop
+            return error
+
     async def together() -> list[Any]:
-        return await asyncio.gather(*awaitables, return_exceptions=True)
+        return await asyncio.gather(*map(one, awaitables), return_exceptions=True)
+
+    def run() -> list[Any]:
+        try:
+            return asyncio.run(together())
+        except SystemExit as error:  # in a task that a function started itself; the loop ended, and all others with it
+            return [error] * len(awaitables)
 
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(together())
+        return run()
     # A notebook already runs a loop in this thread, and a loop cannot be entered twice.
     results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.extend(asyncio.run(together())))
+    thread = threading.Thread(target=lambda: results.extend(run()))
     thread.start()
     thread.join()
     return results
 
 
-def _read(name: str, outcome: Any, rows: int) -> tuple[NDArray[np.float32], dict[int, Exception | str]]:
+def _read(name: str, outcome: Any, rows: int) -> tuple[NDArray[np.float32], dict[int, BaseException | str]]:
     """The values of one function, NaN where there is none, and its failures by row."""
     nothing = np.full(rows, np.nan, np.float32)
     if isinstance(outcome, RowErrors):
         values, failures = outcome.values, dict(outcome.failures)
-    elif isinstance(outcome, Exception):
+    elif isinstance(outcome, _FAILURE):
         return nothing, dict.fromkeys(range(rows), outcome)
     elif isinstance(outcome, BaseException):
         raise outcome  # e.g. KeyboardInterrupt from a coroutine: not the reward's doing
@@ -259,7 +275,7 @@ def _read(name: str, outcome: Any, rows: int) -> tuple[NDArray[np.float32], dict
         wrong = f"returned {len(values)} rewards for {rows} completions; return one per completion, None to skip one"
         return nothing, dict.fromkeys(range(rows), wrong)
     result = nothing
-    found: dict[int, Exception | str] = dict(failures)
+    found: dict[int, BaseException | str] = dict(failures)
     for row, value in enumerate(values):
         if value is None or row in found:
             continue
@@ -291,9 +307,9 @@ def as_number(value: Any) -> float | None:
         return None
 
 
-def _stop(name: str, failures: Mapping[int, Exception | str]) -> RewardError:
+def _stop(name: str, failures: Mapping[int, BaseException | str]) -> RewardError:
     row, first = next(iter(failures.items()))
-    cause = first if isinstance(first, Exception) else None
+    cause = first if isinstance(first, BaseException) else None
     what = f"raised {type(cause).__name__}: {cause}" if cause else first
     whole = len(set(map(id, failures.values()))) == 1 and len(failures) > 1
     where = f"rows 0 to {max(failures)} (the whole batch)" if whole else f"row {row}"

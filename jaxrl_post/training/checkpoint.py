@@ -25,6 +25,10 @@ class CheckpointError(ValueError):
     """No checkpoint could be read."""
 
 
+class MismatchError(CheckpointError):
+    """A checkpoint is whole, but holds other arrays than were asked for."""
+
+
 class Restored(NamedTuple):
     """What `Checkpointer.restore` found.
 
@@ -75,27 +79,63 @@ def _is_key(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
+def shapes(tree: PyTree) -> dict[str, str]:
+    """Shape and dtype of every array by its path, as text.
+
+    Example:
+        >>> shapes({"w": jnp.zeros((2, 3)), "n": ()})
+        {"['w']": 'float32[2, 3]'}
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _check_shapes(step: int, saved: dict[str, str], wanted: dict[str, str]) -> None:
+    lines = [
+        f"\n  {name}: {saved.get(name, 'nothing')} saved, {wanted.get(name, 'nothing')} wanted"
+        for name in sorted(saved.keys() | wanted.keys())
+        if saved.get(name) != wanted.get(name)
+    ]
+    if lines:
+        more = f"\n  and {len(lines) - 5} more" if len(lines) > 5 else ""
+        raise MismatchError(
+            f"checkpoint {step} does not fit this model, method and optimizer:{''.join(lines[:5])}{more}"
+            "\nuse the configuration that it was trained with"
+        )
+
+
 class Checkpointer:
     """The checkpoints of one run, in `<directory>/<step>/`.
 
     Args:
         directory: made if it does not exist.
         keep: how many of the newest to keep; at least 2, or a damaged one leaves nothing to fall back to.
+        read_only: change nothing in the directory: for whoever looks at a run that another process may be training.
+
+    Raises:
+        CheckpointError: if it is to be read only and does not exist.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int = 2):
+    def __init__(self, directory: str | Path, *, keep: int = 2, read_only: bool = False):
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
         self.directory = Path(directory).absolute()
-        self.directory.mkdir(parents=True, exist_ok=True)
+        if not read_only:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        elif not self.directory.is_dir():
+            raise CheckpointError(f"there is no directory {directory}")
         self._keep = keep
+        self._read_only = read_only
         self._manager = self._open()
 
     def _open(self):
-        options = self._ocp.CheckpointManagerOptions(
-            max_to_keep=self._keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
-        )
+        if self._read_only:
+            options = self._ocp.CheckpointManagerOptions(read_only=True)
+        else:
+            options = self._ocp.CheckpointManagerOptions(
+                max_to_keep=self._keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            )
         return self._ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
@@ -111,7 +151,7 @@ class Checkpointer:
             run: what else the run needs, as JSON.
         """
         raw = _with_raw_keys(state)
-        record = {"run": run, "fingerprint": np.asarray(fingerprint(raw)).tolist()}
+        record = {"run": run, "shapes": shapes(raw), "fingerprint": np.asarray(fingerprint(raw)).tolist()}
         args = self._ocp.args.Composite(state=self._ocp.args.StandardSave(raw), record=self._ocp.args.JsonSave(record))
         self._manager.save(step, args=args, force=True)
 
@@ -122,19 +162,21 @@ class Checkpointer:
             template: makes, from the checkpoint's `run`, a state of the right structure, shapes and shardings.
 
         Returns:
-            None if there has never been a checkpoint. A damaged checkpoint is moved to `<directory>-damaged/` and the
-            one before it is tried.
+            None if there has never been a checkpoint. A damaged checkpoint is moved to `<directory>-damaged/`
+            (unless this is read only) and the one before it is tried.
 
         Raises:
-            CheckpointError: if there are checkpoints and all of them are damaged.
+            CheckpointError: if there are checkpoints and all of them are damaged, or the newest whole one holds other
+                arrays than the template.
         """
-        damaged: list[str] = []
+        damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
                 record = self._manager.restore(
                     step, args=self._ocp.args.Composite(record=self._ocp.args.JsonRestore())
                 )["record"]
                 like = template(record["run"])
+                _check_shapes(step, record["shapes"], shapes(_with_raw_keys(like)))
                 abstract = jax.tree.map(
                     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _with_raw_keys(like)
                 )
@@ -143,23 +185,25 @@ class Checkpointer:
                 )["state"]
                 if np.asarray(fingerprint(raw)).tolist() != record["fingerprint"]:
                     raise CheckpointError("its arrays are not those that were saved")
+            except MismatchError:
+                raise
             except Exception as error:  # whatever a damaged file makes the storage layers raise
                 reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
-                damaged.append(f"checkpoint {step} is damaged ({type(error).__name__}: {reason})")
-                logger.warning("%s; trying the one before it", damaged[-1])
+                damaged[step] = f"checkpoint {step} is damaged ({type(error).__name__}: {reason})"
+                logger.warning("%s; trying the one before it", damaged[step])
                 continue
-            for line in damaged:
-                self._set_aside(int(line.split()[1]))
+            if not self._read_only:
+                for bad in damaged:
+                    self._set_aside(bad)
             state = jax.tree.map(
                 lambda x, t: jax.random.wrap_key_data(x, impl=jax.random.key_impl(t)) if _is_key(t) else x, raw, like
             )
-            return Restored(step, state, record["run"], damaged)
+            return Restored(step, state, record["run"], list(damaged.values()))
         if damaged:
             raise CheckpointError(
                 f"no checkpoint in {self.directory} can be read:\n  "
-                + "\n  ".join(damaged)
-                + "\nremove the directory to "
-                "start again, or put back an intact copy"
+                + "\n  ".join(damaged.values())
+                + "\nremove the directory to start again, or put back an intact copy"
             )
         return None
 
@@ -199,9 +243,7 @@ def restore(directory: str | Path, like: PyTree) -> Restored:
     Raises:
         CheckpointError: if there is none.
     """
-    if not Path(directory).is_dir():
-        raise CheckpointError(f"there is no directory {directory}")
-    with Checkpointer(directory) as checkpointer:
+    with Checkpointer(directory, read_only=True) as checkpointer:
         restored = checkpointer.restore(lambda run: like)
     if restored is None:
         raise CheckpointError(f"there is no checkpoint in {directory}")

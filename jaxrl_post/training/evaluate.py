@@ -72,7 +72,7 @@ class Evaluator:
 
     def greedy_accuracy(self, params: Params, problems: Sequence[data.Problem]) -> float:
         """Fraction of problems whose greedy completion is correct; one that could not be scored is not."""
-        return float(self._correct(self._greedy(params, problems, self._key(), on_reward_error="stop")).mean())
+        return float(self._correct(self._greedy(params, problems, self._key())).mean())
 
     def __call__(self, params: Params) -> dict[str, float]:
         """`eval/accuracy` (greedy), `eval/sampled_accuracy`, `eval/pass@k`, `eval/completions/*`; empty if nothing is

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ from jaxrl_post.training.sampling import Sampler
 from jaxrl_post.training.setup import Setup
 from jaxrl_post.types import FINISH_STOP, Params
 
+logger = logging.getLogger(__name__)
+
 
 def load_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[Setup, Params]:
     """The parts of a run and the policy's parameters in its newest checkpoint.
@@ -28,10 +33,14 @@ def load_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[Setup,
     """
     directory = Path(run_dir)
     config = configs.load(directory / "config.yaml", overrides)
+    sizes = dataclasses.asdict(config.mesh)
+    if math.prod(sizes.values()) > jax.device_count():
+        logger.warning("the run's mesh %s needs more than the %d devices here; using one", sizes, jax.device_count())
+        config = dataclasses.replace(config, mesh=configs.MeshConfig())
     setup = setups.build(config)
     if not (directory / "checkpoints").is_dir():
         raise CheckpointError(f"{directory} holds no checkpoint yet; train first, or wait for the first save")
-    with Checkpointer(directory / "checkpoints", keep=config.training.keep_checkpoints) as checkpoints:
+    with Checkpointer(directory / "checkpoints", read_only=True) as checkpoints:
         restored = checkpoints.restore(lambda saved: setup.template(setup.stages[saved["stage"]]))
     if restored is None:
         raise CheckpointError(f"{directory} holds no checkpoint yet; train first, or wait for the first save")

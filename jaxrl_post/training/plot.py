@@ -23,6 +23,7 @@ PANELS = (
 # Lightness and dash differ together, so that runs stay apart in print.
 _STYLES = (("#000000", "-", "o"), ("#d55e00", "--", "s"), ("#56b4e9", "-.", "^"), ("#009e73", ":", "D"))
 _SMOOTH_ABOVE = 60  # points; fewer are drawn as they are
+_SUFFIXES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps")
 
 
 def plot(run_dirs: Sequence[str | Path], output: str | Path | None = None) -> Path:
@@ -32,25 +33,30 @@ def plot(run_dirs: Sequence[str | Path], output: str | Path | None = None) -> Pa
 
     Args:
         run_dirs: directories of the runs, drawn over each other.
-        output: the picture; its ending gives the format. `curves.png` in the first run's directory if None.
+        output: the picture, in a directory that exists; its ending gives the format. `curves.png` in the first run's
+            directory if None.
 
     Returns:
         The path of the picture.
 
     Raises:
-        ValueError: no run is given, or one has not logged a step yet.
-        FileNotFoundError: a directory holds no metrics.jsonl.
+        ValueError: no run is given, one has not logged a step yet, or the ending of `output` names no format.
+        FileNotFoundError: a directory holds no metrics.jsonl, or that of `output` does not exist.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     if not run_dirs:
         raise ValueError("run_dirs is empty; give the directory of at least one run")
+    output = Path(run_dirs[0]) / "curves.png" if output is None else Path(output)
+    if output.suffix.lower() not in _SUFFIXES:
+        raise ValueError(f"output {output} must end in one of {', '.join(_SUFFIXES)}, which gives its format")
+    if output.parent != Path(run_dirs[0]) and not output.parent.is_dir():
+        raise FileNotFoundError(f"output {output}: there is no directory {output.parent}; make it first")
     runs = {name: read_metrics(path) for name, path in zip(run_names(run_dirs), run_dirs, strict=True)}
     for name, rows in runs.items():
         if not rows:
             raise ValueError(f"run {name} has not logged a step yet; plot it once it has")
-    output = Path(run_dirs[0]) / "curves.png" if output is None else Path(output)
 
     figure = Figure(figsize=(12, 7), layout="constrained")
     FigureCanvasAgg(figure)
@@ -64,11 +70,14 @@ def plot(run_dirs: Sequence[str | Path], output: str | Path | None = None) -> Pa
         if not any(drawn):
             axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", va="center", color="0.4")
     _legend(grid[-1], list(runs))
-    output.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, then renamed: somebody may be looking at the picture of a run that is still going.
     temporary = output.with_name(f".{output.stem}.part{output.suffix}")
-    figure.savefig(temporary, dpi=120)
-    os.replace(temporary, output)
+    try:
+        figure.savefig(temporary, dpi=120)
+        os.replace(temporary, output)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     return output
 
 

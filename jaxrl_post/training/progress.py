@@ -24,7 +24,7 @@ class Progress:
 
     Args:
         total_steps: steps of the whole run, for the time left.
-        enabled: False shows nothing at all.
+        enabled: False shows no numbers and no completions, only messages.
         stream: where to write; standard output if None. A stream that is not a terminal gets one plain line every
             `interval` seconds, and nothing that moves the cursor.
         interval: seconds between plain lines.
@@ -112,10 +112,11 @@ class Progress:
         self.message("\n".join(lines))
 
     def message(self, text: str) -> None:
-        """Show text above the live display, exactly as it is."""
+        """Show text above the live display, exactly as it is; on standard error if the display is disabled."""
         if not self._enabled:
-            return
-        if self._live is not None:
+            # A notice (what was resumed, which checkpoint was damaged) matters more than the display it stands above.
+            print(text, file=sys.stderr, flush=True)
+        elif self._live is not None:
             # As Text, so that nothing in a model's output is taken for markup.
             from rich.text import Text
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,11 @@ class Role:
     mix: float = 1.0
 
 
-def make_refresh(roles: Mapping[str, Role]) -> Callable[[dict[str, Params], Array], dict[str, Params]] | None:
+Refresh: TypeAlias = Callable[[dict[str, Params], Array], dict[str, Params]]
+"""`(params by role, step) -> params by role`."""
+
+
+def make_refresh(roles: Mapping[str, Role]) -> Refresh | None:
     """A function for `make_step(refresh=...)`; None if no role is ever refreshed.
 
     Example:

@@ -8,12 +8,13 @@ Checkpoints are not here.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from jaxrl_post.training.config import Config, ConfigError, ConfigWarning, yaml_
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"
 CONFIG_FILE = "config.yaml"
+CHECKPOINTS = "checkpoints"
+LOCK_FILE = ".lock"
 
 HARMLESS_KEYS = (
     "run_dir",  # a run that was moved is still that run
-    "training.steps",
+    "training.steps",  # unless the step size decays over them
     "training.checkpoint_every",
     "training.keep_checkpoints",
     "training.log_completions_every",
@@ -71,30 +74,111 @@ def prepare_run_dir(config: Config) -> bool:
         config: the resolved configuration.
 
     Returns:
-        True if the directory holds a run of this configuration, to be resumed; False if it is new.
+        True if the directory holds a run of this configuration, to be resumed; False if it is new. A run that has
+        neither a checkpoint nor a line of metrics has nothing to be resumed: its directory is new, and this
+        configuration takes the place of the one that was never used.
 
     Raises:
-        RunDirError: the directory cannot be written, holds another configuration's run, or remains of a run without
-            its configuration.
+        RunDirError: the directory cannot be written, holds another configuration's run, remains of a run without its
+            configuration, or a config.yaml that is not a run's.
     """
     directory = Path(config.run_dir)
+    path = directory / CONFIG_FILE
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        resume = (directory / CONFIG_FILE).exists()
-        if resume:
-            _check_same_run(directory / CONFIG_FILE, config)
-        elif left := [name for name in (METRICS_FILE, "checkpoints") if (directory / name).exists()]:
+        begun = _has_begun(directory)
+        if path.exists():
+            stored = _read_config(path)
+            if begun:
+                _check_same_run(path, stored, config)
+        elif begun:
+            left = [name for name in (METRICS_FILE, CHECKPOINTS) if (directory / name).exists()]
             raise RunDirError(
                 f"run_dir {directory} holds {' and '.join(left)} but no {CONFIG_FILE}, so that it cannot be told whose "
                 "they are; give another run_dir, or move them away"
             )
-        write_atomically(directory / CONFIG_FILE, configs.dump(config))
+        write_atomically(path, configs.dump(config))
     except OSError as error:
+        raise _cannot_write(directory, error) from error
+    return begun
+
+
+@contextlib.contextmanager
+def lock_run_dir(run_dir: str | Path) -> Iterator[None]:
+    """Hold a run directory, which is made if need be, so that no other process trains in it at the same time.
+
+    The kernel gives the lock back when its holder ends, however it ends, so that a killed run can be resumed at once.
+
+    Args:
+        run_dir: the run's directory.
+
+    Raises:
+        RunDirError: another process holds it, or the directory cannot be written.
+
+    Example:
+        >>> with lock_run_dir(tempfile.mkdtemp()):
+        ...     pass  # train
+    """
+    directory = Path(run_dir)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(descriptor, directory)
+        except BaseException:
+            os.close(descriptor)
+            raise
+    except OSError as error:
+        raise _cannot_write(directory, error) from error
+    try:
+        yield
+    finally:
+        import fcntl
+
+        # The file stays: whoever deleted it could delete one that the next process has locked. The lock is given back
+        # by name, because child processes that were forked meanwhile keep the file open.
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, 0)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, directory: Path) -> None:
+    import fcntl  # not on Windows, where everything but training works
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        pid = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
         raise RunDirError(
-            f"run_dir {directory} cannot be written: {error.strerror or error} ({error.filename or directory}); give a "
-            "run_dir that you may write to, e.g. run_dir=/tmp/run on the command line"
+            f"another process (pid {pid}) is training in {directory}; wait for it, or give another run_dir"
         ) from error
-    return resume
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+        warnings.warn(
+            f"the file system of {directory} has no locks ({error.strerror}): see to it that only one process trains "
+            "there",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+
+
+def _cannot_write(directory: Path, error: OSError) -> RunDirError:
+    return RunDirError(
+        f"run_dir {directory} cannot be written: {error.strerror or error} ({error.filename or directory}); give a "
+        "run_dir that you may write to, e.g. run_dir=/tmp/run on the command line"
+    )
+
+
+def _has_begun(directory: Path) -> bool:
+    """Whether there is anything that a later start of the run would go on from."""
+    checkpoints, metrics = directory / CHECKPOINTS, directory / METRICS_FILE
+    # A checkpoint that is still being written, or was given up, has a longer name than its step.
+    saved = checkpoints.is_dir() and any(path.name.isdigit() and path.is_dir() for path in checkpoints.iterdir())
+    return saved or (metrics.is_file() and bool(_complete_lines(metrics)))
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
@@ -110,24 +194,37 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
     return result
 
 
-def _check_same_run(path: Path, config: Config) -> None:
-    advice = "give another run_dir, or the configuration of this run, to resume it"
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         stored, _ = yaml_text.read(path.read_text(encoding="utf-8"), str(path))
     except (ConfigError, UnicodeDecodeError) as error:
         raise RunDirError(f"{path} cannot be read ({error}); give another run_dir, or restore the file") from error
+    if not isinstance(stored, dict) or not {"run_dir", "training"} <= stored.keys():
+        # Somebody's file of another kind, which must not be overwritten.
+        raise RunDirError(f"{path} is not the configuration of a run; give another run_dir, or move the file away")
+    return stored
+
+
+def _check_same_run(path: Path, stored: dict[str, Any], config: Config) -> None:
+    advice = "give another run_dir, or the configuration of this run, to resume it"
     with contextlib.suppress(ValueError), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConfigWarning)  # whoever resumes has changed it, or was warned already
         # Fills in keys that this version of the library added since the run was started.
         stored = configs.to_dict(configs.from_dict(stored, check_files=False))
     old, new = _flat(stored), _flat(configs.to_dict(config))
     absent = "(not set)"
-    lines = [
-        f"\n  - {key}: {old.get(key, absent)!r} there, {new.get(key, absent)!r} here"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key, absent) != new.get(key, absent)
-        and not any(key == harmless or key.startswith(harmless + ".") for harmless in HARMLESS_KEYS)
-    ]
+    schedule = config.training.optimizer.schedule
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        there, here = old.get(key, absent), new.get(key, absent)
+        if there == here:
+            continue
+        why = ""
+        if key == "training.steps" and schedule != "constant":
+            why = f" (the {schedule} schedule of the step size depends on it)"
+        elif any(key == harmless or key.startswith(harmless + ".") for harmless in HARMLESS_KEYS):
+            continue
+        lines.append(f"\n  - {key}: {there!r} there, {here!r} here{why}")
     if lines:
         raise RunDirError(f"run_dir {path.parent} holds the run of another configuration:{''.join(lines)}\n{advice}")
 

@@ -82,7 +82,6 @@ class Sampler:
         *,
         first_id: int = 0,
         version: int = 0,
-        on_reward_error: str = "stop",
     ) -> Sampled:
         """Sample and score `group_size` completions of each problem.
 
@@ -92,7 +91,6 @@ class Sampler:
             key: of the random streams.
             first_id: id of the first sequence; the others follow.
             version: the policy's version, recorded with every token.
-            on_reward_error: see `rewards.score`.
         """
         tokenizer = self._setup.tokenizer
         encoded = [tokenizer.encode(problem["prompt"]) for problem in problems]
@@ -122,7 +120,7 @@ class Sampler:
             [problem["prompt"] for problem in problems for _ in range(self._group_size)],
             completions,
             data.columns(problems, repeat=self._group_size),
-            on_error=on_reward_error,
+            on_error=self._setup.config.on_reward_error,
         )
         shape = (len(problems), self._group_size)
         rollouts = rollouts.replace(

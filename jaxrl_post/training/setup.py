@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -101,6 +100,10 @@ class Setup:
         """The run's reward functions; a task's scorer comes with its problems."""
         return make_rewards(self.config, lambda: self.problems.train)
 
+    def prepare(self) -> None:
+        """Make the problems and the reward functions now, so that what is wrong with them shows."""
+        _ = self.problems, self.reward_functions
+
     @property
     def num_prompts(self) -> int:
         """Size of the training data, for methods that keep a state per prompt."""
@@ -187,31 +190,12 @@ def build(config: Config) -> Setup:
     """
     check_devices(config, jax.device_count())
     tokenizer = make_tokenizer(config)
-    model = config.model
+    sizes = dataclasses.asdict(config.model)
+    del sizes["path"]
     policy, critic = (
-        models.decoder(
-            vocab_size=tokenizer.vocab_size,
-            width=model.width,
-            layers=model.layers,
-            heads=model.heads,
-            kv_heads=model.kv_heads,
-            head_dim=model.head_dim,
-            mlp_width=model.mlp_width,
-            rope_base=model.rope_base,
-            qk_norm=model.qk_norm,
-            tied=model.tied,
-            softcap=model.softcap,
-            norm_eps=model.norm_eps,
-            dtype=jnp.dtype(model.dtype),
-            param_dtype=jnp.dtype(model.param_dtype),
-            remat=model.remat,
-            init_std=model.init_std,
-            value_head=value_head,
-        )
-        for value_head in (False, True)
+        models.decoder(vocab_size=tokenizer.vocab_size, value_head=value_head, **sizes) for value_head in (False, True)
     )
-    sizes = config.mesh
-    mesh = mesh_lib.make_mesh(sizes.data, sizes.fsdp, sizes.tensor, sizes.sequence, sizes.expert)
+    mesh = mesh_lib.make_mesh(**dataclasses.asdict(config.mesh))
     return Setup(config, tokenizer, policy, critic, mesh, make_stages(config))
 
 
@@ -227,9 +211,8 @@ def make_problems(config: Config, tokenizer: data.Tokenizer) -> Problems:
     options = config.data
     fits = data.prompt_fits(tokenizer, options.max_prompt_length, on_long_prompt=options.on_long_prompt)
 
-    def usable(problem: data.Problem) -> bool:
-        answer = problem.get("answer")
-        return fits(problem) and (answer is None or completion_fits(tokenizer, answer, config.rollout.max_new_tokens))
+    def answer_fits(problem: data.Problem) -> bool:
+        return fits(problem) and completion_fits(tokenizer, problem["answer"], config.rollout.max_new_tokens)
 
     def generated(seed: int, part: int) -> data.Source:
         assert options.task is not None
@@ -261,7 +244,7 @@ def make_problems(config: Config, tokenizer: data.Tokenizer) -> Problems:
         return source(answer=options.answer) if all("answer" in plain[i] for i in range(len(plain))) else plain
 
     def some(source: data.Source, count: int, exclude: frozenset[str]) -> list[data.Problem]:
-        return data.held_out(source, count, exclude=exclude, keep=usable) if count else []
+        return data.held_out(source, count, exclude=exclude, keep=fits) if count else []
 
     warm = config.warm_start
     held_out_count = config.eval.problems
@@ -281,7 +264,7 @@ def make_problems(config: Config, tokenizer: data.Tokenizer) -> Problems:
     wants_check = warm is not None and warm.until is not None
     validation = some(validation_source, warm.check_problems, exclude) if warm is not None and wants_check else []
     exclude |= {problem["prompt"] for problem in validation}
-    examples = some(warm_source, warm.examples, exclude) if warm is not None else []
+    examples = data.held_out(warm_source, warm.examples, exclude=exclude, keep=answer_fits) if warm is not None else []
     data.check_disjoint((problem["prompt"] for problem in examples), exclude)
     return Problems(train, examples, validation, held_out, exclude)
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_post import losses
 from jaxrl_post import mesh as mesh_lib
-from jaxrl_post.training.batching import split, unsplit_rows
+from jaxrl_post.training.splitting import split, unsplit_rows
 from jaxrl_post.training.state import TrainState
 from jaxrl_post.types import Array, Method, Metric, Params, PyTree, Rollouts, Score, Targets, Term, TokenStats
 
@@ -37,7 +37,7 @@ def make_step(
     Each role's stats are computed at the start of the step where the targets or a frozen role need them; targets are
     computed once and held over the epochs; denominators are those of the whole batch, so that micro-batching and the
     mesh's shape change neither the loss nor the gradient. An update whose gradient or loss is not finite is skipped and
-    shows as `nonfinite_updates`.
+    shows as `nonfinite_updates`. The state that goes in is donated: go on with the one that comes out.
 
     Args:
         scores: a `Score` for each role that the method reads, or one for all of them.
@@ -79,14 +79,19 @@ def make_step(
     if method.probes is not None:
         raise ValueError("methods with probes are not supported by this step yet")
 
+    def scored(role: str, params: Params, rollouts: Rollouts, key: Array) -> TokenStats:
+        stats = by_role[role](params, rollouts, method.needs[role], key)
+        if missing := sorted(field for field in method.needs[role] if getattr(stats, field, None) is None):
+            raise ValueError(f"the method reads {missing} of the role {role!r}, which its score did not give")
+        return stats
+
     def score_all(role: str, params: Params, rollouts: Rollouts, key: Array) -> TokenStats:
         """Stats of the whole batch, without gradient, one micro-batch at a time."""
-        fields = method.needs[role]
         if micro_batches == 1:
-            return jax.lax.stop_gradient(by_role[role](params, rollouts, fields, key))
+            return jax.lax.stop_gradient(scored(role, params, rollouts, key))
         pieces, _ = split(rollouts, (), micro_batches, method.unit)
         group = 1 if method.unit in ("token", "sequence") else rollouts.group_size
-        stats = jax.lax.map(lambda piece: by_role[role](params, piece, fields, key), pieces)
+        stats = jax.lax.map(lambda piece: scored(role, params, piece, key), pieces)
         return jax.lax.stop_gradient(jax.tree.map(lambda x: unsplit_rows(x, group), stats))
 
     def batch_loss(
@@ -98,7 +103,7 @@ def make_step(
         rollouts, (targets, frozen_stats) = piece
         stats = dict(frozen_stats)
         for role, params in trained.items():
-            stats[role] = by_role[role](params, rollouts, method.needs[role], key)
+            stats[role] = scored(role, params, rollouts, key)
         terms = method.loss(stats, rollouts, targets)
         total = jnp.zeros(())
         metrics: dict[str, Metric] = {}
@@ -111,7 +116,7 @@ def make_step(
         metrics["loss"] = Metric.sum(total)
         if method.metrics is not None:
             metrics |= method.metrics(jax.lax.stop_gradient(stats), rollouts, targets)
-        if "policy" in stats and stats["policy"].logp is not None:
+        if method.learns_from == "rollouts" and "policy" in stats and stats["policy"].logp is not None:
             sampled = rollouts.valid_mask * (rollouts.version >= 0)
             difference = jnp.abs(stats["policy"].logp - rollouts.logp)
             metrics["sampling/sampling_logp_difference/mean"] = Metric.mean(difference, sampled)
@@ -149,7 +154,7 @@ def make_step(
         frozen = {role: stats for role, stats in start.items() if role not in method.trains}
         denominators = {
             name: losses.denominator(term.mask, term.mode, horizon=term.horizon)
-            for name, term in checked(method.loss(start, rollouts, targets)).items()
+            for name, term in checked(method.loss(start, rollouts, targets), rollouts, micro_batches, method).items()
         }
 
         def epoch(carry, _):
@@ -209,14 +214,26 @@ def make_step(
     return on_mesh
 
 
-def checked(terms: dict[str, Term]) -> dict[str, Term]:
-    """The terms, if each has a mask of its value's shape."""
+def checked(terms: dict[str, Term], rollouts: Rollouts, micro_batches: int, method: Method) -> dict[str, Term]:
+    """The terms, if they are what a method may return.
+
+    Raises:
+        ValueError: if there is none, one is not a `Term`, its mask has not its value's shape, or it has a number per
+            prompt where micro-batches may tear groups apart.
+    """
     if not terms:
         raise ValueError("the method's loss returned no terms")
     for name, term in terms.items():
+        if not isinstance(term, Term):
+            raise ValueError(f"term {name!r} is a {type(term).__name__}; return Term(value, mask, mode), not reduced")
         if term.value.shape != term.mask.shape:
             raise ValueError(
                 f"term {name!r}: value has shape {term.value.shape} and mask {term.mask.shape}; losses are not reduced "
                 "by the method, give one number per token, sequence or prompt"
+            )
+        if micro_batches > 1 and method.unit in ("token", "sequence") and term.value.shape[0] != rollouts.batch_size:
+            raise ValueError(
+                f"term {name!r} has {term.value.shape[0]} rows for {rollouts.batch_size} sequences: it compares the "
+                "sequences of a group, which micro-batches would tear apart; give the method unit='group'"
             )
     return terms

@@ -1,5 +1,6 @@
 """The command: what each subcommand calls, what it prints, and how it ends."""
 
+import errno
 import json
 import os
 import subprocess
@@ -118,6 +119,26 @@ def test_wrong_input_that_the_library_refuses_while_it_runs_is_a_message(monkeyp
     assert capsys.readouterr().err == "jaxrl-post train: /root/run: Permission denied\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl"), "run/metrics.jsonl: No space left on"),
+        (OSError("only 3 of 90 bytes of a line could be written; is the disk full?"), "only 3 of 90 bytes"),
+    ],
+)
+def test_what_the_operating_system_refuses_is_a_message_and_a_traceback_on_demand(
+    monkeypatch, config_file, capsys, error, words
+):
+    def fails(config):
+        raise error
+
+    stub(monkeypatch, "loop", run=fails)
+    assert cli.main(["train", str(config_file)]) == 2
+    assert capsys.readouterr().err.startswith(f"jaxrl-post train: {words}")
+    with pytest.raises(OSError, match=words.split(":")[-1].strip()):
+        cli.main(["train", "--debug", str(config_file)])
+
+
 def test_generate_prints_each_completion_behind_its_prompt(monkeypatch, run_dir, capsys):
     calls = []
 
@@ -135,7 +156,17 @@ def test_generate_prints_each_completion_behind_its_prompt(monkeypatch, run_dir,
     assert captured.err.count("log-probability -0.5000 nats, ended by stop") == 4
 
 
-@pytest.mark.parametrize("option", [["--samples", "0"], ["--temperature", "-1"], ["--temperature", "nan"]])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--samples", "0"],
+        ["--temperature", "-1"],
+        ["--temperature", "nan"],
+        ["--seed", "-1"],
+        ["--seed", str(2**32)],
+        ["--seed", "99999999999999999999999"],
+    ],
+)
 def test_impossible_options_of_generate_are_refused(run_dir, option, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["generate", str(run_dir), "x", *option])
@@ -164,6 +195,12 @@ def test_evaluate_prints_a_table_or_exactly_one_json_object(monkeypatch, run_dir
     ]
     assert cli.main(["evaluate", str(run_dir), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {**results, "eval/none": None}
+
+
+def test_an_evaluation_refuses_to_change_the_model(monkeypatch, run_dir, capsys):
+    stub(monkeypatch, "inference", evaluate_run=lambda *arguments: pytest.fail("must not run"))
+    assert cli.main(["evaluate", str(run_dir), "model.width=64"]) == 2
+    assert "model.width=64: does not apply to a trained model" in capsys.readouterr().err
 
 
 def test_plot_draws_and_prints_where(run_dir, tmp_path, capsys):

@@ -81,6 +81,24 @@ def test_old_logp_is_the_sampler_s_or_the_recomputed_one():
     assert float(targets(methods.grpo(old_logp="recompute"), batch).old_logp[0, 1]) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: methods.reinforce(baseline="loo"), "baseline must be one of none, leave_one_out, got 'loo'"),
+        (lambda: methods.grpo(old_logp="x"), "old_logp must be one of rollout, recompute"),
+        (lambda: methods.grpo(clip_low=1.5), "clip_low must be between 0 and 1, got 1.5"),
+        (lambda: methods.grpo(horizon=5), "horizon=5 does not apply"),
+        (lambda: methods.sft(aggregation="seq_mean_token_sum_norm"), "divides by horizon"),
+        (lambda: methods.mc_grpo(kl_estimator="k9"), "kl_estimator must be one of k1, k2, k3, abs"),
+        (lambda: methods.ppo(gamma=2), "gamma must be between 0 and 1"),
+        (lambda: methods.dpo(beta=-1), "beta must be at least 0"),
+    ],
+)
+def test_a_keyword_without_meaning_is_an_error_where_the_method_is_made(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 def test_dpo_refuses_groups_that_are_not_pairs():
     with pytest.raises(ValueError, match="group of two, got groups of 3"):
         tiny.one_step(methods.dpo(), rollouts([1.0, 2.0, 3.0]))

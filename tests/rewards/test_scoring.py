@@ -1,6 +1,7 @@
 """Calling reward functions, checking what they return, weighing and adding."""
 
 import asyncio
+import sys
 
 import numpy as np
 import pytest
@@ -152,6 +153,36 @@ def test_an_interrupt_is_not_taken_for_a_failed_reward():
 
     with pytest.raises(KeyboardInterrupt):
         one(interrupted, on_error="invalid")
+
+
+def test_a_function_that_exits_has_failed_and_does_not_end_the_run():
+    def leave(completions):
+        sys.exit(3)
+
+    async def leave_later(completions):
+        sys.exit(3)
+
+    async def leave_in_a_task_of_its_own(completions):
+        return await asyncio.gather(leave_later(completions))
+
+    for function in (leave, leave_later, leave_in_a_task_of_its_own):
+        with pytest.raises(RewardError, match=r"'mine' raised SystemExit: 3, at rows 0 to 2"):
+            one(function)
+        parts = [RewardFunction("mine", function), RewardFunction("other", giving([1, 2, 3]))]
+        result = score(parts, PROMPTS, COMPLETIONS, on_error="invalid")
+        assert result.errors == {"mine": 3, "other": 0}
+        assert not result.valid.any()
+
+
+def test_a_coroutine_function_that_exits_leaves_the_others_their_scores():
+    async def leave(completions):
+        sys.exit(3)
+
+    async def stay(completions):
+        return [1, 2, 3]
+
+    parts = [RewardFunction("mine", leave), RewardFunction("other", stay)]
+    assert score(parts, PROMPTS, COMPLETIONS, on_error="invalid").components["other"].tolist() == [1, 2, 3]
 
 
 def waiting_pair():

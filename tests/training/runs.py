@@ -25,6 +25,12 @@ def write_problems(path: Path, count: int = 24, first: int = 0) -> Path:
     return path
 
 
+def training(**changes) -> dict:
+    """The loop's section of a tiny run."""
+    optimizer = {"learning_rate": 0.01}
+    return {"steps": 6, "optimizer": optimizer, "checkpoint_every": 2, "log_completions_every": 2} | changes
+
+
 def tiny_run(directory: Path, **changes) -> Path:
     """The path of a configuration of a run in `directory/run`; `changes` replace whole sections."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -41,12 +47,7 @@ def tiny_run(directory: Path, **changes) -> Path:
         "rollout": {"group_size": 4, "prompts": 4, "max_new_tokens": 3},
         "method": {"name": "grpo"},
         "warm_start": {"steps": 3, "batch_size": 4, "examples": 8, "optimizer": {"learning_rate": 0.01}},
-        "training": {
-            "steps": 6,
-            "optimizer": {"learning_rate": 0.01},
-            "checkpoint_every": 2,
-            "log_completions_every": 2,
-        },
+        "training": training(),
         "eval": {"problems": 8, "samples": 2, "k": 2},
         "logging": {"progress": False, "tensorboard": False},
     }

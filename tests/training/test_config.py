@@ -293,7 +293,7 @@ def test_preference_training_on_a_task_that_has_no_pairs_is_an_error(templates):
 
 
 def test_a_missing_data_file_is_named_unless_an_old_run_is_only_read(tmp_path):
-    missing = str(tmp_path / "gone.jsonl")
+    missing = str(tmp_path / ("a" * 80) / "gone.jsonl")
     values = make(data={"files": [missing], "max_prompt_length": 8, "prompt": "{p}"}, rewards=[{"name": "exact_match"}])
     with pytest.raises(ConfigError, match=r"data.files.0 = .*gone.jsonl.*no such file"):
         configs.from_dict(values)
@@ -384,7 +384,14 @@ def test_overrides_reach_sections_lists_absent_sections_and_method_keywords(tmp_
         ("=3", "write key=value"),
         ("seed.x=1", "seed is not a section"),
         ("rewards.5.weight=1", "items 0 to 0"),
-        ("rollout.promts=4", "did you mean 'rollout.prompts'?"),
+        ("rollout.promts=4", "rollout.promts: unknown key; did you mean 'rollout.prompts'?"),
+        ("a.b.c=1", "a.b.c: unknown key; known here: curriculum, data,"),
+        ("traning.stepz=4", "traning.stepz: unknown key; did you mean 'training.steps'?"),
+        ("optimizer.learning_rate=1", "did you mean 'training.optimizer.learning_rate'?"),
+        ("rollout.samplings=1", "did you mean 'rollout.sampling'?"),
+        ("rewards.0.wieght=2", "rewards.0.wieght: unknown key; did you mean 'rewards.0.weight'?"),
+        ("rewards.weight=2", "rewards is a list; give the number of one of its items, e.g. rewards.0"),
+        ("model.width.x=1", "model.width is not a section"),
         ("rollout.prompts=[1", "not valid YAML"),
     ],
 )
@@ -393,6 +400,30 @@ def test_an_override_that_cannot_be_applied_says_why(tmp_path, override, words):
     with pytest.raises(ConfigError) as caught:
         configs.load(write(tmp_path, yaml_text.write(values)), [override])
     assert words in str(caught.value)
+    assert len(caught.value.problems) == 1
+
+
+def test_an_evaluation_may_change_how_a_model_is_measured_and_not_how_it_was_made():
+    configs.check_evaluation_overrides(
+        [
+            "eval.problems=64",
+            "mesh={data: 2}",
+            "logging.progress=false",
+            "on_reward_error=invalid",
+            "rollout.sampling.temperature=0.5",
+            "rewards.0.threshold=1",
+            "rewards=[]",
+        ]
+    )
+    refused = ["seed=1", "model.width=8", "rollout.max_new_tokens=4", "rollout={}", "training.steps=1", "method.beta=1"]
+    with pytest.raises(ConfigError) as caught:
+        configs.check_evaluation_overrides(["eval.k=2", *refused])
+    assert [text.split(":")[0] for text in caught.value.problems] == refused
+    assert all("does not apply to a trained model" in text for text in caught.value.problems)
+
+
+def test_a_mistyped_key_of_an_evaluation_is_left_to_the_message_that_names_the_right_one():
+    configs.check_evaluation_overrides(["evl.problems=64", "eval.problmes=64", "nonsense"])
 
 
 @pytest.mark.parametrize(

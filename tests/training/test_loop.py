@@ -139,9 +139,38 @@ def test_long_prompts_are_filtered_and_counted_or_an_error(tmp_path):
         file.write(json.dumps({"question": "12345>", "answer": "1"}) + "\n")
     data = {"files": [str(files)], "alphabet": ">0123456789", "max_prompt_length": 3}
     directory = train(tmp_path / "a", "training.steps=4", data=data, **NO_WARM_START)
-    assert runs.lines(directory)[-1]["data/filtered_prompts"] >= 1
+    assert runs.lines(directory)[-1]["data/filtered_problems"] >= 1
     with pytest.raises(ValueError, match="more than max_prompt_length=3"):
         train(tmp_path / "b", data=data | {"on_long_prompt": "error"}, **NO_WARM_START)
+
+
+def test_a_set_up_that_fails_leaves_a_directory_that_can_be_used(tmp_path):
+    path = runs.tiny_run(tmp_path, **NO_WARM_START)
+    with pytest.raises(ValueError, match=r"no module"):
+        loop.run(config.load(path, ["rewards.0.path=no_such_module:reward"]))
+    loop.run(config.load(path, ["training.steps=1"]))
+
+
+def test_rewards_that_fail_in_evaluation_are_treated_as_in_training(tmp_path):
+    rewards = [{"path": f"{FAULTS}:fails_on_eight_rows"}]
+    directory = train(
+        tmp_path,
+        "training.steps=1",
+        "eval.samples=1",
+        "eval.k=1",
+        on_reward_error="invalid",
+        rewards=rewards,
+        **NO_WARM_START,
+    )
+    assert runs.lines(directory)[-1]["eval/accuracy"] == 0.0
+
+
+def test_the_learning_rate_counts_updates_and_roles_count_steps(tmp_path):
+    optimizer = {"learning_rate": 0.01, "schedule": "linear"}
+    training = runs.training(steps=3, optimizer=optimizer)
+    roles = {"reference": {"refresh": "every", "every": 1}}
+    directory = train(tmp_path, training=training, roles=roles, eval={"problems": 0}, **faulty("nothing"))
+    assert [row["learning_rate"] for row in runs.lines(directory)] == pytest.approx([0.01] * 3)
 
 
 def test_supervised_and_preference_data_need_no_rewards(tmp_path):

@@ -42,7 +42,7 @@ def test_one_picture_is_drawn_of_several_runs_and_no_part_of_it_is_left_behind(t
     assert path == first / "curves.png"
     assert sorted(file.name for file in first.iterdir()) == ["curves.png", "metrics.jsonl"]
     together = read_picture(path)
-    alone = read_picture(plot([first], tmp_path / "out" / "alone.png"))
+    alone = read_picture(plot([first], tmp_path / "alone.png"))
     assert together.shape == alone.shape
     assert np.abs(together - alone).max() > 0.5
 
@@ -103,6 +103,32 @@ def test_a_run_that_has_nothing_to_draw_is_an_error_that_says_so(tmp_path):
         plot([tmp_path / "nothing"])
     with pytest.raises(ValueError, match="at least one run"):
         plot([])
+
+
+@pytest.mark.parametrize("name", ["picture.foo", "picture", "picture."])
+def test_a_picture_of_no_known_format_is_refused_before_any_run_is_read(tmp_path, name):
+    with pytest.raises(ValueError, match=r"must end in one of \.png, \.pdf, \.svg"):
+        plot([tmp_path / "nothing"], tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.pdf", "a.svg", "a.JPG", "a.jpeg", "a.webp", "a.tif", "a.tiff", "a.eps", "a.ps"])
+def test_every_format_that_is_offered_can_be_written(tmp_path, name):
+    assert plot([write_run(tmp_path / "run", rows(3))], tmp_path / name).stat().st_size > 1000
+
+
+def test_no_directory_is_made_for_a_picture(tmp_path):
+    run = write_run(tmp_path / "run", rows(3))
+    with pytest.raises(FileNotFoundError, match=r"there is no directory .*nope; make it first"):
+        plot([run], tmp_path / "nope" / "x.png")
+    assert not (tmp_path / "nope").exists()
+
+
+def test_a_picture_that_cannot_be_put_in_its_place_leaves_nothing_behind(tmp_path):
+    run = write_run(tmp_path / "run", rows(3))
+    (tmp_path / "x.png").mkdir()
+    with pytest.raises(OSError, match=r"x\.png"):
+        plot([run], tmp_path / "x.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "x.png"]
 
 
 class Terminal(io.StringIO):
@@ -179,10 +205,11 @@ def test_on_a_terminal_the_numbers_are_live_and_the_cursor_comes_back_after_an_e
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # shown again after it was hidden
 
 
-def test_a_disabled_display_prints_nothing():
+def test_a_disabled_display_prints_messages_on_standard_error_and_nothing_else(capsys):
     stream = Terminal()
     with Progress(5, False, stream=stream) as progress:
         progress.update(1, {"reward": 1.0})
         progress.completions(1, [{"completion": "x"}])
-        progress.message("hello")
+        progress.message("resuming from step 3")
     assert stream.getvalue() == ""
+    assert capsys.readouterr() == ("", "resuming from step 3\n")

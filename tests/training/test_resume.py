@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_post.training import checkpoint, config, loop
+from jaxrl_post.training import checkpoint, config, loop, run_log
 from tests.training import runs
 
 # Steps 1 to 3 are the warm start, 4 to 9 the method; saved are 2, 3 (its end), 5, 7 and 9.
@@ -37,14 +37,51 @@ def test_a_killed_run_ends_with_the_same_bits(point, uninterrupted, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    before = (tmp_path / "run" / "metrics.jsonl").read_text().count("\n")
-    assert before < len(runs.lines(uninterrupted))
+    assert not (tmp_path / "run/checkpoints/9").exists()
 
     loop.run(config.load(path))
 
     assert runs.lines(tmp_path / "run") == runs.lines(uninterrupted)
     assert (tmp_path / "run/completions.jsonl").read_text() == (uninterrupted / "completions.jsonl").read_text()
     assert runs.final_state(tmp_path / "run") == runs.final_state(uninterrupted)
+
+
+def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_from_there(uninterrupted, tmp_path, monkeypatch):
+    path = runs.tiny_run(tmp_path, training=runs.training(checkpoint_every=100))
+    write = run_log.RunLog.write
+
+    def write_and_ask(self, step, metrics):
+        write(self, step, metrics)
+        if step == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_log.RunLog, "write", write_and_ask)
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(config.load(path))
+    assert sorted(d.name for d in (tmp_path / "run/checkpoints").iterdir()) == ["3", "5"]
+    loop.run(config.load(path))
+    assert runs.lines(tmp_path / "run") == runs.lines(uninterrupted)
+    assert runs.final_state(tmp_path / "run") == runs.final_state(uninterrupted)
+
+
+def test_looking_at_a_run_changes_nothing_in_its_directory(uninterrupted):
+    unfinished = uninterrupted / "checkpoints" / "99.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    with checkpoint.Checkpointer(uninterrupted / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.steps()
+    assert unfinished.is_dir()
+    unfinished.rmdir()
+    with pytest.raises(checkpoint.CheckpointError, match="there is no directory"):
+        checkpoint.Checkpointer(uninterrupted / "nowhere", read_only=True)
+    assert not (uninterrupted / "nowhere").exists()
+
+
+def test_a_checkpoint_of_another_model_is_not_called_damaged(tmp_path):
+    checkpoint.save(tmp_path / "c", 1, {"w": jax.numpy.zeros((2, 3))})
+    with pytest.raises(checkpoint.MismatchError, match=r"\['w'\]: float32\[2, 3\] saved, float32\[2, 4\] wanted"):
+        checkpoint.restore(tmp_path / "c", {"w": jax.numpy.zeros((2, 4))})
+    assert (tmp_path / "c/1").is_dir()
 
 
 def test_a_finished_run_that_is_started_again_changes_nothing(uninterrupted):
@@ -59,19 +96,23 @@ def test_another_seed_is_another_run(uninterrupted, tmp_path):
 
 
 def damage(directory: Path, how: str) -> None:
-    largest = max((f for f in directory.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    if how == "truncated":
-        content = content[: len(content) // 2]
-    else:
-        content[len(content) // 2] ^= 0xFF
-    largest.write_bytes(content)
+    """Damage the files that hold numbers."""
+    for file in (file for file in directory.rglob("d/*") if file.is_file()):
+        content = bytearray(file.read_bytes())
+        if how == "truncated":
+            content = content[: len(content) // 2]
+        else:
+            content[len(content) // 2] ^= 1
+        file.write_bytes(content)
 
 
 @pytest.mark.parametrize("how", ["truncated", "one bit flipped"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(how, uninterrupted, tmp_path, caplog):
     path = runs.tiny_run(tmp_path)
-    loop.run(config.load(path, ["training.steps=4"]))
+    # In a process of its own: this one would read what it wrote from a cache.
+    command = [sys.executable, "-m", "jaxrl_post.cli.main", "train", str(path), "training.steps=4"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run(command, env=environment, capture_output=True, timeout=300, check=True)
     newest = max(int(d.name) for d in (tmp_path / "run/checkpoints").iterdir() if d.name.isdigit())
     damage(tmp_path / "run/checkpoints" / str(newest), how)
     loop.run(config.load(path))
@@ -84,7 +125,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(how, unin
 def test_only_damaged_checkpoints_are_an_error_that_says_what_to_do(tmp_path):
     like = {"x": np.arange(1000.0)}
     checkpoint.save(tmp_path / "c", 1, jax.tree.map(jax.numpy.asarray, like))
-    damage(tmp_path / "c/1", "truncated")
+    for file in (tmp_path / "c/1").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
     with pytest.raises(checkpoint.CheckpointError, match="remove the directory to start again"):
         checkpoint.restore(tmp_path / "c", jax.tree.map(jax.numpy.asarray, like))
     (tmp_path / "empty").mkdir()

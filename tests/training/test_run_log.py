@@ -1,9 +1,13 @@
 """The growing files of a run directory: what a line holds, what resuming cuts, whose run a directory holds."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
+import re
+import signal
+import subprocess
 import sys
 import types
 import warnings
@@ -13,7 +17,14 @@ import numpy as np
 import pytest
 
 from jaxrl_post.training import config as configs
-from jaxrl_post.training.run_log import RunDirError, RunLog, prepare_run_dir, read_metrics, write_atomically
+from jaxrl_post.training.run_log import (
+    RunDirError,
+    RunLog,
+    lock_run_dir,
+    prepare_run_dir,
+    read_metrics,
+    write_atomically,
+)
 
 
 def open_log(directory, resume_from=None, **options):
@@ -35,6 +46,13 @@ def make_config(directory, **changes):
     for section, fields in changes.items():
         config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **fields)})
     return config
+
+
+def begin(config):
+    """Prepare the directory of a new run and log its first step."""
+    assert prepare_run_dir(config) is False
+    with open_log(config.run_dir) as log:
+        log.write(1, {"reward": 1.0})
 
 
 def test_a_line_is_json_with_the_step_first_keys_sorted_and_null_for_what_is_not_finite(tmp_path):
@@ -205,11 +223,58 @@ def test_a_new_run_directory_gets_the_resolved_configuration_and_an_old_one_is_r
     config = make_config(tmp_path / "a" / "b")
     assert prepare_run_dir(config) is False
     assert configs.load(tmp_path / "a" / "b" / "config.yaml") == config
+    (tmp_path / "a" / "b" / "checkpoints" / "100").mkdir(parents=True)
     assert prepare_run_dir(config) is True
 
 
-def test_what_does_not_change_a_step_may_change_when_a_run_is_resumed(tmp_path):
+def test_a_run_that_ended_before_its_first_line_and_checkpoint_does_not_hold_its_directory(tmp_path):
     prepare_run_dir(make_config(tmp_path))
+    (tmp_path / "checkpoints" / "100.orbax-checkpoint-tmp").mkdir(parents=True)  # given up half-way
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "rew')
+    other = make_config(tmp_path, model={"width": 256})
+    assert prepare_run_dir(other) is False
+    assert configs.load(tmp_path / "config.yaml") == other
+
+
+def test_the_directories_of_a_run_without_content_need_no_configuration(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert prepare_run_dir(make_config(tmp_path)) is False
+
+
+@pytest.mark.parametrize("begun", ["checkpoint", "metrics"])
+def test_a_checkpoint_or_a_line_of_metrics_holds_the_directory(tmp_path, begun):
+    prepare_run_dir(make_config(tmp_path))
+    if begun == "checkpoint":
+        (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    else:
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(RunDirError, match=r"model.width: 128 there, 256 here"):
+        prepare_run_dir(make_config(tmp_path, model={"width": 256}))
+
+
+def test_a_file_of_another_kind_that_has_the_name_of_the_configuration_is_not_overwritten(tmp_path):
+    for text in ("hydra: {run: {dir: x}}\n", "- 1\n", ""):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(RunDirError, match="is not the configuration of a run"):
+            prepare_run_dir(make_config(tmp_path))
+        assert (tmp_path / "config.yaml").read_text() == text
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_steps_may_not_change_under_a_schedule_that_ends_with_them(tmp_path, schedule):
+    decaying = dataclasses.replace(make_config(tmp_path).training.optimizer, schedule=schedule)
+    begin(make_config(tmp_path, training={"steps": 10, "optimizer": decaying}))
+    with pytest.raises(
+        RunDirError,
+        match=rf"training.steps: 10 there, 20 here \(the {schedule} schedule of the step size depends on it",
+    ):
+        prepare_run_dir(make_config(tmp_path, training={"steps": 20, "optimizer": decaying}))
+    assert prepare_run_dir(make_config(tmp_path, training={"optimizer": decaying, "keep_checkpoints": 3})) is True
+
+
+def test_what_does_not_change_a_step_may_change_when_a_run_is_resumed(tmp_path):
+    begin(make_config(tmp_path))
     measured = {"every": 5, "samples": 16, "k": 4, "correct_at": 0.5}
     changed = make_config(tmp_path, training={"steps": 20, "checkpoint_every": 5}, eval=measured, logging={})
     assert prepare_run_dir(changed) is True
@@ -217,7 +282,7 @@ def test_what_does_not_change_a_step_may_change_when_a_run_is_resumed(tmp_path):
 
 
 def test_the_number_of_held_out_problems_may_not_change_because_training_leaves_them_out(tmp_path):
-    prepare_run_dir(make_config(tmp_path))
+    begin(make_config(tmp_path))
     with pytest.raises(RunDirError, match=r"eval.problems: 512 there, 64 here"):
         prepare_run_dir(make_config(tmp_path, eval={"problems": 64}))
 
@@ -225,14 +290,14 @@ def test_the_number_of_held_out_problems_may_not_change_because_training_leaves_
 def test_warnings_about_the_configuration_of_the_run_so_far_are_not_repeated(tmp_path):
     config = make_config(tmp_path)
     rising = dataclasses.replace(config.training.optimizer, warmup_steps=10)
-    prepare_run_dir(make_config(tmp_path, training={"steps": 2, "optimizer": rising}))
+    begin(make_config(tmp_path, training={"steps": 2, "optimizer": rising}))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert prepare_run_dir(make_config(tmp_path, training={"steps": 20, "optimizer": rising})) is True
 
 
 def test_a_directory_of_another_configuration_is_refused_with_the_keys_that_differ(tmp_path):
-    prepare_run_dir(make_config(tmp_path))
+    begin(make_config(tmp_path))
     before = (tmp_path / "config.yaml").read_bytes()
     other = make_config(tmp_path, model={"width": 256}, data={"alphabet": "ab"}, training={"steps": 20})
     with pytest.raises(RunDirError) as caught:
@@ -247,7 +312,7 @@ def test_a_directory_of_another_configuration_is_refused_with_the_keys_that_diff
 
 def test_a_run_of_an_older_version_that_lacks_a_key_is_resumed_with_its_default(tmp_path):
     config = make_config(tmp_path)
-    prepare_run_dir(config)
+    begin(config)
     text = (tmp_path / "config.yaml").read_text()
     assert "on_long_prompt: filter\n" in text
     (tmp_path / "config.yaml").write_text(text.replace("  on_long_prompt: filter\n", ""))
@@ -290,3 +355,81 @@ def test_a_file_is_replaced_whole_and_has_the_permissions_of_any_other(tmp_path)
     assert (tmp_path / "a").read_text() == "two"
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+HOLDER = """
+import sys, time
+from jaxrl_post.training.run_log import lock_run_dir
+with lock_run_dir(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_directory_is_held_against_other_processes_until_its_holder_is_killed(tmp_path):
+    directory = tmp_path / "new" / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(directory)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunDirError) as caught, lock_run_dir(directory):
+            pytest.fail("two processes hold one directory")
+        expected = (
+            f"another process (pid {holder.pid}) is training in {directory}; wait for it, or give another run_dir"
+        )
+        assert str(caught.value) == expected
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    with lock_run_dir(directory):
+        assert (directory / ".lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_a_directory_is_given_back_after_an_error_though_a_forked_child_still_has_the_file_open(tmp_path, monkeypatch):
+    inherited = []
+    real = os.open
+
+    def open_and_fork(*arguments):
+        descriptor = real(*arguments)
+        inherited.append(os.dup(descriptor))  # the same open file, as a fork leaves it in the child
+        return descriptor
+
+    monkeypatch.setattr(os, "open", open_and_fork)
+    with pytest.raises(KeyError), lock_run_dir(tmp_path):
+        raise KeyError
+    monkeypatch.undo()
+    with lock_run_dir(tmp_path):
+        pass
+    os.close(*inherited)
+
+
+def test_the_file_of_the_lock_is_not_taken_for_a_run(tmp_path):
+    with lock_run_dir(tmp_path):
+        assert prepare_run_dir(make_config(tmp_path)) is False
+
+
+def test_the_lock_of_a_directory_that_cannot_be_written_is_the_error_of_such_a_directory(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirError, match=r"file.* cannot be written"), lock_run_dir(tmp_path / "file"):
+        pass
+    with pytest.raises(RunDirError, match=r"file.* cannot be written"), lock_run_dir(tmp_path / "file" / "run"):
+        pass
+
+
+def test_an_error_of_the_run_is_not_taken_for_one_of_the_lock(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing"), lock_run_dir(tmp_path):
+        raise FileNotFoundError("missing")
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
+    def no_locks(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.warns(RuntimeWarning, match=re.escape(f"{tmp_path} has no locks")), lock_run_dir(tmp_path):
+        pass

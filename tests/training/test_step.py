@@ -160,6 +160,15 @@ def test_wrong_use_is_an_error_that_says_what_to_do():
         tiny.one_step(methods.grpo(), batch, micro_batches=3)
     with pytest.raises(ValueError, match="8 micro-batches do not divide 4 groups"):
         tiny.one_step(methods.dpo(), tiny.pairs(), micro_batches=8)
+    by_prompt = methods.dpo()._replace(unit="token")
+    with pytest.raises(ValueError, match=r"4 rows for 8 sequences.* give the method unit='group'"):
+        tiny.one_step(by_prompt, tiny.pairs(), micro_batches=2)
+    reduced = methods.sft()._replace(loss=lambda stats, rollouts, targets: {"nll": stats["policy"].logp.mean()})
+    with pytest.raises(ValueError, match=r"return Term\(value"):
+        tiny.one_step(reduced, batch)
+    forgotten = methods.grpo(beta=0.0)._replace(needs={"policy": frozenset({"value"})})
+    with pytest.raises(ValueError, match="value"):
+        tiny.one_step(forgotten, batch)
     whole_batch = methods.grpo()._replace(unit="batch")
     with pytest.raises(ValueError, match="needs the whole batch at once"):
         tiny.one_step(whole_batch, batch, micro_batches=2)

@@ -1,7 +1,8 @@
 """The configuration of a run: typed sections, read from YAML with `key=value` overrides, checked before compilation.
 
-`schema` holds the sections, `parsing` the types, `checks`, `content_checks` and `methods_check` what must hold between
-fields and methods, `document` the printed reference. Nothing here touches a device.
+`schema` holds the sections, `parsing` the types, `overrides` the command line's changes, `checks`, `content_checks` and
+`methods_check` what must hold between fields and methods, `document` the printed reference. Nothing here touches a
+device.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from jaxrl_post.training.config.checks import check_devices
 from jaxrl_post.training.config.document import defaults, document
 from jaxrl_post.training.config.errors import ConfigError, ConfigWarning, Problems
 from jaxrl_post.training.config.methods_check import check_method
+from jaxrl_post.training.config.overrides import check_evaluation_overrides, override
 from jaxrl_post.training.config.schema import (
     Config,
     CurriculumConfig,
@@ -55,6 +57,7 @@ __all__ = [
     "TrainingConfig",
     "WarmStartConfig",
     "check_devices",
+    "check_evaluation_overrides",
     "defaults",
     "document",
     "dump",
@@ -95,7 +98,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, namespace: Any = No
     values = {} if values is None else values
     if isinstance(values, dict):
         for item in overrides:
-            parsing.override(values, item, problems)
+            override(values, item, problems)
     return _build(values, str(path), problems, namespace, check_files)
 
 

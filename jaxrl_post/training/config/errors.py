@@ -63,7 +63,8 @@ def show(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    longest = 240 if isinstance(value, str) else 80  # the end of a path is its file's name
+    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:

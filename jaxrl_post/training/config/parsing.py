@@ -13,8 +13,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Union
 
-from jaxrl_post.training.config import yaml_text
-from jaxrl_post.training.config.errors import ConfigError, Problems, nearest, show
+from jaxrl_post.training.config.errors import Problems, nearest, show
 from jaxrl_post.training.config.schema import Config, MethodConfig, yaml_key
 
 BAD: Any = object()
@@ -248,72 +247,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value
-
-
-def hint_at(path: Sequence[str]) -> Any:
-    """The type that the schema gives a dotted key; None where it says nothing."""
-    hint: Any = Config
-    for part in path:
-        following = None
-        for member in members(hint):
-            arguments = typing.get_args(member)
-            if isinstance(member, type) and dataclasses.is_dataclass(member):
-                following = section_fields(member).get(part, (None, None))[1]
-            elif typing.get_origin(member) is tuple and part.isdigit():
-                following = arguments[0]
-            elif typing.get_origin(member) is dict:
-                following = arguments[1]
-        if following is None:
-            return None
-        hint = following
-    return hint
-
-
-def override(values: Any, text: str, problems: Problems) -> None:
-    """Change `values` in place as `a.b.c=value` says; the value is YAML, or plain text where the schema wants text.
-
-    Example:
-        >>> values = {"rollout": {"prompts": 32}}
-        >>> override(values, "rollout.prompts=8", Problems())
-        >>> override(values, "training.optimizer.learning_rate=3e-3", Problems())
-        >>> values
-        {'rollout': {'prompts': 8}, 'training': {'optimizer': {'learning_rate': 0.003}}}
-    """
-    dotted, equals, raw = text.partition("=")
-    dotted = dotted.strip()
-    path = dotted.split(".")
-    if not equals or not all(path):
-        problems.add(text, "is not an override; write key=value, e.g. training.steps=100")
-        return
-    wants_text = str in members(hint_at(path))
-    try:
-        value, _ = yaml_text.read(raw, dotted)
-        if wants_text and not isinstance(value, str) and value is not None:
-            value = raw
-    except ConfigError as error:
-        if not wants_text:
-            problems.messages.extend(f"{dotted}={raw}: {message}" for message in error.problems)
-            return
-        value = raw
-    _assign(values, path, value, problems)
-
-
-def _assign(values: Any, path: list[str], value: Any, problems: Problems) -> None:
-    node = values
-    for depth, part in enumerate(path):
-        key: Any = part
-        if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
-                problems.add(".".join(path), f"the list {'.'.join(path[:depth])} has items 0 to {len(node) - 1}")
-                return
-            key = int(part)
-        elif not isinstance(node, dict):
-            problems.add(".".join(path), f"{'.'.join(path[:depth])} is not a section, so nothing inside it can be set")
-            return
-        if depth == len(path) - 1:
-            node[key] = value
-            return
-        child = node[key] if isinstance(node, list) else node.get(key)
-        if child is None:
-            child = node[key] = {}
-        node = child

@@ -233,7 +233,7 @@ class MeshConfig:
 class EvalConfig:
     """Measurements on held-out problems."""
 
-    problems: int = option("held-out problems; 0: no evaluation", 512, minimum=0)
+    problems: int = option("held-out problems at most; 0: no evaluation", 512, minimum=0)
     every: int = option("steps between evaluations; 0: only after each stage", 0, minimum=0)
     samples: int = option("completions per problem for sampled accuracy and pass@k", 8, minimum=1)
     k: int = option("k of pass@k, at most samples", 8, minimum=1)

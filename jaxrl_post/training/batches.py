@@ -1,0 +1,182 @@
+"""What each step trains on: sampled with the policy of the moment, or given by the data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_post import curation, data
+from jaxrl_post.rollout import SamplingParams
+from jaxrl_post.training import setup as setups
+from jaxrl_post.training.sampling import Sampled, Sampler, sampled_metrics
+from jaxrl_post.training.setup import Setup, Stage
+from jaxrl_post.training.state import TrainState
+from jaxrl_post.types import Rollouts
+
+
+class TrainingError(ValueError):
+    """The run cannot go on; the message says what was seen and what to try."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cursor:
+    """Where a run is, beside the state on the device; saved with every checkpoint.
+
+    Attributes:
+        stage: index of the stage.
+        stage_step: steps taken in it.
+        ended: the stage has reached what it was to reach.
+        next_id: id of the next sequence to be sampled.
+        num_tokens: completion tokens sampled or given so far.
+        updates: updates made in the stage, which its learning rate depends on.
+        nonfinite: skipped updates in a row.
+        empty: steps without anything to train on in a row.
+        data: position in the stage's data; None at its beginning.
+    """
+
+    stage: int = 0
+    stage_step: int = 0
+    ended: bool = False
+    next_id: int = 0
+    num_tokens: int = 0
+    updates: int = 0
+    nonfinite: int = 0
+    empty: int = 0
+    data: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What a step trains on.
+
+    Attributes:
+        rollouts: None if nothing is left to train on.
+        metrics: of the batch as it was sampled.
+        sampled: its completions, if they were sampled.
+        sequences: number of sequences sampled.
+        tokens: number of completion tokens.
+    """
+
+    rollouts: Rollouts | None
+    metrics: dict[str, float]
+    sampled: Sampled | None
+    sequences: int
+    tokens: int
+
+
+class Batches:
+    """The batches of a stage, from a position that a checkpoint can hold.
+
+    Attributes:
+        problems: those of the last batch.
+    """
+
+    def __init__(self, setup: Setup, stage: Stage, cursor: Cursor):
+        config, problems = setup.config, setup.problems
+        self._setup, self._stage = setup, stage
+        warm = stage.name == "warm_start"
+        fits = data.prompt_fits(
+            setup.tokenizer, config.data.max_prompt_length, on_long_prompt=config.data.on_long_prompt
+        )
+        # Fresh problems for the method: what the warm start has shown the answers of is left out as well. Files may
+        # hold no others.
+        shown = frozenset(problem["prompt"] for problem in problems.warm_start)
+        exclude = problems.exclude if warm or config.data.task is None else problems.exclude | shown
+        source = problems.warm_start if warm else problems.train
+        if len(source) < stage.batch_size:
+            raise TrainingError(
+                f"{stage.name} trains on {stage.batch_size} different problems a step, but there are only "
+                f"{len(source)}; make the batch smaller or give more problems"
+            )
+        self._names = {"rollouts": (), "completions": ("answer",), "pairs": ("chosen", "rejected")}[stage.kind]
+        self._stream = data.stream(
+            source, batch_size=stage.batch_size, seed=config.seed, exclude=exclude, keep=self._fits(fits)
+        )
+        if cursor.data is not None:
+            self._stream.set_state(cursor.data)
+        self.problems: list[data.Problem] = []
+        rollout = config.rollout
+        self._length = config.data.max_prompt_length + rollout.max_new_tokens
+        if stage.kind == "rollouts":
+            options = rollout.sampling
+            self._sampler = Sampler(
+                setup,
+                SamplingParams(options.temperature, options.top_k, options.top_p, options.min_p),
+                group_size=rollout.group_size,
+                max_new_tokens=rollout.max_new_tokens,
+                prompts=stage.batch_size,
+                prompt_length=config.data.max_prompt_length,
+            )
+            self._select = jax.jit(curation.select_groups, static_argnums=1)
+
+    def position(self) -> dict[str, Any]:
+        """Where the data is, as JSON."""
+        return self._stream.get_state()
+
+    def next(self, state: TrainState, cursor: Cursor) -> Batch:
+        """The next batch: sampled with the state's policy, or given by the data."""
+        self.problems = next(self._stream)
+        data.check_disjoint((problem["prompt"] for problem in self.problems), self._setup.problems.exclude)
+        batch = self._sample(state, cursor) if self._stage.kind == "rollouts" else self._given()
+        if filtered := self._stream.counts["filtered"]:
+            batch.metrics["data/filtered_problems"] = float(filtered)
+        return batch
+
+    def _sample(self, state: TrainState, cursor: Cursor) -> Batch:
+        config = self._setup.config
+        sampled = self._sampler(
+            state.params["policy"],
+            self.problems,
+            jax.random.fold_in(self._setup.key, 4),
+            first_id=cursor.next_id,
+            version=cursor.stage_step,
+        )
+        metrics = sampled_metrics(sampled, config.eval.correct_at)
+        every = sampled.rollouts
+        chosen: Rollouts | None = every if np.asarray(every.valid).any() else None
+        if config.curriculum.oversample > 1:
+            useful = np.asarray(curation.informative(every.reward, every.valid))
+            metrics["curriculum/informative_groups"] = float(useful.mean())
+            chosen = self._select(every, config.rollout.prompts) if useful.any() else None
+        return Batch(chosen, metrics, sampled, every.batch_size, int(jnp.sum(every.mask)))
+
+    def _fits(self, prompt_fits: Callable[[data.Problem], bool]) -> Callable[[data.Problem], bool]:
+        """Whether a problem's prompt, and the completions that are trained on, are within the limits."""
+        config, tokenizer = self._setup.config, self._setup.tokenizer
+        limit = config.rollout.max_new_tokens
+
+        def fits(problem: data.Problem) -> bool:
+            for name in self._names:
+                if not isinstance(problem.get(name), str):
+                    raise TrainingError(
+                        f"{self._stage.name} trains on given completions, but a problem has no {name!r}: "
+                        f"{problem['prompt'][:80]!r}; set data.{name} to a template over its columns"
+                    )
+            long = [name for name in self._names if not setups.completion_fits(tokenizer, problem[name], limit)]
+            if long and config.data.on_long_prompt == "error":
+                raise TrainingError(
+                    f"the {long[0]} {problem[long[0]][:80]!r} and its stop token are more than "
+                    f"rollout.max_new_tokens = {limit}; raise the limit, or set data.on_long_prompt to filter to skip "
+                    "such problems"
+                )
+            return prompt_fits(problem) and not long
+
+        return fits
+
+    def _given(self) -> Batch:
+        tokenizer = self._setup.tokenizer
+        stop = [tokenizer.eos_ids[0]]
+        completions = [[[*tokenizer.encode(problem[name]), *stop] for name in self._names] for problem in self.problems]
+        rollouts = data.to_rollouts(
+            [tokenizer.encode(problem["prompt"]) for problem in self.problems],
+            completions,
+            length=self._length,
+            prompt_id=[problem["prompt_id"] for problem in self.problems],
+        )
+        tokens = int(np.sum(np.asarray(rollouts.mask)))
+        return Batch(rollouts, {"completions/mean_length": tokens / rollouts.batch_size}, None, 0, tokens)
