@@ -260,7 +260,9 @@ def test_a_truncated_sample_records_both_log_probs(cut):
     if "top_k" in cut:
         allowed &= p >= descending[:, cut["top_k"] - 1, None]
     if "top_p" in cut:
-        needed = (np.cumsum(descending, -1) < cut["top_p"]).sum(-1)
+        left = np.where(descending >= descending[:, cut.get("top_k", 0) - 1, None], descending, 0.0)
+        left = left / left.sum(-1, keepdims=True)  # top-p judges what top-k has left
+        needed = (np.cumsum(left, -1) < cut["top_p"]).sum(-1)
         allowed &= p >= np.take_along_axis(descending, needed[:, None], -1)
     if "min_p" in cut:
         allowed &= p >= cut["min_p"] * p.max(-1, keepdims=True)
