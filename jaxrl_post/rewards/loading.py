@@ -60,7 +60,7 @@ def _import(name: str) -> ModuleType:
                 f"itself: 'path/{name.rpartition('.')[2]}.py:function'"
             ) from error
         raise ValueError(f"importing {name!r} failed: {error}; install what it imports") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"importing {name!r} failed with {type(error).__name__}: {error}") from error
 
 
@@ -76,7 +76,7 @@ def _run_file(path: Path) -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up here
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
         raise ValueError(f"running {path} failed with {type(error).__name__}: {error}") from error
     return module

@@ -67,3 +67,10 @@ def test_a_module_that_lacks_something_it_imports_is_not_called_missing(tmp_path
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=r"importing 'needs_more' failed: No module named 'no_such_module_here'"):
         load("needs_more:f")
+
+
+def test_a_file_that_exits_is_an_error_and_does_not_end_the_process(tmp_path):
+    path = tmp_path / "leaves.py"
+    path.write_text("raise SystemExit(3)\n")
+    with pytest.raises(ValueError, match="SystemExit"):
+        load(f"{path}:reward")
