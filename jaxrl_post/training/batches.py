@@ -13,7 +13,7 @@ import numpy as np
 from jaxrl_post import curation, data
 from jaxrl_post.rollout import SamplingParams
 from jaxrl_post.training import setup as setups
-from jaxrl_post.training.sampling import Sampled, Sampler, sampled_metrics
+from jaxrl_post.training.sampler import Sampled, Sampler, sampled_metrics
 from jaxrl_post.training.setup import Setup, Stage
 from jaxrl_post.training.state import TrainState
 from jaxrl_post.types import Rollouts

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxrl_post import data
 from jaxrl_post.rollout import SamplingParams
-from jaxrl_post.training.sampling import Sampled, Sampler, sampled_metrics
+from jaxrl_post.training.sampler import Sampled, Sampler, sampled_metrics
 from jaxrl_post.training.setup import Setup
 from jaxrl_post.types import Params
 

@@ -17,7 +17,7 @@ from jaxrl_post.training import config as configs
 from jaxrl_post.training import setup as setups
 from jaxrl_post.training.checkpoint import Checkpointer, CheckpointError
 from jaxrl_post.training.evaluate import Evaluator
-from jaxrl_post.training.sampling import Sampler
+from jaxrl_post.training.sampler import Sampler
 from jaxrl_post.training.setup import Setup
 from jaxrl_post.types import FINISH_STOP, Params
 

@@ -28,7 +28,7 @@ from jaxrl_post.training.plot import plot
 from jaxrl_post.training.progress import Progress
 from jaxrl_post.training.roles import Refresh, make_refresh
 from jaxrl_post.training.run_log import RunLog, lock_run_dir, prepare_run_dir
-from jaxrl_post.training.sampling import Sampled
+from jaxrl_post.training.sampler import Sampled
 from jaxrl_post.training.setup import Setup, Stage
 from jaxrl_post.training.state import TrainState
 from jaxrl_post.training.step import make_step
@@ -159,25 +159,22 @@ def run_stage(
         started = time.perf_counter()
         batch = batches.next(state, cursor)
         prepared = time.perf_counter()
-        metrics = {
-            **batch.metrics,
-            "learning_rate": float(np.asarray(stage.schedule(cursor.updates))),
-        }
+        metrics = {**batch.metrics, "learning_rate": float(np.asarray(stage.schedule(cursor.updates)))}
         if batch.rollouts is None:
-            state, updated = skip(state), {"nonfinite_updates": 0.0}
+            state, skipped, updates = skip(state), 0, 0
         else:
             state, updated = step(state, batch.rollouts)
-            updated = {name: float(value) for name, value in jax.device_get(updated).items()}
-        metrics |= updated
+            metrics |= {name: float(value) for name, value in jax.device_get(updated).items()}
+            skipped = int(metrics["nonfinite_updates"])
+            updates = stage.epochs - skipped
         done += 1
         cursor = dataclasses.replace(
             cursor,
             stage_step=cursor.stage_step + 1,
             next_id=cursor.next_id + batch.sequences,
             num_tokens=cursor.num_tokens + batch.tokens,
-            updates=cursor.updates
-            + (stage.epochs - int(updated["nonfinite_updates"]) if batch.rollouts is not None else 0),
-            nonfinite=cursor.nonfinite + 1 if updated["nonfinite_updates"] else 0,
+            updates=cursor.updates + updates,
+            nonfinite=cursor.nonfinite + 1 if skipped else 0,
             empty=cursor.empty + 1 if batch.rollouts is None else 0,
             data=batches.position(),
         )
@@ -186,6 +183,7 @@ def run_stage(
             "stage": stage.name,
             "num_tokens": cursor.num_tokens,
             "empty_steps": float(batch.rollouts is None),
+            "nonfinite_updates": float(skipped),
             "step_time": seconds,
             "time/batch": prepared - started,
             "time/update": seconds - (prepared - started),

@@ -10,13 +10,13 @@ def die(*_, **__):
 
 
 def main(path, point, step):
-    from jaxrl_post.training import checkpoint, config, loop, run_log, sampling
+    from jaxrl_post.training import checkpoint, config, loop, run_log, sampler
 
     if point == "after_a_step":
         write = run_log.RunLog.write
         run_log.RunLog.write = lambda self, number, metrics: (write(self, number, metrics), number == step and die())
     elif point == "during_a_rollout":
-        sample = sampling.Sampler.__call__
+        sample = sampler.Sampler.__call__
         calls = []
 
         def counted(self, params, problems, key, **options):
@@ -24,7 +24,7 @@ def main(path, point, step):
             out = sample(self, params, problems, key, **options)
             return die() if "version" in options and options["version"] == step else out
 
-        sampling.Sampler.__call__ = counted
+        sampler.Sampler.__call__ = counted
     elif point == "half_a_line":
 
         def half(descriptor, row):
