@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import traceback
@@ -31,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 after success, 2 after a mistake of the user, 130 after Ctrl-C. Other errors are raised.
     """
     arguments = _parser().parse_args(argv)
+    debug = getattr(arguments, "debug", False)
+    if not debug:
+        # The storage layer warns of options that it sets itself.
+        logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         arguments.handler(arguments)
         sys.stdout.flush()
@@ -42,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, ImportError) as error:
-        if getattr(arguments, "debug", False) or not is_user_error(error):
+        if debug or not is_user_error(error):
             raise
         print(f"jaxrl-post {arguments.command}: {_message(error)}", file=sys.stderr)
         return USER_ERROR
