@@ -43,7 +43,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; pad and end-of-sequence tokens give nothing."""
+        """The text of the tokens of a sequence, without padding; an end-of-sequence token gives nothing."""
         ...
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -64,7 +64,7 @@ class CharTokenizer:
         >>> tokenizer = CharTokenizer("ab>")
         >>> tokenizer.encode("ba>")
         [3, 2, 4]
-        >>> tokenizer.decode([3, 2, 4, 1, 0, 0])
+        >>> tokenizer.decode([3, 2, 4, 1])
         'ba>'
     """
 
@@ -111,7 +111,10 @@ class CharTokenizer:
             ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The characters of `ids`; pad (0) and end (1) give nothing.
+        """The characters of `ids`; end (1) gives nothing, and pad (0) the replacement character U+FFFD.
+
+        Padding has no place among the tokens of a sequence. A policy that samples the pad id must not be able to hide
+        behind it: were it invisible, an answer filled up with it would look complete to every reward.
 
         Raises:
             ValueError: for an id outside `0 .. vocab_size - 1`.
@@ -122,7 +125,9 @@ class CharTokenizer:
                 raise ValueError(
                     f"token id {token} is outside 0..{self.vocab_size - 1}; is the model's vocab_size another?"
                 )
-            if token > 1:
+            if token == self.pad_id:
+                characters.append("\N{REPLACEMENT CHARACTER}")
+            elif token not in self.eos_ids:
                 characters.append(self.alphabet[token - 2])
         return "".join(characters)
 

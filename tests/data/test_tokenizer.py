@@ -31,8 +31,9 @@ def test_every_character_of_the_default_alphabet_survives_a_round_trip():
     assert tokenizer.decode(tokenizer.encode(PRINTABLE)) == PRINTABLE
 
 
-def test_decode_drops_pad_and_end_wherever_they_stand():
-    assert CharTokenizer("ab").decode([0, 2, 1, 3, 0]) == "ab"
+def test_decode_drops_the_end_but_shows_a_pad_that_was_sampled():
+    assert CharTokenizer("ab").decode([2, 1, 3, 1]) == "ab"
+    assert CharTokenizer("ab").decode([2, 0, 1]) == "a\ufffd"
 
 
 def test_encode_names_the_character_and_its_position():
