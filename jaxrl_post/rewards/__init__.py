@@ -3,7 +3,7 @@
 from jaxrl_post.rewards.adapters import from_verifiers, from_verl
 from jaxrl_post.rewards.loading import load
 from jaxrl_post.rewards.scoring import Reward, RewardError, RewardFunction, RowErrors, Scored, score
-from jaxrl_post.rewards.verifiable import exact_match, task_score, thresholded
+from jaxrl_post.rewards.verifiable import exact_match, task_score, task_solved, thresholded
 
 __all__ = [
     "Reward",
@@ -17,5 +17,6 @@ __all__ = [
     "load",
     "score",
     "task_score",
+    "task_solved",
     "thresholded",
 ]

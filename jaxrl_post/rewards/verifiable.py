@@ -87,6 +87,39 @@ def task_score(
     return reward if threshold is None else thresholded(reward, threshold)
 
 
+def task_solved(score_answer: Callable[[str, Mapping[str, Any]], float]) -> Callable[..., list[float | None]]:
+    """1 where the scorer gives a completion exactly what it gives the problem's own answer, otherwise 0.
+
+    Stricter than a threshold: a scorer that adds up partial credit can come within rounding of full marks, or above
+    them, for a completion that only begins like the answer, and a policy finds that.
+
+    Args:
+        score_answer: `(completion, entry) -> score`, e.g. `ReasoningGymSource.score_answer`.
+
+    Returns:
+        `reward(prompts, completions, entry)`; `entry` is the column with the task's records, and None in it gives None.
+
+    Example:
+        >>> def letters_right(text, entry):
+        ...     return 1.0 if text == entry["answer"] else sum(1 / 6 for a, b in zip(text, entry["answer"]) if a == b)
+        >>> entry = [{"answer": "abcdef"}, {"answer": "abcdef"}]
+        >>> task_score(letters_right)(["", ""], ["abcdef", "abcdefg"], entry=entry)
+        [1.0, 0.9999999999999999]
+        >>> task_solved(letters_right)(["", ""], ["abcdef", "abcdefg"], entry=entry)
+        [1.0, 0.0]
+    """
+    score = task_score(score_answer)
+
+    def reward(
+        prompts: Sequence[str], completions: Sequence[str], entry: Sequence[Mapping[str, Any] | None]
+    ) -> list[float | None]:
+        full = [None if record is None else score_answer(record["answer"], record) for record in entry]
+        given = score(prompts, completions, entry)
+        return [None if mark is None else float(mark == best) for mark, best in zip(given, full, strict=True)]
+
+    return reward
+
+
 def thresholded(function: Reward, threshold: float) -> Reward:
     """The reward function that is 1 where `function` gives at least `threshold`, else 0.
 

@@ -286,14 +286,16 @@ def make_rewards(config: Config, train: Callable[[], data.Source]) -> list[rewar
             name, function = option.path.rpartition(":")[2], rewards.load(option.path)
             adapters = {"verl": rewards.from_verl, "verifiers": rewards.from_verifiers}
             function = adapters[option.adapter](function) if option.adapter in adapters else function
-        elif option.name == "task_score":
+        elif option.name in ("task_score", "task_solved"):
             source = train()
             assert isinstance(source, data.ReasoningGymSource)  # the configuration's check has seen to it
-            name, function = "task_score", rewards.task_score(source.score_answer)
+            name, function = option.name, getattr(rewards, option.name)(source.score_answer)
         elif option.name == "exact_match":
             name, function = "exact_match", rewards.exact_match
         else:
-            raise ConfigError([f"rewards: there is no reward {option.name!r}; use task_score, exact_match or path"])
+            raise ConfigError(
+                [f"rewards: there is no reward {option.name!r}; use task_score, task_solved, exact_match or path"]
+            )
         if option.threshold is not None:
             function = rewards.thresholded(function, option.threshold)
         taken = [function.name for function in made]

@@ -5,7 +5,16 @@ import asyncio
 import pytest
 
 from jaxrl_post.data import ReasoningGymSource, columns
-from jaxrl_post.rewards import RewardError, RewardFunction, RowErrors, exact_match, score, task_score, thresholded
+from jaxrl_post.rewards import (
+    RewardError,
+    RewardFunction,
+    RowErrors,
+    exact_match,
+    score,
+    task_score,
+    task_solved,
+    thresholded,
+)
 
 
 def test_exact_match_ignores_white_space_at_the_ends_only():
@@ -101,3 +110,17 @@ def test_thresholded_does_not_hide_a_wrong_count(values):
 def test_a_threshold_must_be_finite(threshold):
     with pytest.raises(ValueError, match="threshold must be a finite number"):
         task_score(lambda answer, entry: 1.0, threshold=threshold)
+
+
+def test_letters_after_the_answer_are_no_solution_whatever_the_scorer_s_rounding_gives():
+    """reasoning-gym's scorer adds up 1/n per letter: 0.9999999999999999 for n = 6, 1.0000000000000002 for n = 9."""
+    source = ReasoningGymSource("spell_backward", seed=0, size=300, prompt="{word}>", lowercase=True)
+    problems = [source[index] for index in range(300)]
+    entries = [problem["entry"] for problem in problems]
+    answers = [problem["answer"] for problem in problems]
+    longer = [answer + "x" for answer in answers]
+    nothing = [""] * 300
+    assert max(task_score(source.score_answer)(nothing, longer, entries)) > 0.999
+    assert task_solved(source.score_answer)(nothing, answers, entries) == [1.0] * 300
+    assert task_solved(source.score_answer)(nothing, longer, entries) == [0.0] * 300
+    assert task_solved(source.score_answer)([""], ["x"], [None]) == [None]

@@ -75,7 +75,7 @@ def test_generated_problems_are_disjoint_by_content():
     values = {
         "run_dir": "unused",
         "data": {"task": "spell_backward", "prompt": "{word}>", "lowercase": True, "max_prompt_length": 11},
-        "rewards": [{"name": "task_score", "threshold": 0.999}],
+        "rewards": [{"name": "task_solved"}],
         "rollout": {"max_new_tokens": 11},
         "training": {"steps": 10, "optimizer": {"learning_rate": 1e-3}},
         "warm_start": {**WARM_START, "examples": 200, "until": 0.3, "check_every": 1, "check_problems": 50},

@@ -15,12 +15,12 @@ from jaxrl_post.training.config.parsing import default_of, join
 from jaxrl_post.training.config.schema import Config
 from jaxrl_post.types import Method
 
+TASK_REWARDS = ("task_score", "task_solved")
+"""Rewards that are made from the scorer of `data.task`."""
+
 
 def reward_names() -> list[str]:
-    """The rewards that a configuration can name: functions of prompts and completions, and `task_score`.
-
-    `task_score` is made from the generator of `data.task`, and is no such function itself.
-    """
+    """The rewards that a configuration can name: functions of prompts and completions, and `TASK_REWARDS`."""
     from jaxrl_post import rewards
 
     def takes_completions(function: object) -> bool:
@@ -29,7 +29,7 @@ def reward_names() -> list[str]:
             "completions",
         ]
 
-    return ["task_score", *(name for name in rewards.__all__ if takes_completions(getattr(rewards, name)))]
+    return [*TASK_REWARDS, *(name for name in rewards.__all__ if takes_completions(getattr(rewards, name)))]
 
 
 def changed(section: Any, names: Iterable[str]) -> list[str]:
@@ -115,7 +115,7 @@ def check_rewards(config: Config, made: Method | None, problems: Problems) -> No
             refuse_unused(reward, key, ("adapter",), "it is for a function given by path", problems)
             if reward.name not in (known := reward_names()):
                 problems.add(f"{key}.name", f"there is no such reward; {nearest(reward.name, known)}", reward.name)
-            if reward.name == "task_score" and config.data is not None and problems.ok("data") and not config.data.task:
+            if reward.name in TASK_REWARDS and config.data is not None and problems.ok("data") and not config.data.task:
                 problems.add(f"{key}.name", "scores with the generator of data.task; give data.task", reward.name)
         elif not all(reward.path.rpartition(":")[::2]):  # pyright: ignore[reportOptionalMemberAccess]
             problems.add(f"{key}.path", "must be module:function or file.py:function", reward.path)
