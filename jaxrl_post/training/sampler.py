@@ -177,8 +177,9 @@ def sampled_metrics(sampled: Sampled, correct_at: float) -> dict[str, float]:
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float(1.0 - ended.mean()),
-        "completions/mean_terminated_length": float(lengths[ended].mean()) if ended.any() else float("nan"),
     }
+    if ended.any():
+        metrics["completions/mean_terminated_length"] = float(lengths[ended].mean())
     if sampled.scored is None:
         return metrics
     reward, valid = arrays["reward"].astype(np.float64), arrays["valid"]
