@@ -112,11 +112,11 @@ def test_wrong_input_that_the_library_refuses_while_it_runs_is_a_message(monkeyp
     assert "mesh sizes must be at least 1" in capsys.readouterr().err
 
     def denied(config):
-        raise PermissionError(13, "Permission denied", "/root/run")
+        raise PermissionError(13, "Permission denied", "protected/run")
 
     stub(monkeypatch, "loop", run=denied)
     assert cli.main(["train", str(config_file)]) == 2
-    assert capsys.readouterr().err == "jaxrl-post train: /root/run: Permission denied\n"
+    assert capsys.readouterr().err == "jaxrl-post train: protected/run: Permission denied\n"
 
 
 @pytest.mark.parametrize(
