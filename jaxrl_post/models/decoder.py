@@ -6,6 +6,7 @@ module goes through, so that training, scoring and sampling know nothing of this
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -13,17 +14,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from jaxrl_post.kernels.attention import attention
 from jaxrl_post.mesh import LogicalAxes, constrain
 from jaxrl_post.models.adapters import from_nnx, nest
 from jaxrl_post.models.layers import (
     CACHE_AXES,
+    Attend,
     DecoderConfig,
     KVCache,
     Layer,
     LayerCache,
     RMSNorm,
     accumulation_dtype,
-    attention_mask,
     param,
     rotary_angles,
 )
@@ -65,9 +67,9 @@ class Decoder(nnx.Module):
         self.value_head = ValueHead(c) if c.value_head else None
 
     def hidden(self, tokens: Array, positions: Array, segment_ids: Array | None = None) -> Array:
-        """`[B, T, D]` states after the last norm, all tokens at once."""
-        mask = attention_mask(positions, positions, segment_ids, segment_ids)
-        return self._run(tokens, positions, mask, None, read_cache=False)[0]
+        """`[B, T, D]` states after the last norm, all tokens at once; those of a segment stand in their order."""
+        attend = _in_row_order(positions, segment_ids)
+        return self._run(tokens, positions, attend, None, read_cache=False)[0]
 
     def prefill(self, tokens: Array, positions: Array, cache: KVCache) -> tuple[Array, KVCache]:
         """`hidden` that also fills an empty cache."""
@@ -94,12 +96,14 @@ class Decoder(nnx.Module):
                 "make it with init_cache(batch, capacity) for prompt and completion together"
             )
         written = jax.lax.dynamic_update_slice(cache.positions, positions.astype(jnp.int32), (0, cache.index))
-        mask = attention_mask(positions, written if read_cache else positions)
-        hidden, (k, v) = self._run(tokens, positions, mask, cache, read_cache=read_cache)
+        # In a cache a token is found by its position: its slot also counts the padding between prompt and completion.
+        by_position = functools.partial(attention, query_positions=positions, key_positions=written)
+        attend = by_position if read_cache else _in_row_order(positions)
+        hidden, (k, v) = self._run(tokens, positions, attend, cache, read_cache=read_cache)
         return hidden, KVCache(k, v, written, cache.index + tokens.shape[1])
 
     def _run(
-        self, tokens: Array, positions: Array, mask: Array, cache: KVCache | None, *, read_cache: bool
+        self, tokens: Array, positions: Array, attend: Attend, cache: KVCache | None, *, read_cache: bool
     ) -> tuple[Array, Any]:
         c = self.config
         rotation = rotary_angles(positions, c.head_dim, c.rope_base, accumulation_dtype(c.dtype))
@@ -113,7 +117,7 @@ class Decoder(nnx.Module):
             x, caches = carry
             state, number = scanned
             entry = None if cache is None else LayerCache(caches[0], caches[1], number, cache.index)
-            x, entry = nnx.merge(graph, state)(x, rotation, mask, entry, read_cache)
+            x, entry = nnx.merge(graph, state)(x, rotation, attend, entry, read_cache)
             caches = None if entry is None else (constrain(entry.k, CACHE_AXES), constrain(entry.v, CACHE_AXES))
             return (x, caches), None
 
@@ -124,6 +128,12 @@ class Decoder(nnx.Module):
         caches = None if cache is None else (cache.k, cache.v)
         (x, caches), _ = jax.lax.scan(layer, (x, caches), (stacked, jnp.arange(c.layers, dtype=jnp.int32)))
         return self.final_norm(x), caches
+
+
+def _in_row_order(positions: Array, segment_ids: Array | None = None) -> Attend:
+    """Attention of a row to itself: to what stands before a token, in its segment, and is no padding."""
+    segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
+    return functools.partial(attention, segment_ids=jnp.where(positions < 0, -1, segments))
 
 
 def decoder(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,10 @@ from flax import nnx
 from jaxrl_post.mesh import LogicalAxes, constrain
 from jaxrl_post.types import Array
 
-# Finite, so that a query that may see nothing gets a uniform distribution instead of NaN.
-MASKED_SCORE = -1e30
-
 CACHE_AXES: LogicalAxes = ("layers", "batch", "cache_length", "kv_heads", "head_dim")
+
+# `(query[B, T, H, K], key[B, S, kv_heads, K], value) -> [B, T, H, K]`: which token sees which is settled outside.
+Attend: TypeAlias = Callable[[Array, Array, Array], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,45 +125,6 @@ def rotate(x: Array, rotation: tuple[Array, Array]) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def attention_mask(
-    query_positions: Array,
-    key_positions: Array,
-    query_segments: Array | None = None,
-    key_segments: Array | None = None,
-) -> Array:
-    """`[B, T, S]` bool: a query sees keys that are no padding, not later than itself, and of its own segment."""
-    key = key_positions[:, None, :]
-    mask = (key >= 0) & (key <= query_positions[:, :, None])
-    if query_segments is not None and key_segments is not None:
-        mask &= query_segments[:, :, None] == key_segments[:, None, :]
-    return mask
-
-
-def attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
-    """`softmax(query key^T / sqrt(K)) value` with the scores in float32 or wider.
-
-    Args:
-        query: `[B, T, H, K]`; head `h` reads key-value head `h // (H / kv_heads)`.
-        key: `[B, S, kv_heads, K]`.
-        value: `[B, S, kv_heads, K]`.
-        mask: `[B, T, S]` bool. A row without a True gives the mean of the values: finite, and of no meaning.
-
-    Returns:
-        `[B, T, H, K]`.
-
-    Reference: GQA: Training Generalized Multi-Query Transformer Models, arXiv 2305.13245.
-    """
-    batch, length, heads, head_dim = query.shape
-    kv_heads = key.shape[2]
-    wide = accumulation_dtype(query.dtype)
-    query = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("bthgk,bshk->bhgts", query, key.astype(query.dtype), preferred_element_type=wide)
-    scores = jnp.where(mask[:, None, None], scores / math.sqrt(head_dim), MASKED_SCORE)
-    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    out = jnp.einsum("bhgts,bshk->bthgk", weights, value.astype(query.dtype))
-    return out.reshape(batch, length, heads, head_dim)
-
-
 class Attention(nnx.Module):
     """Causal attention with fewer key-value heads than query heads, rotary positions and optional QK-norm."""
 
@@ -179,7 +141,7 @@ class Attention(nnx.Module):
         self.key_norm = RMSNorm(c.head_dim, c) if c.qk_norm else None
 
     def __call__(
-        self, x: Array, rotation: tuple[Array, Array], mask: Array, cache: LayerCache | None, read_cache: bool
+        self, x: Array, rotation: tuple[Array, Array], attend: Attend, cache: LayerCache | None, read_cache: bool
     ) -> tuple[Array, LayerCache | None]:
         """`[B, T, D]` to `[B, T, D]`; with `read_cache` over all that the cache holds, else over `x` alone."""
         dtype = x.dtype
@@ -200,7 +162,7 @@ class Attention(nnx.Module):
             if read_cache:
                 key = jax.lax.dynamic_index_in_dim(k, cache.layer, 0, keepdims=False)
                 value = jax.lax.dynamic_index_in_dim(v, cache.layer, 0, keepdims=False)
-        out = attend(query, key, value, mask)
+        out = attend(query, key, value)
         return jnp.einsum("bthk,hkd->btd", out, self.out[...].astype(dtype)), cache
 
 
@@ -233,10 +195,10 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(
-        self, x: Array, rotation: tuple[Array, Array], mask: Array, cache: LayerCache | None, read_cache: bool
+        self, x: Array, rotation: tuple[Array, Array], attend: Attend, cache: LayerCache | None, read_cache: bool
     ) -> tuple[Array, LayerCache | None]:
         """`[B, T, D]` to `[B, T, D]`, and the cache with this layer's keys and values written."""
-        out, cache = self.attention(self.attention_norm(x), rotation, mask, cache, read_cache)
+        out, cache = self.attention(self.attention_norm(x), rotation, attend, cache, read_cache)
         x = x + out
         x = x + self.mlp(self.mlp_norm(x))
         return constrain(x, ("batch", "length", "act_embed")), cache

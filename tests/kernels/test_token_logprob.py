@@ -8,19 +8,25 @@ import numpy as np
 import pytest
 
 from jaxrl_post.kernels import token_logprob
-from jaxrl_post.kernels.token_logprob.chunked import token_logprob_chunked
+from jaxrl_post.kernels.token_logprob import chunked
 from jaxrl_post.kernels.token_logprob.reference import OUTPUTS, token_logprob_reference
 
 REAL = tuple(name for name in OUTPUTS if name != "argmax")
 INPUTS = ("hidden", "unembedding", "bias", "temperature")
 N, V, D = 11, 37, 8  # chunks of 3, 4 and 5 tokens leave a remainder
 
+
+def in_chunks(columns, rows=N):
+    """The chunked implementation, on so many columns of the vocabulary at a time."""
+    return functools.partial(token_logprob, implementation="chunked", chunk_bytes=4 * columns * rows)
+
+
 IMPLEMENTATIONS = {
     "reference": token_logprob_reference,
-    "one chunk": functools.partial(token_logprob_chunked, chunks=1),
-    "3 chunks": functools.partial(token_logprob_chunked, chunks=3),
-    "4 chunks": functools.partial(token_logprob_chunked, chunks=4),
-    "a token a chunk": functools.partial(token_logprob_chunked, chunks=N),
+    "one chunk": in_chunks(V),
+    "3 chunks": in_chunks(16),
+    "4 chunks": in_chunks(8),
+    "a column a chunk": in_chunks(1),
 }
 
 
@@ -105,7 +111,7 @@ def close(actual, expected, tolerance):
         ("one chunk", None),
         ("3 chunks", 3.0),
         ("4 chunks", None),
-        ("a token a chunk", 3.0),
+        ("a column a chunk", 3.0),
     ],
 )
 def test_values_and_gradients_for_any_cotangent_of_every_output_equal_float64(name, softcap):
@@ -173,28 +179,24 @@ def test_bfloat16_inputs_are_summed_in_float32():
         close(getattr(out, output), values[output], 3e-6)
 
 
-def test_the_gradient_of_a_bfloat16_unembedding_is_rounded_once_and_not_once_a_chunk():
-    # Tokens come in pairs with opposite cotangents, 64 chunks of large shares that cancel to a small sum: rounding each
-    # share to bfloat16 before adding would leave errors as large as the sum itself.
+def test_the_gradient_of_a_bfloat16_unembedding_is_rounded_once_and_not_at_every_share(monkeypatch):
+    # Logits are zero and two tokens equally likely, so that the logits' gradients are +-50, exact in bfloat16. Tokens
+    # come in pairs whose shares cancel to one part in 64: rounding sums of shares would leave errors of that size.
+    monkeypatch.setattr(chunked, "MAX_ROWS", 1)
     random = np.random.default_rng(5)
-    hidden = random.standard_normal((64, D))
+    hidden = random.integers(-3, 4, (64, D)) / 2  # exact in bfloat16, the next line too
     hidden[32:] = hidden[:32] * (1 + 2**-6)
-    inputs = {**problem(5)[0], "hidden": hidden}
-    targets = np.tile(random.integers(0, V, 32), 2)
     cotangents = np.repeat([100.0, -100.0], 32)
-    half = as_dtype(inputs, jnp.bfloat16)
-    exact = {name: np.asarray(x, np.float64) for name, x in half.items()}
-    _, gradients = float64_truth(exact, targets, None, {"logp": cotangents})
 
-    def loss(x):
-        return jnp.sum(cotangents * call(functools.partial(token_logprob_chunked, chunks=64), x, targets).logp)
+    def loss(unembedding):
+        state = jnp.asarray(hidden, jnp.bfloat16)
+        out = token_logprob(state, unembedding, jnp.zeros(64, jnp.int32), implementation="chunked")
+        return jnp.sum(cotangents * out.logp)
 
-    got = jax.jit(jax.grad(loss))(half)
-    for argument in ("unembedding", "bias"):
-        assert got[argument].dtype == jnp.bfloat16
-        error = np.abs(np.asarray(got[argument], np.float64) - gradients[argument])
-        # Half a unit in the last place of 8 bits, and float32 noise of shares of up to a few hundred.
-        assert np.all(error <= 2.0**-8 * np.abs(gradients[argument]) + 1e-3), (argument, error.max())
+    got = jax.jit(jax.grad(loss))(jnp.zeros((2, D), jnp.bfloat16))
+    expected = 0.5 * cotangents @ hidden
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(got, np.float64), [expected, -expected], rtol=2.0**-8)
 
 
 @pytest.mark.parametrize("name", ["reference", "3 chunks"])
@@ -347,7 +349,9 @@ def test_wrong_arguments_are_refused_with_what_was_expected():
         run(x, targets, max_tokens=3)
     with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
         run(x, targets, mask=jnp.ones(N), max_tokens=0)
-    with pytest.raises(ValueError, match=r"unknown implementation 'pallas'; there are \['chunked', 'reference'\]"):
+    with pytest.raises(
+        ValueError, match=r"unknown implementation 'pallas'; there are \['chunked', 'pallas_tpu', 'reference'\]"
+    ):
         run(x, targets, implementation="pallas")
 
 

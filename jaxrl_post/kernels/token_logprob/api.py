@@ -6,13 +6,16 @@ import logging
 
 import jax.numpy as jnp
 
-from jaxrl_post.kernels.token_logprob.chunked import chunk_count, token_logprob_chunked
+from jaxrl_post.kernels.platform import current_device
+from jaxrl_post.kernels.token_logprob import core, pallas_tpu
 from jaxrl_post.kernels.token_logprob.reference import OUTPUTS, TokenLogprob, token_logprob_reference
 from jaxrl_post.types import Array
 
 logger = logging.getLogger(__name__)
 
-IMPLEMENTATIONS = {"reference": token_logprob_reference, "chunked": token_logprob_chunked}
+IMPLEMENTATIONS = ("reference", "chunked", "pallas_tpu")
+SMALL_BYTES = 16 * 2**20
+"""Logits that are not worth going through twice."""
 
 
 def token_logprob(
@@ -27,6 +30,7 @@ def token_logprob(
     bias: Array | None = None,
     outputs: tuple[str, ...] = ("logp",),
     implementation: str | None = None,
+    chunk_bytes: int | None = None,
 ) -> TokenLogprob:
     """Log-probs of given tokens, and more, without holding an array of tokens by vocabulary.
 
@@ -74,6 +78,8 @@ def token_logprob(
         raise ValueError("max_tokens bounds the unmasked tokens and needs a mask")
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}; an empty mask needs no smaller bound")
+    if chunk_bytes is not None and implementation not in (None, "chunked"):
+        raise ValueError(f"chunk_bytes is for implementation='chunked', not {implementation!r}")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}; there are {sorted(IMPLEMENTATIONS)}")
 
@@ -86,11 +92,18 @@ def token_logprob(
         kept = jnp.argsort(mask == 0, stable=True)[:max_tokens]
         hidden, targets = hidden[kept], targets[kept]
     if implementation is None:
-        implementation = "reference" if chunk_count(hidden.shape[0], unembedding.shape[0]) == 1 else "chunked"
-        logger.debug("token_logprob: %s for N=%d, V=%d", implementation, hidden.shape[0], unembedding.shape[0])
-    result = IMPLEMENTATIONS[implementation](
-        hidden, unembedding, targets, temperature=temperature, softcap=softcap, bias=bias, outputs=tuple(outputs)
-    )
+        implementation = choose(hidden, unembedding, bias) if chunk_bytes is None else "chunked"
+    elif implementation == "pallas_tpu" and (reason := pallas_tpu.unsupported(hidden, unembedding, bias)):
+        raise ValueError(f"implementation='pallas_tpu': {reason}")
+    logger.debug("token_logprob: %s for N=%d, V=%d, D=%d", implementation, hidden.shape[0], *unembedding.shape)
+    if implementation == "reference":
+        result = token_logprob_reference(
+            hidden, unembedding, targets, temperature=temperature, softcap=softcap, bias=bias, outputs=tuple(outputs)
+        )
+    else:
+        result = _with_core(
+            hidden, unembedding, targets, temperature, softcap, bias, tuple(outputs), implementation, chunk_bytes
+        )
 
     def finish(field: Array | None) -> Array | None:
         if field is None or mask is None:
@@ -101,3 +114,34 @@ def token_logprob(
         return jnp.where(mask != 0, field, jnp.zeros((), field.dtype))
 
     return TokenLogprob(*(finish(field) for field in result))
+
+
+def choose(hidden: Array, unembedding: Array, bias: Array | None) -> str:
+    """The implementation for a call: the kernels on a TPU that can do it, else XLA, in chunks unless it is small."""
+    if current_device().platform == "tpu" and pallas_tpu.unsupported(hidden, unembedding, bias) is None:
+        return "pallas_tpu"
+    return "reference" if 4 * hidden.shape[0] * unembedding.shape[0] <= SMALL_BYTES else "chunked"
+
+
+def _with_core(
+    hidden: Array,
+    unembedding: Array,
+    targets: Array,
+    temperature: Array | float,
+    softcap: float | None,
+    bias: Array | None,
+    outputs: tuple[str, ...],
+    implementation: str,
+    chunk_bytes: int | None = None,
+) -> TokenLogprob:
+    """An implementation that shares the rule of differentiation, on tokens padded to what the mesh needs."""
+    num_tokens = hidden.shape[0]
+    if num_tokens == 0:
+        return token_logprob_reference(hidden, unembedding, targets, bias=bias, outputs=outputs)
+    at = core.layout(*unembedding.shape)
+    padding = -num_tokens % at.row_shards
+    hidden, targets = jnp.pad(hidden, ((0, padding), (0, 0))), jnp.pad(targets, (0, padding))
+    temperature = jnp.asarray(temperature, jnp.promote_types(hidden.dtype, jnp.float32))
+    problem = core.Problem(outputs, softcap, implementation, unembedding.shape[0], at, chunk_bytes)
+    result: TokenLogprob = core.token_logprob(problem, hidden, unembedding, bias, temperature, targets)
+    return TokenLogprob(*(None if field is None else field[:num_tokens] for field in result))

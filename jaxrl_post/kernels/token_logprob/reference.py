@@ -39,13 +39,27 @@ def raise_to_float32(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def matmul(a: Array, b: Array, contracting: tuple[tuple[int, ...], tuple[int, ...]]) -> Array:
+    """A product summed in float32 or wider; float32 inputs are multiplied as float32 on every device."""
+    narrow = jnp.promote_types(a.dtype, b.dtype)
+    wide = jnp.promote_types(narrow, jnp.float32)
+    # TPUs and GPUs round float32 factors to bfloat16 or TF32 unless told not to.
+    precision = None if narrow == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    return jax.lax.dot_general(
+        a.astype(narrow), b.astype(narrow), (contracting, ((), ())), precision=precision, preferred_element_type=wide
+    )
+
+
+def soft_cap(logits: Array, softcap: float | None) -> Array:
+    """`softcap * tanh(logits / softcap)`, or the logits themselves."""
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
 def tempered_logits(
     hidden: Array, unembedding: Array, bias: Array | None, temperature: Array | float, softcap: float | None
 ) -> Array:
     """`[N, V]` logits in float32 or wider: product, bias, soft-cap, temperature, in this order."""
-    dtype = jnp.promote_types(jnp.promote_types(hidden.dtype, unembedding.dtype), jnp.float32)
-    logits = jnp.einsum("nd,vd->nv", hidden, unembedding, preferred_element_type=dtype)
-    return temper(logits, bias, temperature, softcap)
+    return temper(matmul(hidden, unembedding, ((1,), (1,))), bias, temperature, softcap)
 
 
 def temper(logits: Array, bias: Array | None, temperature: Array | float, softcap: float | None) -> Array:
@@ -53,9 +67,7 @@ def temper(logits: Array, bias: Array | None, temperature: Array | float, softca
     logits = raise_to_float32(logits)
     if bias is not None:
         logits = logits + bias.astype(logits.dtype)
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    return logits / jnp.asarray(temperature, logits.dtype)
+    return soft_cap(logits, softcap) / jnp.asarray(temperature, logits.dtype)
 
 
 def stats_of_logits(logits: Array, targets: Array, outputs: tuple[str, ...]) -> TokenLogprob:

@@ -1,0 +1,63 @@
+"""What the implementations agree on: where the completions of a row lie, and how attention lies on a mesh."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, PartitionSpec
+
+from jaxrl_post.mesh import spec
+from jaxrl_post.types import Array
+
+
+def own_start(length: int, completion_starts: tuple[int, ...]) -> np.ndarray:
+    """`[T]` int32: where the completion that holds each place starts, 0 in the prefix.
+
+    Example:
+        >>> own_start(6, (2, 5)).tolist()
+        [0, 0, 2, 2, 2, 5]
+    """
+    bounds = np.array((0, *completion_starts), np.int32)
+    return bounds[np.searchsorted(bounds, np.arange(length), side="right") - 1]
+
+
+def common_power(completion_starts: tuple[int, ...]) -> int:
+    """The largest power of two that divides all starts.
+
+    Example:
+        >>> common_power((256, 384, 640))
+        128
+    """
+    together = math.gcd(*completion_starts)
+    return together & -together
+
+
+def completion_bits(length: int, completion_starts: tuple[int, ...]) -> int:
+    """Bits that hold a place and the start of its completion, counted in units of the starts' common power.
+
+    Example:
+        >>> completion_bits(1024, (256, 512))
+        12
+    """
+    return (length - 1).bit_length() + (completion_starts[-1] // common_power(completion_starts)).bit_length()
+
+
+def automatic_axes() -> dict[str, int]:
+    """Sizes of the axes of the ambient mesh that the compiler spreads arrays over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return {}
+    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return {name: size for name, size, kind in axes if kind == AxisType.Auto}
+
+
+def placement(query: Array | np.ndarray) -> PartitionSpec:
+    """How `[B, T, H, K]` lies on the automatic axes of the ambient mesh.
+
+    Example:
+        >>> tuple(placement(np.zeros((2, 3, 4, 5))))
+        (None, None, None, None)
+    """
+    return spec(("batch", "length", "act_heads", None), query.shape, automatic_axes())

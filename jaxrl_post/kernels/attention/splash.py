@@ -1,0 +1,190 @@
+"""Splash attention, which JAX ships for TPU, in our layout, for shared prefixes and across a mesh.
+
+Splash is given its mask as an object that it asks, before compiling, which tiles hold anything, and, in the kernel,
+what a partly filled tile holds. What comes with the data, segments and padding, goes in as segment ids.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jax.sharding import PartitionSpec
+
+from jaxrl_post.kernels.attention.layout import automatic_axes, common_power, own_start, placement
+from jaxrl_post.types import Array
+
+BLOCKS = (512, 256, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedPrefixMask(splash_attention_mask.Mask):
+    """`[prefix | C_1 | ... | C_G]`: causal, and no completion sees another.
+
+    It derives from the public base of masks. Beyond that base, splash reads two attributes where a mask has both:
+    `mask_function`, by which it computes partly filled tiles instead of loading them, and `q_sequence`, what that
+    function gets for each query. A splash that did not know them would load the tiles: slower, and as right.
+
+    Attributes:
+        length: number of places in the row.
+        completion_starts: as in `attention`.
+    """
+
+    length: int
+    completion_starts: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Queries and keys."""
+        return self.length, self.length
+
+    @functools.cached_property
+    def q_sequence(self) -> np.ndarray:
+        """`[T]` int32: place and start of the own completion, in one number, since a query brings only one."""
+        place_bits, unit = (self.length - 1).bit_length(), common_power(self.completion_starts)
+        start = own_start(self.length, self.completion_starts) // unit
+        return (start << place_bits | np.arange(self.length)).astype(np.int32)
+
+    def mask_function(self, query: Any, key: Any) -> Any:
+        """Which of the places `key` the queries of `q_sequence` see."""
+        place_bits, unit = (self.length - 1).bit_length(), common_power(self.completion_starts)
+        place, start = query & ((1 << place_bits) - 1), (query >> place_bits) * unit
+        return (key <= place) & ((key < self.completion_starts[0]) | (key >= start))
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        rows, columns = (np.arange(self.length, dtype=np.int32)[i] for i in index)
+        return self.mask_function(self.q_sequence[rows][:, None], columns[None])
+
+
+@functools.lru_cache(maxsize=16)
+def make_mask(length: int, completion_starts: tuple[int, ...] | None) -> splash_attention_mask.Mask:
+    """The mask of one head; the same object every time, so that what was traced with it is found again."""
+    if completion_starts is None:
+        return splash_attention_mask.CausalMask((length, length))
+    return SharedPrefixMask(length, completion_starts)
+
+
+def padded_length(length: int) -> tuple[int, int]:
+    """The length to pad to and the tile to use.
+
+    The largest tile that adds at most an eighth: small tiles leave the matrix unit waiting, large ones compute what
+    nobody reads.
+
+    Example:
+        >>> padded_length(4000), padded_length(1152), padded_length(300)
+        ((4096, 512), (1280, 256), (384, 128))
+    """
+    for block in BLOCKS:
+        padded = -(-length // block) * block
+        if padded - length <= length // 8:
+            return padded, block
+    return padded, block
+
+
+def make_kernel(
+    length: int,
+    block: int,
+    heads: int,
+    completion_starts: tuple[int, ...] | None,
+    softcap: float | None,
+    interpret: bool,
+) -> splash_attention_kernel.SplashAttentionKernel:
+    """Splash for one row of `length` places: `(query[H, T, K], key, value, SegmentIds | None) -> [H, T, K]`."""
+    # Not the fused backward pass: it holds the query's gradient once for every tile of keys.
+    sizes = splash_attention_kernel.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    mask = splash_attention_mask.MultiHeadMask([make_mask(length, completion_starts)] * heads)
+    return splash_attention_kernel.make_splash_mha(
+        mask,
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=softcap,
+        interpret=interpret,
+    )
+
+
+def attention_splash(
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array | None = None,
+    key_segment_ids: Array | None = None,
+    *,
+    completion_starts: tuple[int, ...] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    interpret: bool = False,
+) -> Array:
+    """`attention` in the order of the row; the arguments are those of `attention`.
+
+    Args:
+        query: `[B, T, H, K]`, float32 or bfloat16.
+        key: `[B, T, kv_heads, K]`.
+        value: `[B, T, kv_heads, K]`.
+        segment_ids: `[B, T]`.
+        key_segment_ids: `[B, T]`.
+        completion_starts: as in `attention`.
+        scale: None for `1 / sqrt(K)`.
+        softcap: as in `attention`.
+        interpret: whether to interpret the kernel, on a device that is no TPU.
+
+    Returns:
+        `[B, T, H, K]`.
+    """
+    length, head_dim = query.shape[1], query.shape[3]
+    padded, block = padded_length(length)
+    # In float32: a factor rounded to bfloat16 would move all scores the same way.
+    scaled = query.astype(jnp.float32) * (1 / math.sqrt(head_dim) if scale is None else scale)
+    query = scaled.astype(query.dtype)
+    axes, where = automatic_axes(), placement(query)
+    # Where key-value heads are too few to be split like the heads, every device has them all and takes what its own
+    # heads read.
+    split = (where[2],) if isinstance(where[2], str) else where[2] or ()
+    ways, kv_heads = math.prod(axes[name] for name in split), key.shape[2]
+    taken = math.lcm(kv_heads, ways) // ways
+
+    def own_heads(x: Array) -> Array:
+        first = jax.lax.axis_index(split) * taken
+        heads = (first + jnp.arange(taken)) * kv_heads // (taken * ways)
+        return jnp.take(x, heads, axis=2, mode="clip")
+
+    def rows(query: Array, key: Array, value: Array, segments: Array | None, key_segments: Array | None) -> Array:
+        if kv_heads % ways:
+            key, value = own_heads(key), own_heads(value)
+        # What is added at the end of a row is later than all that is asked for.
+        end = padded - length
+        query, key, value = (jnp.pad(x, ((0, 0), (0, end), (0, 0), (0, 0))).swapaxes(1, 2) for x in (query, key, value))
+        ids = None
+        if segments is not None and key_segments is not None:
+            ids = splash_attention_kernel.SegmentIds(
+                *(
+                    # Padding sees padding, itself at least: a query that saw nothing would get gradients of no scale.
+                    jnp.pad(jnp.maximum(x, -1), ((0, 0), (0, end)), constant_values=-1).astype(jnp.int32)
+                    for x in (segments, key_segments)
+                )
+            )
+        kernel = make_kernel(padded, block, query.shape[1], completion_starts, softcap, interpret)
+        out: Any = jax.vmap(kernel)(query, key, value, ids)
+        return out.swapaxes(1, 2)[:, :length]
+
+    if math.prod(axes.values()) == 1:
+        return rows(query, key, value, segment_ids, key_segment_ids)
+    # The compiler cannot split a kernel: each device is handed what it holds. Axes that split nothing repeat the work.
+    kv = PartitionSpec(where[0], None, None if kv_heads % ways else where[2], None)
+    ids = PartitionSpec(where[0], None)
+    return jax.shard_map(
+        rows, in_specs=(where, kv, kv, ids, ids), out_specs=where, axis_names=set(axes), check_vma=False
+    )(query, key, value, segment_ids, key_segment_ids)

@@ -1,0 +1,247 @@
+"""The differentiable function that the implementations share, on one device or over a mesh.
+
+An implementation gives the sums over the vocabulary rows that it holds and, going back, the gradients of its inputs.
+Everything else is here: joining the sums of devices, finishing the outputs, the rule of differentiation. On a mesh
+(`jax.set_mesh`) tokens are split over every axis but `tensor`, the vocabulary stays split over `tensor` and is never
+gathered; an unembedding split over `fsdp` is gathered once a pass and its gradient scattered once.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import AxisType, PartitionSpec
+
+from jaxrl_post import mesh as meshes
+from jaxrl_post.kernels.token_logprob import chunked, pallas_tpu
+from jaxrl_post.kernels.token_logprob.reference import TokenLogprob
+from jaxrl_post.kernels.token_logprob.statistics import (
+    Distribution,
+    Gradients,
+    PerToken,
+    Wanted,
+    finish,
+    join,
+    needed,
+    slopes,
+)
+from jaxrl_post.types import Array
+
+MODULES = {"chunked": chunked, "pallas_tpu": pallas_tpu}
+
+
+class Layout(NamedTuple):
+    """Mesh axes (longer than one) that tokens, vocabulary and width are split over, and how many shards tokens have."""
+
+    rows: tuple[str, ...] = ()
+    vocab: tuple[str, ...] = ()
+    width: tuple[str, ...] = ()
+    row_shards: int = 1
+
+
+def layout(vocab_size: int, width: int) -> Layout:
+    """How the ambient mesh splits the work; `Layout()` without a mesh, or where the caller is per device already."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(kind == AxisType.Manual for kind in mesh.axis_types):
+        return Layout()
+    sizes = {name: size for name, size in zip(mesh.axis_names, mesh.axis_sizes, strict=True) if size > 1}
+
+    def axes(entry: Any) -> tuple[str, ...]:
+        return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+    vocab, embed = (axes(entry) for entry in meshes.spec(("vocab", "embed"), (vocab_size, width), sizes))
+    rows = tuple(name for name in sizes if name not in vocab)
+    return Layout(rows, vocab, embed, math.prod(sizes[name] for name in rows))
+
+
+class Problem(NamedTuple):
+    """What is known when a call is traced."""
+
+    outputs: tuple[str, ...]
+    softcap: float | None
+    implementation: str
+    vocab_size: int
+    layout: Layout = Layout()
+    chunk_bytes: int | None = None
+
+
+class _Residuals(NamedTuple):
+    hidden: Array
+    unembedding: Array
+    bias: Array | None
+    temperature: Array
+    targets: Array
+    distribution: Distribution
+    kept: Any  # what the implementation kept for itself, one for each shard of the vocabulary
+    wanted: Wanted
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def token_logprob(
+    problem: Problem, hidden: Array, unembedding: Array, bias: Array | None, temperature: Array, targets: Array
+) -> TokenLogprob:
+    """The asked-for outputs of `[N, D]` states; `N` must be a multiple of the layout's row shards."""
+    return _run(problem, hidden, unembedding, bias, temperature, targets, keep=False)[0]
+
+
+class _Specs(NamedTuple):
+    hidden: PartitionSpec
+    unembedding: PartitionSpec
+    bias: PartitionSpec
+    scalar: PartitionSpec
+    token: PartitionSpec
+    kept: PartitionSpec
+
+
+def _specs(at: Layout) -> _Specs:
+    rows, vocab, width = (axes or None for axes in at[:3])
+    spec = PartitionSpec
+    return _Specs(spec(rows, None), spec(vocab, width), spec(vocab), spec(), spec(rows), spec(vocab, rows))
+
+
+def _per_device(at: Layout, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    if not at.rows and not at.vocab:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _local_rows(at: Layout, unembedding: Array) -> tuple[Array, Array | int]:
+    """This device's rows of the unembedding, whole, and the place of the first in the vocabulary."""
+    if at.width:
+        unembedding = jax.lax.all_gather(unembedding, at.width, axis=1, tiled=True)
+    return unembedding, jax.lax.axis_index(at.vocab) * unembedding.shape[0] if at.vocab else 0
+
+
+def _run(problem, hidden, unembedding, bias, temperature, targets, keep) -> Any:
+    at = problem.layout
+    specs = _specs(at)
+
+    def local(hidden, unembedding, bias, temperature, targets):
+        weight, first = _local_rows(at, unembedding)
+        sums, kept = MODULES[problem.implementation].sums(
+            hidden,
+            weight,
+            bias,
+            temperature,
+            targets - first,
+            softcap=problem.softcap,
+            fields=needed(problem.outputs),
+            keep=keep,
+            chunk_bytes=problem.chunk_bytes,
+        )
+        if sums.best is not None:
+            sums = sums._replace(best=sums.best + first)
+        whole = sums
+        if at.vocab:
+            whole = join(
+                sums,
+                temperature,
+                add=functools.partial(jax.lax.psum, axis_name=at.vocab),
+                highest=functools.partial(jax.lax.pmax, axis_name=at.vocab),
+                lowest=functools.partial(jax.lax.pmin, axis_name=at.vocab),
+            )
+        result, distribution = finish(whole, targets, problem.vocab_size, temperature, problem.outputs)
+        if kept is not None:
+            # From sums of exponentials above this shard's maximum to sums of probabilities.
+            share = jnp.exp((sums.top - distribution.top) / temperature - distribution.log_total)
+            kept = (kept[None], share[None])
+        return result, distribution, kept
+
+    run = _per_device(
+        at,
+        local,
+        (specs.hidden, specs.unembedding, specs.bias, specs.scalar, specs.token),
+        (specs.token, specs.token, specs.kept),
+    )
+    return run(hidden, unembedding, bias, temperature, targets)
+
+
+def _forward(problem, hidden, unembedding, bias, temperature, targets):
+    dtype = unembedding.value.dtype
+    summed_over_devices = problem.layout.row_shards > 1
+    wanted = Wanted(
+        hidden=hidden.perturbed,
+        # Devices' shares are added up before they are rounded.
+        unembedding=(jnp.promote_types(dtype, jnp.float32) if summed_over_devices else dtype)
+        if unembedding.perturbed
+        else None,
+        bias=bias is not None and bias.perturbed,
+        temperature=temperature.perturbed,
+    )
+    if problem.implementation == "pallas_tpu" and wanted.temperature:
+        raise ValueError("pallas_tpu has no gradient of the temperature; use implementation='chunked'")
+    values = hidden.value, unembedding.value, None if bias is None else bias.value, temperature.value, targets.value
+    keep = wanted.hidden and bool({"logp", "logsumexp"} & set(problem.outputs))
+    result, distribution, kept = _run(problem, *values, keep=keep)
+    return result, _Residuals(*values, distribution, kept, wanted)
+
+
+def _backward(problem, saved: _Residuals, cotangents: TokenLogprob):
+    at = problem.layout
+    specs = _specs(at)
+    wanted = saved.wanted
+    cotangents = TokenLogprob(*(None if isinstance(c, SymbolicZero) else c for c in cotangents))._replace(argmax=None)
+
+    def local(hidden, unembedding, bias, temperature, targets, distribution, kept, cotangents):
+        weight, first = _local_rows(at, unembedding)
+        token = PerToken(
+            targets=targets - first,
+            target_z=distribution.top + distribution.target_x * temperature,
+            top=distribution.top,
+            log_total=distribution.log_total,
+            slopes=slopes(cotangents, distribution, targets, problem.vocab_size),
+            best=None if distribution.best is None else distribution.best - first,
+        )
+        kept = None if kept is None else (kept[0][0], kept[1][0])
+        found = MODULES[problem.implementation].gradients(
+            hidden,
+            weight,
+            bias,
+            temperature,
+            token,
+            softcap=problem.softcap,
+            wanted=wanted,
+            kept=kept,
+            chunk_bytes=problem.chunk_bytes,
+        )
+
+        def add(x: Array | None, axes: tuple[str, ...]) -> Array | None:
+            return x if x is None or not axes else jax.lax.psum(x, axes)
+
+        d_unembedding = found.unembedding
+        if d_unembedding is not None and at.width:
+            d_unembedding = jax.lax.psum_scatter(d_unembedding, at.width, scatter_dimension=1, tiled=True)
+        return Gradients(
+            add(found.hidden, at.vocab),
+            add(d_unembedding, tuple(name for name in at.rows if name not in at.width)),
+            add(found.bias, at.rows),
+            add(found.temperature, at.rows + at.vocab),
+        )
+
+    run = _per_device(
+        at,
+        local,
+        (
+            specs.hidden,
+            specs.unembedding,
+            specs.bias,
+            specs.scalar,
+            specs.token,
+            specs.token,
+            specs.kept,
+            specs.token,
+        ),
+        Gradients(specs.hidden, specs.unembedding, specs.bias, specs.scalar),
+    )
+    found = run(*saved[:7], cotangents)
+    inputs = (saved.hidden, saved.unembedding, saved.bias, saved.temperature)
+    return (*(None if d is None else d.astype(x.dtype) for d, x in zip(found, inputs, strict=True)), None)
+
+
+token_logprob.defvjp(_forward, _backward, symbolic_zeros=True)
