@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -32,6 +32,6 @@ def current_device() -> Device:
     described = jax.sharding.get_abstract_mesh().abstract_device
     if described is not None:
         return Device(described.platform or jax.default_backend(), described.device_kind)
-    chosen = jax.config.jax_default_device
+    chosen: Any = getattr(jax.config, "jax_default_device", None)
     device = chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0]
     return Device(device.platform, device.device_kind)

@@ -35,7 +35,7 @@ def logits(unembedding: Unembedding, hidden: Array) -> Array:
     return temper(hidden, unembedding.bias, 1.0, unembedding.softcap)
 
 
-def score(policy: Policy, *, temperature: Array | float = 1.0) -> Score:
+def score(policy: Policy, *, temperature: Array | float = 1.0, max_chosen: int | None = None) -> Score:
     """What a language model says about the tokens of rollouts.
 
     `logp[b, t] = log p(tokens[b, t] | tokens[b, :t])`, and every other field speaks of the same distribution or, for
@@ -46,6 +46,9 @@ def score(policy: Policy, *, temperature: Array | float = 1.0) -> Score:
     Args:
         policy: a causal language model.
         temperature: logits are divided by it; the one that the rollouts were sampled with, so that log-probs agree.
+        max_chosen: static bound on how many tokens of a row the policy chose (`rollouts.mask`). If given, only those
+            are scored: prompts cost no logits, and the fields of the distribution are 0 at tokens that were not chosen.
+            In a row with more chosen tokens than that, the surplus ones come out as NaN.
 
     Returns:
         A `Score`: `(params, rollouts, fields, key) -> TokenStats`. Fields are `logp`, `entropy`, `mean_logp`,
@@ -87,7 +90,9 @@ def score(policy: Policy, *, temperature: Array | float = 1.0) -> Score:
         found: dict[str, Array] = {}
         outputs = tuple(sorted(VOCABULARY_FIELDS & fields))
         if outputs:
-            stats = vocabulary_stats(policy.unembed(params), states, tokens[:, 1:], temperature, outputs)
+            stats = vocabulary_stats(
+                policy.unembed(params), states, tokens[:, 1:], temperature, outputs, rollouts.mask[:, 1:], max_chosen
+            )
             found = {name: getattr(stats, name) for name in outputs}
         if fields - VOCABULARY_FIELDS:
             # A head that TokenStats has no place for can be trained through, but not returned.
@@ -110,10 +115,36 @@ def score(policy: Policy, *, temperature: Array | float = 1.0) -> Score:
 
 
 def vocabulary_stats(
-    unembedding: Unembedding, states: Array, targets: Array, temperature: Array | float, outputs: tuple[str, ...]
+    unembedding: Unembedding,
+    states: Array,
+    targets: Array,
+    temperature: Array | float,
+    outputs: tuple[str, ...],
+    chosen: Array | None = None,
+    max_chosen: int | None = None,
 ) -> TokenLogprob:
-    """The asked-for fields, each `[B, T]`, of states `[B, T, D]` and the tokens `[B, T]` that follow them."""
+    """The asked-for fields, each `[B, T]`, of states `[B, T, D]` and the tokens `[B, T]` that follow them.
+
+    With `max_chosen`, only of the first so many tokens of each row for which `chosen` `[B, T]` is not 0.
+    """
     weight, softcap, bias = unembedding
+    if chosen is not None and max_chosen is not None and weight is not None and max_chosen < targets.shape[1]:
+        # Row by row, so that on a mesh no token leaves its device.
+        place = jnp.argsort(chosen == 0, axis=1, stable=True)[:, :max_chosen]
+        few = vocabulary_stats(
+            unembedding,
+            jnp.take_along_axis(states, place[..., None], axis=1),
+            jnp.take_along_axis(targets, place, axis=1),
+            temperature,
+            outputs,
+        )
+
+        def spread(field: Array) -> Array:
+            lost = jnp.full(targets.shape, jnp.nan, field.dtype)
+            rows = jnp.arange(targets.shape[0])[:, None]
+            return jnp.where(chosen != 0, lost.at[rows, place].set(field), 0.0)
+
+        return TokenLogprob(*(None if field is None else spread(field) for field in few))
     if weight is None:  # the states are logits: nothing is left to save by going through them in chunks
         return stats_of_logits(temper(states, bias, temperature, softcap), targets, outputs)
     flat = token_logprob(

@@ -121,7 +121,12 @@ class Setup:
     def scores(self, stage: Stage) -> dict[str, Score]:
         """A score for each role, at the temperature that completions are sampled with."""
         temperature = self.config.rollout.sampling.temperature if stage.kind == "rollouts" else 1.0
-        return {role: models.score(self.model(role), temperature=temperature) for role in stage.method.needs}
+        # Of rollouts only the completions are scored; how long given answers are is not known beforehand.
+        bound = self.config.rollout.max_new_tokens if stage.kind == "rollouts" else None
+        return {
+            role: models.score(self.model(role), temperature=temperature, max_chosen=bound)
+            for role in stage.method.needs
+        }
 
     def initial_params(self) -> Params:
         """The policy's parameters before anything is learnt, on the mesh."""

@@ -96,3 +96,28 @@ def test_eight_devices_agree_with_one(sizes, ambient):
     np.testing.assert_allclose(split_loss, loss, rtol=1e-5)
     for one, eight in zip(gradients, split_gradients, strict=True):
         np.testing.assert_allclose(eight, one, atol=1e-5 * float(jnp.max(jnp.abs(one))), rtol=0)
+
+
+@pytest.mark.parametrize("bound", [None, 7, 12])
+def test_eight_devices_find_room_for_what_one_has_room_for(bound):
+    # All unmasked tokens lie on the first device, which has 8 of the 64 tokens.
+    random = np.random.default_rng(12)
+    hidden = jnp.asarray(random.standard_normal((64, 16)), jnp.float32)
+    unembedding = jnp.asarray(0.5 * random.standard_normal((48, 16)), jnp.float32)
+    targets = jnp.asarray(random.integers(0, 48, 64))
+    mask = jnp.asarray(np.arange(64) < 7, jnp.float32)
+
+    def run():
+        def loss(hidden, unembedding):
+            return jnp.sum(
+                token_logprob(hidden, unembedding, targets, mask=mask, max_tokens=bound, chunk_bytes=1000).logp
+            )
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(hidden, unembedding)
+
+    value, gradients = run()
+    with jax.set_mesh(make_mesh(data=4, fsdp=2)):
+        split_value, split_gradients = run()
+    np.testing.assert_allclose(split_value, value, rtol=1e-6)
+    for one, eight in zip(gradients, split_gradients, strict=True):
+        np.testing.assert_allclose(eight, one, atol=1e-5 * float(jnp.max(jnp.abs(one))), rtol=0)

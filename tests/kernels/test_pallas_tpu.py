@@ -16,12 +16,13 @@ from jaxrl_post.kernels import token_logprob
 from jaxrl_post.kernels.token_logprob import pallas_tpu
 from jaxrl_post.kernels.token_logprob.reference import OUTPUTS, TokenLogprob
 from jaxrl_post.kernels.token_logprob.statistics import PerToken, Wanted, finish, join_two, slopes
+from jaxrl_post.kernels.token_logprob.tiles import CHIPS, Tiles, choose_tiles
 from tests.kernels.test_token_logprob import REAL, close, float64_truth
 from tests.tpu import one_chip, pod
 
 N, V, D = 200, 700, 128
 """Two tiles of tokens with 56 too many, three of the vocabulary of which the last has 188 of 256 rows."""
-TILES = pallas_tpu.Tiles(tokens=128, vocab=256, slice=128)
+TILES = Tiles(tokens=128, vocab=256, slice=128)
 MIB = 2**20
 
 
@@ -153,7 +154,7 @@ def test_a_common_offset_of_ten_thousand_costs_no_digits(interpreted):
     shifted = hidden.copy()
     shifted[:, 0] = 0.0
     values = truth(shifted, weight, targets, None, 1.0)
-    got, out = run(
+    _, out = run(
         jnp.asarray(hidden, jnp.float32),
         jnp.asarray(weight, jnp.float32),
         targets,
@@ -275,7 +276,7 @@ def test_what_the_kernels_cannot_do_is_refused_before_launch():
     with pytest.raises(ValueError, match="no gradient of the temperature"):
         jax.grad(lambda t: jnp.sum(refused(hidden, weight, targets, temperature=t).logp))(1.0)
     with pytest.raises(ValueError, match="no tile for states of width 65536 in 16 MiB"):
-        pallas_tpu.choose_tiles("forward", 1024, 1024, 65536, 2, pallas_tpu.CHIPS["TPU v4"])
+        choose_tiles("forward", 1024, 1024, 65536, 2, CHIPS["TPU v4"])
 
 
 def test_the_kernels_are_chosen_on_a_tpu_and_nowhere_else(caplog):
@@ -362,7 +363,7 @@ COLLECTIVE = re.compile(r" (all-gather|all-reduce|reduce-scatter|all-to-all|coll
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
-        # Forward: one for the maximum and the targets' logits together, one for the sum. Backward: the states' gradient.
+        # Forward: the maximum and the targets' logits in one, then the sum. Backward: the states' gradient.
         ({"tensor": 8}, {"all-reduce": 3}),
         # Gathered once, for both passes; the gradient is scattered over fsdp, and nothing is left to add.
         ({"fsdp": 8}, {"all-gather": 1, "reduce-scatter": 1}),

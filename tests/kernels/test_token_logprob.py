@@ -343,7 +343,7 @@ def test_wrong_arguments_are_refused_with_what_was_expected():
         run(x, targets, mask=jnp.ones((1, N)))
     with pytest.raises(ValueError, match=r"bias must be \[V\] = \[37\], got shape \(1,\)"):
         run({**x, "bias": jnp.zeros(1)}, targets)
-    with pytest.raises(ValueError, match=r"unknown outputs \['perplexity'\]; token_logprob computes \['logp'"):
+    with pytest.raises(ValueError, match=r"unknown outputs \['perplexity'\]; there are \['logp'"):
         run(x, targets, outputs=("logp", "perplexity"))
     with pytest.raises(ValueError, match="needs a mask"):
         run(x, targets, max_tokens=3)
@@ -363,6 +363,39 @@ def test_a_target_that_is_no_token_has_no_log_prob(implementation):
     out = jax.jit(lambda x: call(run, x, targets))(as_dtype(inputs))
     assert np.flatnonzero(np.isnan(out.logp)).tolist() == [2, 5]
     assert np.all(np.isfinite(out.entropy))
+
+
+def test_outside_jit_a_target_that_is_no_token_is_an_error_that_names_it():
+    inputs, targets = problem()
+    targets[3] = V
+    x = as_dtype(inputs)
+    with pytest.raises(ValueError, match=rf"targets must be in \[0, {V}\), got {V} at 3; mask tokens"):
+        call(token_logprob, x, targets)
+    mask = (np.arange(N) != 3).astype(np.float32)
+    assert np.all(np.isfinite(call(token_logprob, x, targets, mask=jnp.asarray(mask)).logp))
+
+
+def test_the_gradient_of_the_temperature_keeps_its_digits_beside_an_offset_of_ten_thousand():
+    # Logits are multiples of 1/64, exact beside 1e4. All outputs but logsumexp are blind to the offset.
+    random = np.random.default_rng(6)
+    logits = np.round(2 * random.standard_normal((N, V)) * 64) / 64
+    targets = random.integers(0, V, N)
+    cotangents = {name: random.standard_normal(N) for name in ("logp", "entropy")}
+    plain = {"hidden": logits, "unembedding": np.eye(V), "bias": np.zeros(V), "temperature": 1.0}
+    _, gradients = float64_truth(plain, targets, None, cotangents)
+
+    def loss(temperature):
+        out = in_chunks(8)(
+            jnp.asarray(logits, jnp.float32),
+            jnp.eye(V),
+            jnp.asarray(targets),
+            bias=jnp.full(V, 1e4),
+            temperature=temperature,
+            outputs=("logp", "entropy"),
+        )
+        return sum(jnp.sum(c * getattr(out, name)) for name, c in cotangents.items())
+
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(jnp.float32(1.0)), gradients["temperature"], rtol=1e-5)
 
 
 def test_no_tokens_give_no_numbers():

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,3 +156,32 @@ def test_logits_of_bfloat16_are_float32():
     logits = models.logits(Unembedding(weight), hidden)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, np.full((2, 4), 3 * float(weight[0, 0])), rtol=1e-6)
+
+
+def test_with_a_bound_only_the_chosen_tokens_are_scored_and_alike():
+    policy = hand_made(weight=0.5 * jax.random.normal(jax.random.key(1), (V, V)))
+    params = policy.init(jax.random.key(0))
+    rollouts = rollouts_of([[1, 2, 3, 4, 0, 1], [2, 2, 1, 0, 3, 4], [4, 1, 0, 2, 3, 3]], [4, 6, 6])
+    mask = np.zeros(rollouts.mask.shape, np.float32)
+    mask[0, 2:4] = 1
+    mask[1, [1, 3]] = 1  # two turns
+    mask[1:, 4] = 1
+    rollouts = dataclasses.replace(rollouts, mask=jnp.asarray(mask))
+    fields = frozenset({"logp", "entropy"})
+
+    def run(bound):
+        def total(params):
+            stats = models.score(policy, max_chosen=bound)(params, rollouts, fields, jax.random.key(0))
+            return jnp.sum(mask * (stats.logp + 0.3 * stats.entropy)), stats
+
+        return jax.jit(jax.value_and_grad(total, has_aux=True))
+
+    (_, whole), gradients = run(None)(params)
+    (_, few), same = run(3)(params)
+    inside = mask * (np.arange(mask.shape[1]) < np.asarray(rollouts.length).reshape(-1, 1))
+    for name in fields:
+        np.testing.assert_allclose(getattr(few, name), getattr(whole, name) * inside, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradients, same)
+    (_, short), _ = run(1)(params)
+    surplus = (np.cumsum(mask, axis=1) > 1) * inside
+    assert np.array_equal(np.isnan(short.logp), surplus > 0)

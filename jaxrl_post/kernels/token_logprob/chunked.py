@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxrl_post.kernels.platform import current_device
 from jaxrl_post.kernels.token_logprob.reference import matmul, soft_cap
-from jaxrl_post.kernels.token_logprob.statistics import LOWEST, Gradients, PerToken, Slopes, Sums, Wanted, join_two
+from jaxrl_post.kernels.token_logprob.statistics import LOWEST, Gradients, PerToken, Sums, Wanted, join_two
 from jaxrl_post.types import Array
 
 CHUNK_BYTES = {"cpu": 32 * 2**20}  # of float32 logits held at once: what stays near a CPU's caches,
@@ -157,7 +157,7 @@ def logit_gradient(
     """Gradients `[N, columns]` of the tempered and of the raw logits, from capped logits `z`."""
     x = (z - token.top[:, None]) / temperature
     p = jnp.exp(x - token.log_total[:, None])
-    s = Slopes(*(None if c is None else c[:, None] for c in token.slopes))
+    s = jax.tree.map(lambda c: c[:, None], token.slopes)
     factor = s.constant
     if s.linear is not None:
         factor = factor + s.linear * jnp.where(p > 0, x, 0.0)
@@ -187,7 +187,11 @@ def gradients(
     kept: None = None,
     chunk_bytes: int | None = None,
 ) -> Gradients:
-    """Gradients of the inputs that are wanted."""
+    """Gradients of the inputs that are wanted; the temperature's without `top / temperature^2` of logsumexp's share.
+
+    The logits' gradients add up to that cotangent, and to zero for every other output: measured from `top`, a common
+    offset costs no digits.
+    """
     del kept
     num_tokens, vocab_size = hidden.shape[0], unembedding.shape[0]
     cut = plan(num_tokens, vocab_size, chunk_bytes)
@@ -196,11 +200,11 @@ def gradients(
     wide = jnp.promote_types(narrow, jnp.float32)
     tiles = jax.tree.map(lambda x: _tiles(x, cut.rows), (hidden, token))
 
-    def one_chunk(carry, start):
+    def one_chunk(carry: Any, start: Array) -> Any:
         d_hidden, d_unembedding, d_bias, d_temperature = carry
         chunk = take(start)
 
-        def one_tile(shares, tile):
+        def one_tile(shares: Any, tile: Any) -> Any:
             (tile_hidden, tile_token), tile_d_hidden = tile
             z = _capped(tile_hidden, chunk, softcap)
             tempered, raw = logit_gradient(z, chunk.index, tile_token, temperature, softcap)
@@ -213,7 +217,7 @@ def gradients(
                 bias_share = bias_share + jnp.sum(raw, axis=0)
             again = None if chunk.fresh is None else ~chunk.fresh
             if temperature_share is not None:
-                share = jnp.where(tempered == 0, 0.0, tempered * z)
+                share = jnp.where(tempered == 0, 0.0, tempered * (z - tile_token.top[:, None]))
                 share = share if again is None else jnp.where(again, 0.0, share)
                 temperature_share = temperature_share - jnp.sum(share) / temperature**2
             if tile_d_hidden is not None:
@@ -221,7 +225,7 @@ def gradients(
                 tile_d_hidden = tile_d_hidden + matmul(rounded, chunk.weight, ((1,), (0,)))
             return (weight_share, bias_share, temperature_share), tile_d_hidden
 
-        nothing = (
+        nothing: Any = (
             None if d_unembedding is None else jnp.zeros(chunk.weight.shape, wide),
             None if d_bias is None else jnp.zeros((cut.columns,), wide),
             d_temperature,
@@ -235,7 +239,7 @@ def gradients(
             d_bias = jax.lax.dynamic_update_slice_in_dim(d_bias, bias_share, chunk.index[0], 0)
         return (d_hidden, d_unembedding, d_bias, d_temperature), None
 
-    start = (
+    start: Any = (
         jnp.zeros(tiles[0].shape, wide) if wanted.hidden else None,
         jnp.zeros(unembedding.shape, wanted.unembedding) if wanted.unembedding else None,
         jnp.zeros((vocab_size,), wide) if wanted.bias else None,

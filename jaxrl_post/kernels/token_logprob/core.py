@@ -24,12 +24,12 @@ from jaxrl_post.kernels.token_logprob.reference import TokenLogprob
 from jaxrl_post.kernels.token_logprob.statistics import (
     Distribution,
     Gradients,
-    PerToken,
+    Sums,
     Wanted,
     finish,
     join,
     needed,
-    slopes,
+    per_token,
 )
 from jaxrl_post.types import Array
 
@@ -90,7 +90,9 @@ def token_logprob(
     return _run(problem, hidden, unembedding, bias, temperature, targets, keep=False)[0]
 
 
-class _Specs(NamedTuple):
+class Specs(NamedTuple):
+    """How each kind of argument lies on the mesh; `kept` has one leading axis for the vocabulary's shards."""
+
     hidden: PartitionSpec
     unembedding: PartitionSpec
     bias: PartitionSpec
@@ -99,31 +101,63 @@ class _Specs(NamedTuple):
     kept: PartitionSpec
 
 
-def _specs(at: Layout) -> _Specs:
+def specs(at: Layout) -> Specs:
+    """The `Specs` of a layout."""
     rows, vocab, width = (axes or None for axes in at[:3])
     spec = PartitionSpec
-    return _Specs(spec(rows, None), spec(vocab, width), spec(vocab), spec(), spec(rows), spec(vocab, rows))
+    return Specs(spec(rows, None), spec(vocab, width), spec(vocab), spec(), spec(rows), spec(vocab, rows))
 
 
-def _per_device(at: Layout, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+def per_device(at: Layout, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """The function run by each device on its own parts; itself where there is nothing to split."""
     if not at.rows and not at.vocab:
         return function
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def _local_rows(at: Layout, unembedding: Array) -> tuple[Array, Array | int]:
-    """This device's rows of the unembedding, whole, and the place of the first in the vocabulary."""
+def local_rows(at: Layout, unembedding: Array) -> tuple[Array, Array | int]:
+    """The device's rows of the unembedding, whole, and the place of the first in the vocabulary."""
     if at.width:
         unembedding = jax.lax.all_gather(unembedding, at.width, axis=1, tiled=True)
     return unembedding, jax.lax.axis_index(at.vocab) * unembedding.shape[0] if at.vocab else 0
 
 
+def gradient_specs(where: Any) -> Gradients:
+    """How the gradients lie: as the inputs do."""
+    return Gradients(where.hidden, where.unembedding, where.bias, where.scalar)
+
+
+def join_over(axes: tuple[str, ...], sums: Sums, temperature: Array) -> Sums:
+    """The sums over the vocabulary of all devices along mesh axes."""
+    if not axes:
+        return sums
+    add, highest, lowest = (functools.partial(f, axis_name=axes) for f in (jax.lax.psum, jax.lax.pmax, jax.lax.pmin))
+    return join(sums, temperature, add=add, highest=highest, lowest=lowest)
+
+
+def add_up(at: Layout, found: Gradients) -> Gradients:
+    """The gradients of a device's parts, with the shares of all devices that have the same part."""
+
+    def add(x: Array | None, axes: tuple[str, ...]) -> Array | None:
+        return x if x is None or not axes else jax.lax.psum(x, axes)
+
+    d_unembedding = found.unembedding
+    if d_unembedding is not None and at.width:
+        d_unembedding = jax.lax.psum_scatter(d_unembedding, at.width, scatter_dimension=1, tiled=True)
+    return Gradients(
+        add(found.hidden, at.vocab),
+        add(d_unembedding, tuple(name for name in at.rows if name not in at.width)),
+        add(found.bias, at.rows),
+        add(found.temperature, at.rows + at.vocab),
+    )
+
+
 def _run(problem, hidden, unembedding, bias, temperature, targets, keep) -> Any:
     at = problem.layout
-    specs = _specs(at)
+    where = specs(at)
 
     def local(hidden, unembedding, bias, temperature, targets):
-        weight, first = _local_rows(at, unembedding)
+        weight, first = local_rows(at, unembedding)
         sums, kept = MODULES[problem.implementation].sums(
             hidden,
             weight,
@@ -137,15 +171,7 @@ def _run(problem, hidden, unembedding, bias, temperature, targets, keep) -> Any:
         )
         if sums.best is not None:
             sums = sums._replace(best=sums.best + first)
-        whole = sums
-        if at.vocab:
-            whole = join(
-                sums,
-                temperature,
-                add=functools.partial(jax.lax.psum, axis_name=at.vocab),
-                highest=functools.partial(jax.lax.pmax, axis_name=at.vocab),
-                lowest=functools.partial(jax.lax.pmin, axis_name=at.vocab),
-            )
+        whole = join_over(at.vocab, sums, temperature)
         result, distribution = finish(whole, targets, problem.vocab_size, temperature, problem.outputs)
         if kept is not None:
             # From sums of exponentials above this shard's maximum to sums of probabilities.
@@ -153,11 +179,11 @@ def _run(problem, hidden, unembedding, bias, temperature, targets, keep) -> Any:
             kept = (kept[None], share[None])
         return result, distribution, kept
 
-    run = _per_device(
+    run = per_device(
         at,
         local,
-        (specs.hidden, specs.unembedding, specs.bias, specs.scalar, specs.token),
-        (specs.token, specs.token, specs.kept),
+        (where.hidden, where.unembedding, where.bias, where.scalar, where.token),
+        (where.token, where.token, where.kept),
     )
     return run(hidden, unembedding, bias, temperature, targets)
 
@@ -184,20 +210,13 @@ def _forward(problem, hidden, unembedding, bias, temperature, targets):
 
 def _backward(problem, saved: _Residuals, cotangents: TokenLogprob):
     at = problem.layout
-    specs = _specs(at)
+    where = specs(at)
     wanted = saved.wanted
     cotangents = TokenLogprob(*(None if isinstance(c, SymbolicZero) else c for c in cotangents))._replace(argmax=None)
 
     def local(hidden, unembedding, bias, temperature, targets, distribution, kept, cotangents):
-        weight, first = _local_rows(at, unembedding)
-        token = PerToken(
-            targets=targets - first,
-            target_z=distribution.top + distribution.target_x * temperature,
-            top=distribution.top,
-            log_total=distribution.log_total,
-            slopes=slopes(cotangents, distribution, targets, problem.vocab_size),
-            best=None if distribution.best is None else distribution.best - first,
-        )
+        weight, first = local_rows(at, unembedding)
+        token = per_token(cotangents, distribution, targets, problem.vocab_size, first, temperature)
         kept = None if kept is None else (kept[0][0], kept[1][0])
         found = MODULES[problem.implementation].gradients(
             hidden,
@@ -211,37 +230,31 @@ def _backward(problem, saved: _Residuals, cotangents: TokenLogprob):
             chunk_bytes=problem.chunk_bytes,
         )
 
-        def add(x: Array | None, axes: tuple[str, ...]) -> Array | None:
-            return x if x is None or not axes else jax.lax.psum(x, axes)
+        return add_up(at, found)
 
-        d_unembedding = found.unembedding
-        if d_unembedding is not None and at.width:
-            d_unembedding = jax.lax.psum_scatter(d_unembedding, at.width, scatter_dimension=1, tiled=True)
-        return Gradients(
-            add(found.hidden, at.vocab),
-            add(d_unembedding, tuple(name for name in at.rows if name not in at.width)),
-            add(found.bias, at.rows),
-            add(found.temperature, at.rows + at.vocab),
-        )
-
-    run = _per_device(
+    run = per_device(
         at,
         local,
         (
-            specs.hidden,
-            specs.unembedding,
-            specs.bias,
-            specs.scalar,
-            specs.token,
-            specs.token,
-            specs.kept,
-            specs.token,
+            where.hidden,
+            where.unembedding,
+            where.bias,
+            where.scalar,
+            where.token,
+            where.token,
+            where.kept,
+            where.token,
         ),
-        Gradients(specs.hidden, specs.unembedding, specs.bias, specs.scalar),
+        gradient_specs(where),
     )
-    found = run(*saved[:7], cotangents)
+    found: Gradients = run(*saved[:7], cotangents)
+    if found.temperature is not None and cotangents.logsumexp is not None:
+        found = found._replace(
+            temperature=found.temperature
+            - jnp.sum(saved.distribution.top * cotangents.logsumexp) / saved.temperature**2
+        )
     inputs = (saved.hidden, saved.unembedding, saved.bias, saved.temperature)
-    return (*(None if d is None else d.astype(x.dtype) for d, x in zip(found, inputs, strict=True)), None)
+    return (*(None if x is None or d is None else d.astype(x.dtype) for d, x in zip(found, inputs, strict=True)), None)
 
 
 token_logprob.defvjp(_forward, _backward, symbolic_zeros=True)

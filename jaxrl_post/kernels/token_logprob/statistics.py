@@ -70,7 +70,7 @@ def rebase(sums: Sums, top: Array, temperature: Array) -> Sums:
         weighted = scale * (weighted + sums.total * step)
     if squares is not None:
         squares = scale * scale * squares
-    if shifted is not None:
+    if shifted is not None and sums.count is not None:
         shifted = shifted + sums.count * step
     return sums._replace(top=top, total=scale * sums.total, weighted=weighted, squares=squares, shifted=shifted)
 
@@ -107,7 +107,7 @@ def join(
 
 def join_two(a: Sums, b: Sums, temperature: Array) -> Sums:
     """One `Sums` of two pieces."""
-    both = Sums(*(None if x is None else jnp.stack([x, y]) for x, y in zip(a, b, strict=True)))
+    both: Sums = jax.tree.map(lambda *pieces: jnp.stack(pieces), a, b)
     return join(
         both,
         temperature,
@@ -248,6 +248,25 @@ class PerToken(NamedTuple):
     log_total: Array
     slopes: Slopes
     best: Array | None
+
+
+def per_token(
+    cotangents: TokenLogprob,
+    d: Distribution,
+    targets: Array,
+    vocab_size: int,
+    first: Array | int,
+    temperature: Array,
+) -> PerToken:
+    """For the piece of the vocabulary whose first row is `first`."""
+    return PerToken(
+        targets=targets - first,
+        target_z=d.top + d.target_x * temperature,
+        top=d.top,
+        log_total=d.log_total,
+        slopes=slopes(cotangents, d, targets, vocab_size),
+        best=None if d.best is None else d.best - first,
+    )
 
 
 @jax.tree_util.register_static
