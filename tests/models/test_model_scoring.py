@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import pytest
 
 from jaxrl_post import models
 from jaxrl_post.types import Policy, Rollouts, Unembedding
+from tests.tpu import one_chip
 
 FIELDS = frozenset({"logp", "entropy", "mean_logp", "sum_p_squared", "max_prob", "value"})
 V = 5
@@ -185,3 +187,19 @@ def test_with_a_bound_only_the_chosen_tokens_are_scored_and_alike():
     (_, short), _ = run(1)(params)
     surplus = (np.cumsum(mask, axis=1) > 1) * inside
     assert np.array_equal(np.isnan(short.logp), surplus > 0)
+
+
+def test_on_a_tpu_scoring_and_its_gradient_run_the_kernels():
+    policy = models.decoder(vocab_size=300, width=128, layers=1, heads=2)
+    params = jax.eval_shape(policy.init, jax.random.key(0))
+    rollouts = rollouts_of(np.ones((4, 9), np.int32), [9, 9, 9, 9])
+
+    def loss(params):
+        stats = models.score(policy)(params, rollouts, frozenset({"logp", "entropy"}), jax.random.key(0))
+        return jnp.sum(stats.logp), stats
+
+    with one_chip("v5e"):
+        text = str(jax.make_jaxpr(jax.grad(loss, has_aux=True))(params))
+    assert {"token_logprob_forward_keeping", "token_logprob_d_unembedding"} <= set(
+        re.findall(r"token_logprob_\w+", text)
+    )

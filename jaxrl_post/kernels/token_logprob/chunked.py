@@ -14,10 +14,10 @@ import jax.numpy as jnp
 
 from jaxrl_post.kernels.platform import current_device
 from jaxrl_post.kernels.token_logprob.reference import matmul, soft_cap
-from jaxrl_post.kernels.token_logprob.statistics import LOWEST, Gradients, PerToken, Sums, Wanted, join_two
+from jaxrl_post.kernels.token_logprob.statistics import LOWEST, Gradients, PerToken, Sums, Wanted, join_two, nothing
 from jaxrl_post.types import Array
 
-CHUNK_BYTES = {"cpu": 32 * 2**20}  # of float32 logits held at once: what stays near a CPU's caches,
+CHUNK_BYTES = {"cpu": 16 * 2**20}  # of float32 logits held at once: what stays near a CPU's caches,
 CHUNK_BYTES_ACCELERATOR = 512 * 2**20  # and what keeps a matrix unit busy
 MAX_ROWS = 16384  # more tokens than this go through a chunk of the vocabulary in turn
 
@@ -143,8 +143,8 @@ def sums(
             z = _capped(tile_hidden, chunk, softcap)
             return sums_of_logits(z, chunk.index, tile_targets, temperature, fields, chunk.fresh)
 
-        first = piece(starts[0])
-        whole, _ = jax.lax.scan(lambda s, start: (join_two(s, piece(start), temperature), None), first, starts[1:])
+        start = nothing(tile_targets.shape[0], temperature.dtype, fields)
+        whole, _ = jax.lax.scan(lambda s, start: (join_two(s, piece(start), temperature), None), start, starts)
         return whole
 
     tiled = jax.lax.map(one_tile, (_tiles(hidden, cut.rows), _tiles(targets, cut.rows)))

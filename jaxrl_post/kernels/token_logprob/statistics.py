@@ -61,6 +61,17 @@ def needed(outputs: tuple[str, ...]) -> frozenset[str]:
     return frozenset(found)
 
 
+def nothing(num_tokens: int, dtype: Any, fields: frozenset[str]) -> Sums:
+    """The `Sums` over no tokens at all."""
+
+    def start(value: float) -> Array:
+        return jnp.full((num_tokens,), value, dtype)
+
+    zeros = {name: start(0.0) for name in fields - {"best"}}
+    best = jnp.full((num_tokens,), jnp.iinfo(jnp.int32).max, jnp.int32) if "best" in fields else None
+    return Sums(start(LOWEST), start(0.0), start(-jnp.inf), best=best, **zeros)
+
+
 def rebase(sums: Sums, top: Array, temperature: Array) -> Sums:
     """The same sums relative to a `top` that is no lower."""
     step = (sums.top - top) / temperature
