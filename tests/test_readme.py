@@ -14,13 +14,25 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_example_of_a_loss_runs_and_has_a_gradient(capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict = {}
     exec(example, names)
     assert capsys.readouterr().out
     gradient = jax.grad(names["grpo_loss"])(names["old_logp"])
     # The rewarded completion becomes more probable, the others less, and nothing outside the mask moves.
     assert np.all(np.sign(gradient) == np.where(names["mask"], [[-1], [1], [1], [1]], 0))
+
+
+def test_the_example_of_scoring_tokens_runs_and_agrees_with_all_logits(capsys):
+    _, example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict = {}
+    exec(example, names)
+    logits = np.asarray(names["hidden"], np.float64) @ np.asarray(names["weight"], np.float64).T
+    logp = logits[np.arange(64), names["targets"]] - np.log(np.exp(logits).sum(-1))
+    np.testing.assert_allclose(names["stats"].logp, logp, rtol=1e-5)
+    ratio = np.exp(logp + 8.0)
+    np.testing.assert_allclose(float(capsys.readouterr().out), -np.minimum(ratio, 1.2).sum(), rtol=1e-4)
+    assert all(np.all(np.isfinite(g)) for g in names["gradients"])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
