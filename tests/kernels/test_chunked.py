@@ -13,6 +13,7 @@ from jaxrl_post.kernels import token_logprob
 from jaxrl_post.kernels.token_logprob.chunked import plan
 from jaxrl_post.kernels.token_logprob.reference import OUTPUTS
 from jaxrl_post.mesh import make_mesh
+from tests.kernels.counting import dot_flops
 from tests.tpu import one_chip
 
 REAL = tuple(name for name in OUTPUTS if name != "argmax")
@@ -61,6 +62,22 @@ def test_on_a_tpu_the_chunked_form_holds_at_most_1100_mib(chip):
         run = loss_and_gradients(("logp",), implementation="chunked")
         program = run.lower(*shapes(16384, 151936, 1024, jnp.bfloat16)).compile()
     assert program.memory_analysis().temp_size_in_bytes <= 1100 * 2**20
+
+
+def test_going_back_costs_one_more_product_than_with_all_logits_kept_and_frozen_inputs_cost_nothing():
+    tokens, vocabulary, width = 64, 96, 16
+    one = 2 * tokens * vocabulary * width
+    given = jnp.ones((tokens, width)), jnp.ones((vocabulary, width)), jnp.zeros(tokens, jnp.int32)
+
+    def products(argnums):
+        def loss(hidden, unembedding, targets):
+            return jnp.sum(token_logprob(hidden, unembedding, targets, chunk_bytes=4 * tokens * 32).logp)
+
+        return dot_flops(loss if argnums is None else jax.value_and_grad(loss, argnums), *given) / one
+
+    assert products(None) == 1
+    assert products((0, 1)) == 4  # logits twice, both gradients; three if logits were kept
+    assert products(0) == products(1) == 3
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 4096, 100_000])
