@@ -33,7 +33,11 @@ def table_lookup_and_custom_rule(stats, aux):
     return straight(stats.logp) * jax.lax.stop_gradient(aux["old"]) * jnp.array([1.0, 2.0, 3.0])[aux["step"]]
 
 
-INDEPENDENT = (own_row, by_projection, with_branches, table_lookup_and_custom_rule)
+def stacked(stats, aux):
+    return jax.nn.logsumexp(jnp.stack([stats.logp, aux["old"]]), axis=0) + jnp.select([aux["old"] > 0], [stats.logp])
+
+
+INDEPENDENT = (own_row, by_projection, with_branches, table_lookup_and_custom_rule, stacked)
 
 
 def of_this_library(stats, aux):

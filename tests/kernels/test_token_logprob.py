@@ -345,6 +345,16 @@ def test_wrong_arguments_are_refused_with_what_was_expected():
         run({**x, "bias": jnp.zeros(1)}, targets)
     with pytest.raises(ValueError, match=r"unknown outputs \['perplexity'\]; there are \['logp'"):
         run(x, targets, outputs=("logp", "perplexity"))
+    with pytest.raises(ValueError, match="a tuple of names, got the string 'logp'"):
+        run(x, targets, outputs="logp")
+    with pytest.raises(ValueError, match="targets must be integers, got float32"):
+        run(x, targets.astype(np.float32))
+    with pytest.raises(ValueError, match=r"temperature must be a scalar, got shape \(11,\)"):
+        run({**x, "temperature": jnp.ones(N)}, targets)
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        run({**x, "temperature": 0}, targets)
+    with pytest.raises(ValueError, match="softcap must be None or a positive number known when traced"):
+        jax.jit(lambda cap: run(x, targets, softcap=cap))(30.0)
     with pytest.raises(ValueError, match="needs a mask"):
         run(x, targets, max_tokens=3)
     with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
@@ -353,6 +363,14 @@ def test_wrong_arguments_are_refused_with_what_was_expected():
         ValueError, match=r"unknown implementation 'pallas'; there are \['chunked', 'pallas_tpu', 'reference'\]"
     ):
         run(x, targets, implementation="pallas")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint32])
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_targets_may_be_of_any_integer_type_even_one_that_cannot_hold_the_vocabularys_size(implementation, dtype):
+    hidden, unembedding = jnp.ones((3, 4)), jnp.linspace(0.0, 1.0, 4 * 256).reshape(256, 4)
+    out = token_logprob(hidden, unembedding, np.array([0, 7, 255], dtype), implementation=implementation)
+    np.testing.assert_allclose(out.logp, jax.nn.log_softmax(hidden @ unembedding.T)[:, [0, 7, 255]][0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
 import jax.numpy as jnp
 
+from jaxrl_post.kernels.ambient import vary_alike, without_typed_shardings
 from jaxrl_post.kernels.platform import current_device
 from jaxrl_post.kernels.token_logprob import core, pallas_tpu
 from jaxrl_post.kernels.token_logprob.arguments import check_arguments
@@ -74,12 +76,38 @@ def token_logprob(
         >>> print(token_logprob(hidden, weight, jnp.array([0, 0])).logp.round(4))
         [-0.5514 -1.5514]
     """
-    check_arguments(hidden, unembedding, targets, mask, max_tokens, bias, outputs, chunk_bytes)
+    targets = jnp.asarray(targets)
+    check_arguments(hidden, unembedding, targets, mask, max_tokens, bias, temperature, softcap, outputs, chunk_bytes)
     if chunk_bytes is not None and implementation not in (None, "chunked"):
         raise ValueError(f"chunk_bytes is for implementation='chunked', not {implementation!r}")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}; there are {sorted(IMPLEMENTATIONS)}")
+    run = functools.partial(
+        _token_logprob,
+        max_tokens=max_tokens,
+        softcap=None if softcap is None else float(softcap),
+        outputs=tuple(outputs),
+        implementation=implementation,
+        chunk_bytes=chunk_bytes,
+    )
+    given = vary_alike((hidden, unembedding, targets.astype(jnp.int32), mask, bias, temperature))
+    return without_typed_shardings(run, targets)(*given)
 
+
+def _token_logprob(
+    hidden: Array,
+    unembedding: Array,
+    targets: Array,
+    mask: Array | None,
+    bias: Array | None,
+    temperature: Array | float,
+    *,
+    max_tokens: int | None,
+    softcap: float | None,
+    outputs: tuple[str, ...],
+    implementation: str | None,
+    chunk_bytes: int | None,
+) -> TokenLogprob:
     at = core.layout(*unembedding.shape)
     chosen = Selection(hidden.shape[0], mask, max_tokens, at)
     hidden, targets = chosen.take((chosen.zero_masked(hidden), targets))
@@ -88,11 +116,12 @@ def token_logprob(
     elif implementation == "pallas_tpu" and (reason := pallas_tpu.unsupported(hidden, unembedding, bias)):
         raise ValueError(f"implementation='pallas_tpu': {reason}")
     logger.debug("token_logprob: %s for N=%d, V=%d, D=%d", implementation, hidden.shape[0], *unembedding.shape)
-    given: dict[str, Any] = {"softcap": softcap, "outputs": tuple(outputs)}
+    given: dict[str, Any] = {"softcap": softcap, "outputs": outputs}
     if implementation == "reference" or hidden.shape[0] == 0:
         result = token_logprob_reference(hidden, unembedding, targets, temperature=temperature, bias=bias, **given)
     else:
-        temperature = jnp.asarray(temperature, jnp.promote_types(hidden.dtype, jnp.float32))
+        narrow = jnp.promote_types(hidden.dtype, unembedding.dtype)
+        temperature = jnp.asarray(temperature, jnp.promote_types(narrow, jnp.float32))
         problem = core.Problem(
             **given,
             implementation=implementation,

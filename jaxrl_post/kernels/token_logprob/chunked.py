@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrl_post.kernels.ambient import vary_alike
 from jaxrl_post.kernels.platform import current_device
 from jaxrl_post.kernels.token_logprob.reference import matmul, soft_cap
 from jaxrl_post.kernels.token_logprob.statistics import LOWEST, Gradients, PerToken, Sums, Wanted, join_two, nothing
@@ -143,7 +144,7 @@ def sums(
             z = _capped(tile_hidden, chunk, softcap)
             return sums_of_logits(z, chunk.index, tile_targets, temperature, fields, chunk.fresh)
 
-        start = nothing(tile_targets.shape[0], temperature.dtype, fields)
+        start, _ = vary_alike((nothing(tile_targets.shape[0], temperature.dtype, fields), tile_hidden))
         whole, _ = jax.lax.scan(lambda s, start: (join_two(s, piece(start), temperature), None), start, starts)
         return whole
 
@@ -225,12 +226,13 @@ def gradients(
                 tile_d_hidden = tile_d_hidden + matmul(rounded, chunk.weight, ((1,), (0,)))
             return (weight_share, bias_share, temperature_share), tile_d_hidden
 
-        nothing: Any = (
+        no_shares: Any = (
             None if d_unembedding is None else jnp.zeros(chunk.weight.shape, wide),
             None if d_bias is None else jnp.zeros((cut.columns,), wide),
             d_temperature,
         )
-        (weight_share, bias_share, d_temperature), d_hidden = jax.lax.scan(one_tile, nothing, (tiles, d_hidden))
+        no_shares, _ = vary_alike((no_shares, hidden))
+        (weight_share, bias_share, d_temperature), d_hidden = jax.lax.scan(one_tile, no_shares, (tiles, d_hidden))
         if d_unembedding is not None:
             d_unembedding = jax.lax.dynamic_update_slice_in_dim(
                 d_unembedding, weight_share.astype(d_unembedding.dtype), chunk.index[0], 0
@@ -245,5 +247,6 @@ def gradients(
         jnp.zeros((vocab_size,), wide) if wanted.bias else None,
         jnp.zeros((), temperature.dtype) if wanted.temperature else None,
     )
+    start, _ = vary_alike((start, hidden))
     (d_hidden, *rest), _ = jax.lax.scan(one_chunk, start, starts)
     return Gradients(None if d_hidden is None else _untile(d_hidden, num_tokens), *rest)

@@ -59,6 +59,11 @@ def _cost(
     )
 
 
+def _like(x: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """A result that varies over the mesh axes that `x` varies over, if the caller is per device."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
+
+
 def _padded(x: Array, count: int, axis: int) -> Array:
     if count == x.shape[axis]:
         return x
@@ -89,10 +94,10 @@ def sums(
     padded = round_up(num_tokens, tiles.tokens)
     names = tuple(name for name in mosaic.FIELDS if name in {"top", "total", "target"} | fields)
     per_token = pl.BlockSpec((1, tiles.tokens), lambda t, v: (0, t))
-    out_shape = [jax.ShapeDtypeStruct((8, padded), jnp.float32)]
+    out_shape = [_like(hidden, (8, padded), jnp.float32)]
     out_specs = [pl.BlockSpec((8, tiles.tokens), lambda t, v: (0, t))]
     if keep:
-        out_shape.append(jax.ShapeDtypeStruct((padded, width), jnp.float32))
+        out_shape.append(_like(hidden, (padded, width), jnp.float32))
         out_specs.append(pl.BlockSpec((tiles.tokens, width), lambda t, v: (t, 0)))
     found = pl.pallas_call(
         functools.partial(
@@ -220,7 +225,7 @@ def _product_with_gradient(
     settings: dict[str, Any] = {"tiles": tiles, "softcap": softcap, "names": tuple(rows)}
     if kernel == "d_hidden":
         body = functools.partial(mosaic.d_hidden_kernel, vocab_size=vocab_size, **settings)
-        out = jax.ShapeDtypeStruct((padded, width), dtype)
+        out = _like(hidden, (padded, width), dtype)
         scratch = [
             pltpu.VMEM((2, tiles.tokens, tiles.slice), jnp.float32),
             pltpu.VMEM((tiles.tokens, LANES), jnp.int32),
@@ -228,7 +233,7 @@ def _product_with_gradient(
         ]
     else:
         body = functools.partial(mosaic.d_unembedding_kernel, **settings)
-        out = jax.ShapeDtypeStruct((vocab_size, width), dtype)
+        out = _like(hidden, (vocab_size, width), dtype)
         scratch = [pltpu.VMEM((2, tiles.slice, tiles.tokens), jnp.float32)]
         if dtype != jnp.float32:
             scratch.append(pltpu.VMEM((tiles.vocab, width), jnp.float32))

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxrl_post.kernels.ambient import vary_alike
 from jaxrl_post.kernels.platform import current_device
 from jaxrl_post.types import Array, PyTree
 
@@ -51,6 +52,7 @@ def scan_chunks(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, tokens:
         x = jnp.pad(x, ((0, count * rows - num_tokens), *((0, 0),) * (x.ndim - 1)))
         return x.reshape(count, rows, *x.shape[1:])
 
+    carry, tokens = vary_alike((carry, tokens))
     carry, found = jax.lax.scan(step, carry, jax.tree.map(cut, tokens))
     return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_tokens], found)
 

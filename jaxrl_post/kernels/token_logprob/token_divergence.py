@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from jaxrl_post.kernels.ambient import vary_alike, without_typed_shardings
 from jaxrl_post.kernels.token_logprob import core
+from jaxrl_post.kernels.token_logprob.arguments import check_logit_arguments
 from jaxrl_post.kernels.token_logprob.reference import matmul, raise_to_float32, soft_cap
 from jaxrl_post.kernels.token_logprob.selection import Selection, check_mask
 from jaxrl_post.kernels.token_logprob.token_chunks import rows_per_chunk, scan_chunks, shards
@@ -93,9 +95,50 @@ def token_divergence(
     Reference: On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes (arXiv 2306.13649).
     """
     beta = _check_arguments(hidden, unembedding, teacher_hidden, teacher_unembedding, kind, beta, chunk_bytes)
+    check_logit_arguments(temperature, softcap)
+    check_logit_arguments(1.0 if teacher_temperature is None else teacher_temperature, teacher_softcap, "teacher_")
+    check_mask(hidden.shape[0], mask, max_tokens)
+    run = functools.partial(
+        _in_chunks,
+        kind=kind,
+        beta=beta,
+        max_tokens=max_tokens,
+        softcap=None if softcap is None else float(softcap),
+        teacher_softcap=None if teacher_softcap is None else float(teacher_softcap),
+        chunk_bytes=chunk_bytes,
+    )
+    given = vary_alike(
+        (
+            hidden,
+            unembedding,
+            teacher_hidden,
+            teacher_unembedding,
+            jnp.ones(hidden.shape[:1], bool) if mask is None else mask,
+            temperature,
+            temperature if teacher_temperature is None else teacher_temperature,
+        )
+    )
+    return without_typed_shardings(run, given[4])(*given)
+
+
+def _in_chunks(
+    hidden: Array,
+    unembedding: Array,
+    teacher_hidden: Array,
+    teacher_unembedding: Array,
+    mask: Array,
+    temperature: Array | float,
+    teacher_temperature: Array | float,
+    *,
+    kind: DivergenceKind,
+    beta: float,
+    max_tokens: int | None,
+    softcap: float | None,
+    teacher_softcap: float | None,
+    chunk_bytes: int | None,
+) -> Array:
     (num_tokens, width), vocab_size = hidden.shape, unembedding.shape[0]
     student_at, teacher_at = core.layout(vocab_size, width), core.layout(*teacher_unembedding.shape)
-    check_mask(num_tokens, mask, max_tokens)
     chosen = Selection(num_tokens, mask, max_tokens, student_at)
     wide = functools.reduce(
         jnp.promote_types, (x.dtype for x in (unembedding, teacher_hidden, teacher_unembedding)), hidden.dtype
@@ -112,7 +155,7 @@ def token_divergence(
         (
             teacher_states,
             teacher_unembedding,
-            jnp.asarray(temperature if teacher_temperature is None else teacher_temperature, wide),
+            jnp.asarray(teacher_temperature, wide),
         )
     )
     values: Array = _token_divergence(problem, states, unembedding, jnp.asarray(temperature, wide), teacher)

@@ -18,6 +18,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 from jax.sharding import AxisType
 
+from jaxrl_post.kernels.ambient import vary_alike, without_typed_shardings
 from jaxrl_post.kernels.token_logprob import core
 from jaxrl_post.kernels.token_logprob.arguments import check_arguments
 from jaxrl_post.kernels.token_logprob.chunked import logit_gradient, sums_of_logits
@@ -97,14 +98,45 @@ def token_loss(
     Reference: gradients within the forward pass follow Liger Kernel: Efficient Triton Kernels for LLM Training
     (arXiv 2410.10989).
     """
-    check_arguments(hidden, unembedding, targets, mask, max_tokens, bias, outputs, chunk_bytes)
+    targets = jnp.asarray(targets)
+    check_arguments(hidden, unembedding, targets, mask, max_tokens, bias, temperature, softcap, outputs, chunk_bytes)
     _check_aux(hidden, aux)
+    aux = jax.tree.map(jnp.asarray, aux)
+    wide = jnp.promote_types(jnp.promote_types(hidden.dtype, unembedding.dtype), jnp.float32)
+    check_independent(loss_fn, (_stats_structs(1, wide, outputs), _structs(1, aux)), "loss_fn")
+    run = functools.partial(
+        _in_chunks,
+        loss_fn=loss_fn,
+        max_tokens=max_tokens,
+        softcap=None if softcap is None else float(softcap),
+        outputs=tuple(outputs),
+        chunk_bytes=chunk_bytes,
+    )
+    given = vary_alike(
+        (hidden, unembedding, targets.astype(jnp.int32), mask, bias, jnp.asarray(temperature, wide), aux)
+    )
+    return without_typed_shardings(run, given[5], targets)(*given)
+
+
+def _in_chunks(
+    hidden: Array,
+    unembedding: Array,
+    targets: Array,
+    mask: Array | None,
+    bias: Array | None,
+    temperature: Array,
+    aux: PyTree,
+    *,
+    loss_fn: Callable[[TokenLogprob, Any], Array],
+    max_tokens: int | None,
+    softcap: float | None,
+    outputs: tuple[str, ...],
+    chunk_bytes: int | None,
+) -> tuple[Array, TokenLogprob]:
     num_tokens, (vocab_size, width) = hidden.shape[0], unembedding.shape
     at = core.layout(vocab_size, width)
     chosen = Selection(num_tokens, mask, max_tokens, at)
-    wide = jnp.promote_types(jnp.promote_types(hidden.dtype, unembedding.dtype), jnp.float32)
-    aux = jax.tree.map(jnp.asarray, aux)
-    check_independent(loss_fn, (_stats_structs(1, wide, outputs), _structs(1, aux)), "loss_fn")
+    wide = temperature.dtype
     if num_tokens == 0:
         structs = _stats_structs(0, wide, outputs)
         return jnp.zeros((), wide), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), structs)
@@ -114,18 +146,9 @@ def token_loss(
     local_tokens, local_vocab = hidden.shape[0] // at.row_shards, vocab_size // shards(at.vocab)
     rows = rows_per_chunk(local_tokens, 4 * local_vocab, chunk_bytes)
     loss = _trace(loss_fn, at, _stats_structs(rows, wide, outputs), _structs(rows, aux))
-    problem = _Problem(loss.jaxpr, tuple(outputs), softcap, vocab_size, rows, at)
-    result: Any = _token_loss(
-        problem,
-        hidden,
-        unembedding,
-        bias,
-        jnp.asarray(temperature, wide),
-        targets,
-        keep,
-        aux_leaves,
-        list(loss.consts),
-    )
+    problem = _Problem(loss.jaxpr, outputs, softcap, vocab_size, rows, at)
+    constants = vary_alike((list(loss.consts), hidden))[0]
+    result: Any = _token_loss(problem, hidden, unembedding, bias, temperature, targets, keep, aux_leaves, constants)
     total, stats = result
     stats = jax.tree.map(lambda x: chosen.put_back(jax.lax.stop_gradient(x)), stats)
     left_out = jnp.sum(keep, dtype=jnp.int32) < jnp.sum(chosen.mask, dtype=jnp.int32)

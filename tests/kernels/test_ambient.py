@@ -1,0 +1,85 @@
+"""Functions of tokens under meshes as a caller may have them: axes typed `Explicit`, and a `shard_map` of the caller's.
+
+`jax.make_mesh` and `jax.shard_map` as they come, with all their checks: no option is given.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxrl_post.kernels import token_divergence, token_logprob, token_loss
+
+N, V, D = 24, 301, 16
+CHUNK_BYTES = 4 * N * 64
+
+
+def scored(hidden, weight, targets, advantages, implementation="chunked"):
+    chunks = {"chunk_bytes": CHUNK_BYTES} if implementation == "chunked" else {}
+    stats = token_logprob(hidden, weight, targets, outputs=("logp", "entropy"), implementation=implementation, **chunks)
+    return jnp.sum(advantages * stats.logp) + jnp.sum(stats.entropy)
+
+
+def in_one_pass(hidden, weight, targets, advantages):
+    return token_loss(hidden, weight, targets, advantages, lambda s, a: -a * s.logp, chunk_bytes=4 * V * 5)[0]
+
+
+def distilled(hidden, weight, targets, advantages):
+    del targets
+    return jnp.sum(advantages * token_divergence(hidden, weight, 0.5 * hidden, weight, kind="jsd", chunk_bytes=8 * V))
+
+
+FUNCTIONS = [scored, in_one_pass, distilled]
+BY_TOKEN = (P("data"), P(), P("data"), P("data"))
+
+
+@pytest.fixture(scope="module")
+def given():
+    rng = np.random.default_rng(0)
+    hidden, weight, advantages = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((N, D), (V, D), (N,)))
+    return hidden, weight, jnp.asarray(rng.integers(0, V, N), jnp.int32), advantages
+
+
+def assert_equal(got, function, given):
+    expected = jax.value_and_grad(function, (0, 1, 3))(*given)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("names", [("data", "tensor"), ("x", "y")])
+def test_a_mesh_with_typed_shardings(function, names, given):
+    mesh = jax.make_mesh((4, 2), names)
+    over = P(names[0]), P(), P(names[0]), P(names[0])
+    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(given, over, strict=True)]
+    with jax.set_mesh(mesh):
+        got = jax.jit(jax.value_and_grad(function, (0, 1, 3)))(*placed)
+        stats = token_logprob(*placed[:3], chunk_bytes=CHUNK_BYTES)
+    assert_equal(got, function, given)
+    assert stats.logp.sharding.spec == P(names[0])
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_gradient_taken_through_the_callers_own_map_over_devices(function, given):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(*args):
+        return jax.lax.psum(function(*args), "data")
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=BY_TOKEN, out_specs=P())
+    assert_equal(jax.jit(jax.value_and_grad(mapped, (0, 1, 3)))(*given), function, given)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_gradient_taken_within_the_callers_own_map_over_devices(function, given):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(*args):
+        value, gradients = jax.value_and_grad(function, (0, 1, 3))(*args)
+        return jax.lax.psum(value, "data"), gradients
+
+    out = (P(), (P("data"), P(), P("data")))
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=BY_TOKEN, out_specs=out)
+    assert_equal(jax.jit(mapped)(*given), function, given)
