@@ -37,17 +37,25 @@ def _makes_method(function: Any) -> bool:
     # Annotations may be text (postponed evaluation), so the name is compared, not the class.
     name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
     parameters = inspect.signature(function).parameters.values()
-    return name.rsplit(".", 1)[-1] == "Method" and all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters)
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+    return name.rsplit(".", 1)[-1] == "Method" and all(p.kind in kinds for p in parameters)
 
 
 def keyword_types(function: Callable[..., Any]) -> dict[str, Any]:
-    """The type of each keyword: its annotation, else the type of its default, else anything."""
+    """The type of each keyword: its annotation, else the type of its default, else anything.
+
+    Keywords that many methods share are the fields of a `TypedDict`, `**options: Unpack[Options]`.
+    """
     try:
         hints = typing.get_type_hints(function)
     except (NameError, TypeError):  # a name that only type checkers import
         hints = {}
     result = {}
     for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            shared = typing.get_args(hints.get(name))
+            result |= typing.get_type_hints(shared[0]) if shared else {}
+            continue
         default = parameter.default
         guess = Any if default is parameter.empty or default is None else type(default)
         result[name] = hints.get(name, guess)
@@ -74,7 +82,8 @@ def check_method(method: MethodConfig, problems: Problems, namespace: Any = None
         if fitted is not BAD:
             keywords[name] = fitted
     for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.default is parameter.empty and name not in method.keywords:
+        required = parameter.default is parameter.empty and parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        if required and name not in method.keywords:
             problems.add(f"method.{name}", f"methods.{method.name} needs this ({type_name(types[name])}); give it")
     _check_horizon(types, keywords, problems)
     if not problems.ok("method"):
@@ -82,14 +91,15 @@ def check_method(method: MethodConfig, problems: Problems, namespace: Any = None
     try:
         made = function(**keywords)
     except ValueError as error:
-        problems.add("method", str(error))
+        subject = str(error).split()[0].split("=")[0]  # messages begin with the keyword that is wrong
+        problems.add(f"method.{subject}" if subject in types else "method", str(error))
         return method, None
     return dataclasses.replace(method, keywords=keywords), made
 
 
 def _check_horizon(types: dict[str, Any], keywords: dict[str, Any], problems: Problems) -> None:
-    if "horizon" not in types:
-        return
+    if "horizon" not in types or "aggregation" not in keywords:
+        return  # the method knows its own default
     fixed = keywords.get("aggregation") == "seq_mean_token_sum_norm"
     if fixed and keywords.get("horizon") is None and problems.ok("method.horizon"):
         problems.add(
