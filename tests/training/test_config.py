@@ -513,7 +513,7 @@ def test_keywords_of_a_method_are_checked_against_annotations_and_defaults():
 
 
 def test_what_a_method_itself_refuses_is_a_problem_of_the_configuration():
-    with pytest.raises(ConfigError, match="method.rate: rate must be odd"):
+    with pytest.raises(ConfigError, match=r"method\.rate: rate must be odd"):
         configs.from_dict(make(method={"name": "stub", "rate": 1}), namespace=_stub(fail="rate must be odd"))
 
 

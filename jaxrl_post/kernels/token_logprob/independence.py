@@ -26,12 +26,12 @@ ADVICE = (
 )
 
 ELEMENTWISE = frozenset(
-    """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil
-    clamp clz convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt
-    igamma igammac integer_pow is_finite le le_to lgamma log log1p logistic lt lt_to max min mul name ne neg nextafter not
-    optimization_barrier or polygamma population_count pow reduce_precision regularized_incomplete_beta rem round rsqrt
-    select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh
-    xor zeta""".split()  # noqa: SIM905
+    """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type
+    cbrt ceil clamp clz convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1
+    floor ge gt igamma igammac integer_pow is_finite le le_to lgamma log log1p logistic lt lt_to max min mul
+    name ne neg nextafter not optimization_barrier or polygamma population_count pow reduce_precision
+    regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical
+    sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta""".split()  # noqa: SIM905
 )
 # These keep every axis that is longer than one: an axis of the token axis's size in the result is the token axis, or a
 # number that is the same for all tokens.
@@ -128,7 +128,9 @@ def _fine(equation: Any, tokens: int) -> bool:
             _, batch = params["dimension_numbers"]
             # A contraction would have lost the axis; two axes of tokens must be one batch.
             return None in axes or (axes[0] in batch[0] and batch[1][tuple(batch[0]).index(axes[0])] == axes[1])
-        case "concatenate" | "stack" | "split" | "rev" | "sort" | "argmax" | "argmin":
+        case "stack":
+            return True  # a new axis
+        case "concatenate" | "split" | "rev" | "sort" | "argmax" | "argmin":
             return axis not in _along(params)
     if primitive.startswith(("reduce_", "cum")):
         return axis not in _along(params)
