@@ -1,6 +1,7 @@
 """Methods by name: each function returns a `Method`, as `optax.adamw(...)` returns a transformation."""
 
 from jaxrl_post.methods.actor_critic import ppo
+from jaxrl_post.methods.records import Record, catalog
 from jaxrl_post.methods.credit import Advantage, Credit, Signals
 from jaxrl_post.methods.policy_gradient import grpo, mc_grpo, policy_gradient, reinforce
 from jaxrl_post.methods.preference import dpo
@@ -11,7 +12,9 @@ __all__ = [
     "Advantage",
     "Credit",
     "Method",
+    "Record",
     "Signals",
+    "catalog",
     "dpo",
     "grpo",
     "mc_grpo",

@@ -71,6 +71,9 @@ __all__ = [
 def load(path: str | Path, overrides: Sequence[str] = (), *, namespace: Any = None, check_files: bool = True) -> Config:
     """Read a YAML file, apply overrides, check everything and fill in what follows from other fields.
 
+    A file whose key `base` names another one (relative to itself) says only what differs: its keys go over those of
+    the other, section by section; `method`, `rewards` and `roles` are replaced as a whole.
+
     Args:
         path: the file.
         overrides: `a.b.c=value`, the value in YAML; items of lists by number, `rewards.0.weight=2`.
@@ -85,10 +88,26 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, namespace: Any = No
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
+    problems = Problems()
+    values = _read(path, problems)
+    if isinstance(values, dict):
+        for item in overrides:
+            override(values, item, problems)
+    return _build(values, str(path), problems, namespace, check_files)
+
+
+REPLACED = frozenset({"method", "rewards", "roles"})
+"""Sections that a file with a `base` gives as a whole, because their keys belong together."""
+
+
+def _read(path: Path, problems: Problems, above: tuple[Path, ...] = ()) -> Any:
+    """The file's values over those of the file that its `base` names, if it names one."""
     if not path.is_file():
         what = "is a directory; give the YAML file in it" if path.is_dir() else f"not found (looked from {Path.cwd()})"
-        raise FileNotFoundError(f"configuration file {path}: {what}")
-    problems = Problems()
+        named = f", the base of {above[-1]}," if above else ""
+        raise FileNotFoundError(f"configuration file {path}{named}: {what}")
+    if path.resolve() in above:
+        raise ConfigError([f"base: goes in a circle: {' -> '.join(map(str, above))}; break it"], str(path))
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -96,10 +115,18 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, namespace: Any = No
     values, duplicates = yaml_text.read(text, str(path))
     problems.messages.extend(duplicates)
     values = {} if values is None else values
-    if isinstance(values, dict):
-        for item in overrides:
-            override(values, item, problems)
-    return _build(values, str(path), problems, namespace, check_files)
+    if not isinstance(values, dict) or "base" not in values:
+        return values
+    base = values.pop("base")
+    if not isinstance(base, str):
+        raise ConfigError([f"base: must be the path of another configuration, got {base!r}"], str(path))
+    return _merge(_read(path.parent / base, problems, (*above, path.resolve())), values)
+
+
+def _merge(base: Any, values: Any, path: str = "") -> Any:
+    if not isinstance(base, dict) or not isinstance(values, dict) or path in REPLACED:
+        return values
+    return {**base, **{key: _merge(base.get(key), value, key) for key, value in values.items()}}
 
 
 def from_dict(

@@ -1,0 +1,39 @@
+"""Runs the claim checks and writes what they measured into the catalog: `python -m tests.claims.record [ID ...]`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from jaxrl_post.methods import records
+
+CATALOG = Path(records.__file__).parent / "catalog.yaml"
+
+
+def main(wanted: list[str]) -> int:
+    """Run the checks of all rows, or of those named, and write their results."""
+    rows = yaml.safe_load(CATALOG.read_text())
+    chosen = [row for row in rows if row.get("claim") and (not wanted or row["id"] in wanted)]
+    with tempfile.NamedTemporaryFile("r", suffix=".jsonl") as file:
+        environment = {**os.environ, "CLAIM_RESULTS": file.name, "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "0", *sorted({row["claim"] for row in chosen})]
+        status = subprocess.run(command, env=environment, check=False).returncode
+        results = {}
+        for line in file:
+            result = json.loads(line)
+            results[result.pop("id")] = result
+    for row in chosen:
+        if row["id"] in results:
+            row["claim_result"] = results[row["id"]]
+    CATALOG.write_text(records.to_yaml(rows))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

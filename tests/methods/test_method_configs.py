@@ -1,0 +1,114 @@
+"""Every configuration of `configs/methods` trains two steps: parameters stay finite, move, and not as GRPO moves them.
+
+All share one stored batch of rollouts of one tiny model, whose extras hold whatever a method may ask for.
+"""
+
+import functools
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrl_post import methods, models, training
+from jaxrl_post.training import config as configs
+from jaxrl_post.training.config import ConfigWarning
+from tests import tiny
+
+DIRECTORY = Path(__file__).parents[2] / "configs" / "methods"
+PATHS = sorted(DIRECTORY.glob("*.yaml"))
+
+SAME_AS_GRPO: dict[str, str] = {
+    "grpo": "it is the baseline",
+    "ppo": "it trains a critic as well, and is compared with nothing",
+}
+"""Rows whose first two steps may equal those of plain GRPO, with the reason."""
+
+ROLES = ("policy", "reference", "critic", "teacher", "target")
+
+
+@functools.cache
+def load(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConfigWarning)
+        return configs.load(path)
+
+
+@functools.cache
+def rollouts(group_size):
+    """Four prompts with rewards that differ, an invalid sequence, and every extra array that a method may read."""
+    batch = tiny.batch(group_size, count=4)
+    rng = np.random.default_rng(3)
+    reward = rng.choice([0.0, 0.5, 1.0], batch.reward.shape).astype(np.float32)
+    reward[0] = np.resize([1.0, 0.0], group_size)
+    rows, length = batch.tokens.shape
+    lag = jnp.asarray(rng.normal(0, 0.3, (rows, length)), jnp.float32) * batch.mask
+    place = jnp.cumsum(batch.mask, axis=1) * batch.mask
+    return batch.replace(
+        reward=jnp.asarray(reward),
+        rewards={"format": jnp.asarray(reward > 0, jnp.float32), "accuracy": jnp.asarray(reward)},
+        logp=batch.logp + lag,
+        step=jnp.where(batch.mask > 0, (place > 2).astype(jnp.int32), -1),
+        version=jnp.where(batch.mask > 0, (place > 2).astype(jnp.int32), -1),
+        extras={
+            "greedy_reward": jnp.asarray(rng.choice([0.0, 1.0], 4), jnp.float32),
+            "agent": jnp.where(batch.mask > 0, (place > 2).astype(jnp.int32), -1),
+            "answer": jnp.asarray(rng.integers(0, 3, batch.reward.shape), jnp.int32),
+            "state": jnp.where(batch.mask > 0, jnp.asarray(rng.integers(0, 3, (rows, 1)), jnp.int32), -1),
+        },
+    )
+
+
+def moved(method, batch):
+    """Parameters of the policy before and after two steps of gradient descent."""
+    policies = {role: tiny.policy(value_head=role == "critic") for role in method.needs if "/" not in role}
+    keys = {role: jax.random.key(ROLES.index(role) if role in ROLES else 9) for role in policies}
+    params = {role: policy.init(keys[role]) for role, policy in policies.items()}
+    optimizer = optax.sgd(0.05)
+    shapes = jax.eval_shape(lambda: batch)
+    state = training.init(params, method, optimizer, jax.random.key(5), rollouts=shapes, num_prompts=8)
+    before = jax.tree.map(jnp.copy, state.params)
+    step = training.make_step(
+        {role: models.score(policy) for role, policy in policies.items()}, method, optimizer, epochs=1
+    )
+    for _ in range(2):
+        state, metrics = step(state, batch)
+    return before, state.params, metrics
+
+
+@functools.cache
+def grpo_parameters(group_size):
+    _, after, _ = moved(methods.grpo(), rollouts(group_size))
+    return jax.flatten_util.ravel_pytree(after["policy"])[0]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_a_methods_configuration_trains_two_steps_of_its_own(path):
+    config = load(path)
+    method = getattr(methods, config.method.name)(**config.method.keywords)
+    if method.learns_from != "rollouts":
+        batch, size = tiny.pairs(), 2
+    else:
+        size = max(method.min_group, 4) + (path.stem == "mc-grpo")
+        batch = rollouts(size)
+    before, after, metrics = moved(method, batch)
+    assert int(metrics["nonfinite_updates"]) == 0
+    for role in method.trains:
+        old, new = (jax.flatten_util.ravel_pytree(tree[role])[0] for tree in (before, after))
+        assert bool(jnp.all(jnp.isfinite(new)))
+        assert float(jnp.max(jnp.abs(new - old))) > 1e-7, f"{role} did not move"
+    if method.learns_from == "rollouts" and path.stem not in SAME_AS_GRPO:
+        own = jax.flatten_util.ravel_pytree(after["policy"])[0]
+        assert float(jnp.max(jnp.abs(own - grpo_parameters(size)))) > 1e-7, "moves exactly as plain GRPO does"
+
+
+def test_every_training_row_of_the_catalog_names_a_configuration_of_its_own_method():
+    for record in methods.catalog():
+        if record.method is not None:
+            assert callable(getattr(methods, record.method)), record.id
+        if record.config is not None:
+            assert Path(record.config).name == f"{record.id}.yaml"
+            assert load(DIRECTORY.parents[1] / record.config).method.name == record.method, record.id
