@@ -6,6 +6,8 @@ Everything heavy is imported by the command that needs it, so that help and vers
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import difflib
 import json
 import logging
 import os
@@ -20,6 +22,10 @@ from jaxrl_post import __version__
 
 USER_ERROR = 2
 INTERRUPTED = 130
+
+
+class CommandError(ValueError):
+    """Arguments that make no sense together or name something that is not there."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +66,7 @@ def is_user_error(error: BaseException) -> bool:
     These are the errors of this library, which raises ValueErrors for wrong input, packages that are not
     installed, and all that the operating system refuses: files that are missing or closed, a disk that is full.
     """
-    if isinstance(error, OSError):
+    if isinstance(error, OSError | CommandError):
         return True
     # An ImportError of ours names the extra to install; a module that Python itself misses is a broken installation.
     if not isinstance(error, ValueError) and type(error) is not ImportError:
@@ -123,6 +129,13 @@ def _parser() -> argparse.ArgumentParser:
     plot = command("plot", _plot, "draw the curves of one or several runs")
     plot.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="directories of runs")
     plot.add_argument("--output", metavar="FILE", help="the picture (curves.png in the first run's directory)")
+
+    methods = command("methods", _methods, "list the methods, or show one: methods show mc-grpo")
+    methods.add_argument(
+        "words", nargs="*", metavar="WORD", help="only those whose record holds every word; `show ID` prints one"
+    )
+    methods.add_argument("--family", metavar="NAME", help="only those of a family")
+    methods.add_argument("--json", action="store_true", help="print one JSON array of records")
 
     config = command("config", _config, "explain every key of a configuration")
     config.add_argument("--defaults", action="store_true", help="print a YAML file of all defaults instead")
@@ -208,6 +221,42 @@ def _plot(arguments: argparse.Namespace) -> None:
     from jaxrl_post.training.plot import plot
 
     print(plot(arguments.run_dirs, arguments.output))
+
+
+def _methods(arguments: argparse.Namespace) -> None:
+    from jaxrl_post.methods import records
+
+    words = arguments.words
+    if words[:1] == ["show"]:
+        if len(words) != 2:
+            raise CommandError("show takes one id, as in `jaxrl-post methods show mc-grpo`")
+        known = {record.id: record for record in records.catalog()}
+        if words[1] not in known:
+            near = difflib.get_close_matches(words[1], known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "`jaxrl-post methods` lists them"
+            raise CommandError(f"there is no method {words[1]!r}; {hint}")
+        chosen = known[words[1]]
+        if arguments.json:
+            print(json.dumps(dataclasses.asdict(chosen)))
+        else:
+            print(records.describe(chosen))
+        return
+    families = sorted({record.family for record in records.catalog()})
+    if arguments.family is not None and arguments.family not in families:
+        raise CommandError(f"there is no family {arguments.family!r}; there are {', '.join(families)}")
+    found = records.search(words, arguments.family)
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(record) for record in found]))
+        return
+    width = max((len(record.id) for record in found), default=0)
+    for family in families:
+        members = [record for record in found if record.family == family]
+        if members:
+            print(f"{family} ({len(members)})")
+        for record in members:
+            print(f"  {record.id:<{width}}  {record.summary or record.title}")
+    if not found:
+        raise CommandError(f"no method's record holds {' and '.join(map(repr, words))}")
 
 
 def _config(arguments: argparse.Namespace) -> None:

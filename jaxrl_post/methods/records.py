@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
+import inspect
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -52,6 +54,81 @@ def catalog() -> tuple[Record, ...]:
     """
     text = resources.files("jaxrl_post.methods").joinpath("catalog.yaml").read_text(encoding="utf-8")
     return tuple(Record(**{**row, "functions": tuple(row["functions"])}) for row in yaml.safe_load(text))
+
+
+def search(words: Sequence[str] = (), family: str | None = None) -> list[Record]:
+    """Records whose text holds every word, of one family if it is given; case does not matter.
+
+    Example:
+        >>> [record.id for record in search(["median-centered"])]
+        ['mc-grpo']
+    """
+    found = []
+    for record in catalog():
+        text = " ".join(str(value) for value in dataclasses.astuple(record)).lower()
+        if (family is None or record.family == family) and all(word.lower() in text for word in words):
+            found.append(record)
+    return found
+
+
+def result_text(record: Record) -> str:
+    """What the record's claim check measured, in a sentence.
+
+    Example:
+        >>> result_text(Record("x", "X", "y", ()))
+        'not measured'
+    """
+    result = record.claim_result
+    if result is None:
+        return "not measured"
+    low, high = result["interval"]
+    verdict = "held" if result["held"] else "did not hold"
+    return (
+        f"{verdict}: {result['method']:.3g} against {result['baseline']:.3g}, difference in [{low:.3g}, {high:.3g}] "
+        f"(95%, {result['seeds']} seeds)"
+    )
+
+
+def describe(record: Record) -> str:
+    """Everything that is known of a method, as text for a terminal: record, functions, arguments, what was measured."""
+    parts = [f"{record.id}: {record.title}"]
+    parts += [f"family: {record.family}"] + ([f"paper: https://arxiv.org/abs/{record.arxiv}"] if record.arxiv else [])
+    parts += [text for text in (record.summary, record.formula) if text]
+    parts.append("functions:\n" + "\n".join(f"  {name}{_signature(name)}" for name in record.functions))
+    if record.method is not None:
+        function = _resolve(f"jaxrl_post.methods.{record.method}")
+        parts.append(f"methods.{record.method}: " + (inspect.getdoc(function) or ""))
+    if record.config is not None:
+        parts.append(f"train it: jaxrl-post train {record.config}")
+    parts.append(f"claim: {record.claim or 'no check'}\n  {result_text(record)}")
+    return "\n\n".join(parts)
+
+
+def _resolve(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _signature(name: str) -> str:
+    try:
+        parameters = inspect.signature(_resolve(name)).parameters.values()
+    except (TypeError, ValueError):  # a class without a signature
+        return ""
+    shown = [f"{p.name}={p.default!r}" if p.default is not p.empty else str(p).split(":")[0] for p in parameters]
+    return f"({', '.join(shown)})"
+
+
+def table() -> str:
+    """The catalog as a Markdown table, which the README holds."""
+    lines = ["| method | what it does | paper | claim |", "|---|---|---|---|"]
+    for record in catalog():
+        name = f"[`{record.id}`]({record.config})" if record.config else f"`{record.id}`"
+        paper = f"[{record.arxiv}](https://arxiv.org/abs/{record.arxiv})" if record.arxiv else ""
+        held = {None: "not measured", True: "held", False: "did not hold"}[
+            None if record.claim_result is None else bool(record.claim_result["held"])
+        ]
+        lines.append(f"| {name} | {record.summary} | {paper} | {held} |")
+    return "\n".join(lines)
 
 
 def to_yaml(rows: Sequence[Mapping[str, Any]]) -> str:

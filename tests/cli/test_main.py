@@ -217,6 +217,37 @@ def test_config_explains_every_key_or_prints_the_defaults(capsys):
     assert capsys.readouterr().out == configs.defaults()
 
 
+def test_methods_lists_searches_and_shows(capsys):
+    assert cli.main(["methods", "median-centered"]) == 0
+    assert "  mc-grpo  " in capsys.readouterr().out
+    assert cli.main(["methods", "show", "mc-grpo"]) == 0
+    shown = capsys.readouterr().out
+    for text in (
+        "2601.22582",
+        "jaxrl_post.advantages.mc_grpo(rewards",
+        "median",
+        "configs/methods/mc-grpo.yaml",
+        "seeds",
+    ):
+        assert text in shown
+    assert cli.main(["methods", "--json", "mc-grpo", "median"]) == 0
+    assert "mc-grpo" in [record["id"] for record in json.loads(capsys.readouterr().out)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "mc-grp"], "there is no method 'mc-grp'; did you mean mc-grpo"),
+        (["show"], "show takes one id"),
+        (["no such words"], "no method's record holds 'no such words'"),
+        (["--family", "x"], "there is no family 'x'; there are "),
+    ],
+)
+def test_a_method_that_is_not_there_is_one_line(arguments, message, capsys):
+    assert cli.main(["methods", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_help_and_version_do_not_import_jax():
     code = (
         "import sys\nfrom jaxrl_post.cli.main import main\n"

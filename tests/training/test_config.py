@@ -8,6 +8,7 @@ import warnings
 from typing import Literal, NamedTuple
 
 import pytest
+import yaml
 
 from jaxrl_post import methods
 from jaxrl_post.data import PRINTABLE
@@ -510,6 +511,31 @@ def test_keywords_of_a_method_are_checked_against_annotations_and_defaults():
         "method.untyped = 'x'",
         "method.rate",
     ]
+
+
+def test_a_file_may_say_only_what_differs_from_its_base(tmp_path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(make(method={"name": "grpo", "clip_high": 0.28})))
+    (tmp_path / "sub").mkdir()
+    own = tmp_path / "sub" / "own.yaml"
+    own.write_text("base: ../base.yaml\nrun_dir: other\nmethod: {name: reinforce}\ntraining: {epochs: 3}\n")
+    base, config = configs.load(tmp_path / "base.yaml"), configs.load(own, ["training.steps=7"])
+    assert (config.run_dir, config.training.epochs, config.training.steps) == ("other", 3, 7)
+    assert config.method == configs.MethodConfig(name="reinforce", keywords={})
+    assert config.rollout == base.rollout
+    assert config.data == base.data
+
+
+def test_a_base_that_is_missing_or_its_own_is_an_error_that_says_so(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("base: b.yaml\n")
+    with pytest.raises(FileNotFoundError, match=r"b\.yaml \(the base of .*a\.yaml\): not found"):
+        configs.load(path)
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(ConfigError, match="base: goes in a circle"):
+        configs.load(path)
+    path.write_text("base: [1]\n")
+    with pytest.raises(ConfigError, match="base: must be the path"):
+        configs.load(path)
 
 
 def test_what_a_method_itself_refuses_is_a_problem_of_the_configuration():

@@ -104,7 +104,7 @@ def _read(path: Path, problems: Problems, above: tuple[Path, ...] = ()) -> Any:
     """The file's values over those of the file that its `base` names, if it names one."""
     if not path.is_file():
         what = "is a directory; give the YAML file in it" if path.is_dir() else f"not found (looked from {Path.cwd()})"
-        named = f", the base of {above[-1]}," if above else ""
+        named = f" (the base of {above[-1]})" if above else ""
         raise FileNotFoundError(f"configuration file {path}{named}: {what}")
     if path.resolve() in above:
         raise ConfigError([f"base: goes in a circle: {' -> '.join(map(str, above))}; break it"], str(path))
