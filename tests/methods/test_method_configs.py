@@ -37,10 +37,9 @@ def load(path):
         return configs.load(path)
 
 
-@functools.cache
-def rollouts(group_size):
-    """Four prompts with rewards that differ, an invalid sequence, and every extra array that a method may read."""
-    batch = tiny.batch(group_size, count=4)
+def with_extras(batch):
+    """Rewards that differ, a sampler that lags, two turns, and every extra array that a method may read."""
+    group_size, prompts = batch.group_size, batch.num_prompts
     rng = np.random.default_rng(3)
     reward = rng.choice([0.0, 0.5, 1.0], batch.reward.shape).astype(np.float32)
     reward[0] = np.resize([1.0, 0.0], group_size)
@@ -54,12 +53,18 @@ def rollouts(group_size):
         step=jnp.where(batch.mask > 0, (place > 2).astype(jnp.int32), -1),
         version=jnp.where(batch.mask > 0, (place > 2).astype(jnp.int32), -1),
         extras={
-            "greedy_reward": jnp.asarray(rng.choice([0.0, 1.0], 4), jnp.float32),
+            "greedy_reward": jnp.asarray(rng.choice([0.0, 1.0], prompts), jnp.float32),
             "agent": jnp.where(batch.mask > 0, (place > 2).astype(jnp.int32), -1),
             "answer": jnp.asarray(rng.integers(0, 3, batch.reward.shape), jnp.int32),
             "state": jnp.where(batch.mask > 0, jnp.asarray(rng.integers(0, 3, (rows, 1)), jnp.int32), -1),
         },
     )
+
+
+@functools.cache
+def rollouts(group_size):
+    """Four prompts of the tiny model, with an invalid sequence."""
+    return with_extras(tiny.batch(group_size, count=4))
 
 
 def moved(method, batch):
