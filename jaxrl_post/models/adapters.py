@@ -42,7 +42,7 @@ def from_nnx(
     Args:
         build: makes the module from random number streams; traced, so it may be large.
         hidden: `(module, tokens[B, T], positions[B, T]) -> [B, T, D]`, or `([B, T, D], aux)`; it may also take
-            `segment_ids` and `key`. An unbound method such as `MyModel.encode` will do.
+            `segment_ids`, `completion_starts` and `key`. An unbound method such as `MyModel.encode` will do.
         unembed: `(module) -> Array[V, D]` or an `Unembedding`.
         heads: `(module, hidden[B, T, D]) -> dict[str, [B, T]]`, e.g. `value`.
         init_cache: `(batch, capacity, dtype) -> cache`; together with `prefill` and `decode`, or none of the three.
@@ -118,7 +118,7 @@ def from_linen(
     Args:
         module: the unbound module.
         hidden: name of a method `(tokens[B, T], positions[B, T]) -> [B, T, D]` (or `([B, T, D], aux)`), or a function
-            with the module before these; it may also take `segment_ids` and `key`.
+            with the module before these; it may also take `segment_ids`, `completion_starts` and `key`.
         unembed: `(params) -> Array[V, D]` or an `Unembedding`.
         init: `(key) -> params`; None for `module.init(key, tokens)["params"]`, where `__call__(tokens[B, T])` must
             reach every parameter.
@@ -242,7 +242,7 @@ def _lookup(tree: Any, path: tuple[Any, ...]) -> Any:
 
 def _keywords(function: Callable[..., Any]) -> frozenset[str]:
     """Which of the optional arguments of `Policy.hidden` a function takes."""
-    return frozenset(inspect.signature(function).parameters) & {"segment_ids", "key"}
+    return frozenset(inspect.signature(function).parameters) & {"segment_ids", "completion_starts", "key"}
 
 
 def _policy(
@@ -257,13 +257,26 @@ def _policy(
     axes: Callable[[], PyTree] | None = None,
 ) -> Policy:
     def hidden(
-        params: Params, tokens: Array, positions: Array, segment_ids: Array | None = None, *, key: Array | None = None
+        params: Params,
+        tokens: Array,
+        positions: Array,
+        segment_ids: Array | None = None,
+        *,
+        completion_starts: tuple[int, ...] | None = None,
+        key: Array | None = None,
     ) -> tuple[Array, dict[str, Array]]:
-        optional = {}
+        optional: dict[str, Any] = {}
         if segment_ids is not None:
             if "segment_ids" not in keywords:
                 raise ValueError("this model's hidden function takes no segment_ids, so its rows cannot be packed")
             optional["segment_ids"] = segment_ids
+        if completion_starts is not None:
+            if "completion_starts" not in keywords:
+                raise ValueError(
+                    "this model's hidden function takes no completion_starts, so that completions cannot share a "
+                    "prompt; leave shared_prompt out, or let hidden pass them on to kernels.attention"
+                )
+            optional["completion_starts"] = completion_starts
         if "key" in keywords:
             optional["key"] = key
         out = run(params, tokens, positions, **optional)

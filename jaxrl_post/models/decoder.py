@@ -66,9 +66,15 @@ class Decoder(nnx.Module):
         self.unembedding = None if c.tied else param(rngs, (c.vocab_size, c.width), table, c, c.init_std)
         self.value_head = ValueHead(c) if c.value_head else None
 
-    def hidden(self, tokens: Array, positions: Array, segment_ids: Array | None = None) -> Array:
+    def hidden(
+        self,
+        tokens: Array,
+        positions: Array,
+        segment_ids: Array | None = None,
+        completion_starts: tuple[int, ...] | None = None,
+    ) -> Array:
         """`[B, T, D]` states after the last norm, all tokens at once; those of a segment stand in their order."""
-        attend = _in_row_order(positions, segment_ids)
+        attend = _in_row_order(positions, segment_ids, completion_starts)
         return self._run(tokens, positions, attend, None, read_cache=False)[0]
 
     def prefill(self, tokens: Array, positions: Array, cache: KVCache) -> tuple[Array, KVCache]:
@@ -130,10 +136,13 @@ class Decoder(nnx.Module):
         return self.final_norm(x), caches
 
 
-def _in_row_order(positions: Array, segment_ids: Array | None = None) -> Attend:
-    """Attention of a row to itself: to what stands before a token, in its segment, and is no padding."""
+def _in_row_order(
+    positions: Array, segment_ids: Array | None = None, completion_starts: tuple[int, ...] | None = None
+) -> Attend:
+    """Attention of a row to itself: to what stands before a token, in its segment and completion, and is no padding."""
     segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
-    return functools.partial(attention, segment_ids=jnp.where(positions < 0, -1, segments))
+    segments = jnp.where(positions < 0, -1, segments)
+    return functools.partial(attention, segment_ids=segments, completion_starts=completion_starts)
 
 
 def decoder(

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from jaxrl_post.kernels import token_logprob
 from jaxrl_post.kernels.token_logprob.reference import TokenLogprob, stats_of_logits, temper
-from jaxrl_post.types import Array, Params, Policy, Rollouts, Score, TokenStats, Unembedding
+from jaxrl_post.models.shared_prompt import share_prompts
+from jaxrl_post.types import Array, Params, Policy, Rollouts, Score, TokenStats, Unembedding, Unit
 
-VOCABULARY_FIELDS = frozenset({"logp", "entropy", "mean_logp", "sum_p_squared", "max_prob"})
+VOCABULARY_FIELDS = frozenset({"logp", "entropy", "mean_logp", "sum_p_squared", "max_prob", "logsumexp"})
 """Fields that come from the distribution over tokens; all others come from the policy's heads."""
 
 
@@ -35,7 +36,13 @@ def logits(unembedding: Unembedding, hidden: Array) -> Array:
     return temper(hidden, unembedding.bias, 1.0, unembedding.softcap)
 
 
-def score(policy: Policy, *, temperature: Array | float = 1.0, max_chosen: int | None = None) -> Score:
+def score(
+    policy: Policy,
+    *,
+    temperature: Array | float = 1.0,
+    max_chosen: int | None = None,
+    shared_prompt: int | None = None,
+) -> Score:
     """What a language model says about the tokens of rollouts.
 
     `logp[b, t] = log p(tokens[b, t] | tokens[b, :t])`, and every other field speaks of the same distribution or, for
@@ -43,34 +50,48 @@ def score(policy: Policy, *, temperature: Array | float = 1.0, max_chosen: int |
 
     Positions are `0, 1, 2, ...` in every row. Rows are padded on the right, which a causal model cannot see.
 
+    With `shared_prompt`, the `G` rollouts of a prompt are run as one row `[prompt | C_1 | ... | C_G]`, so that a prompt
+    of `N` tokens costs `N + G L` tokens instead of `G (N + L)`. Values and gradients are the same: what is shared is
+    what the group's valid rollouts begin with in common, wherever their prompt ends.
+
     Args:
         policy: a causal language model.
         temperature: logits are divided by it; the one that the rollouts were sampled with, so that log-probs agree.
         max_chosen: static bound on how many tokens of a row the policy chose (`rollouts.mask`). If given, only those
             are scored: prompts cost no logits, and the fields of the distribution are 0 at tokens that were not chosen.
-            In a row with more chosen tokens than that, the surplus ones come out as NaN.
+            In a row with more chosen tokens than that, the surplus ones come out as NaN (with `shared_prompt`, if the
+            group has more than `G * max_chosen` in all).
+        shared_prompt: None, or the room for a prompt in a group's row; completions get the other `T - shared_prompt`
+            places each. Give the limit of prompts' lengths where `T` is that plus the limit of completions. In a valid
+            rollout of more than `T - shared_prompt` tokens after the shared ones, the surplus comes out as NaN. In a
+            rollout that is not valid it comes out as 0, and so does all of one that does not share the prompt of the
+            valid ones. On a TPU, attention skips most where both rooms are multiples of 512.
 
     Returns:
         A `Score`: `(params, rollouts, fields, key) -> TokenStats`. Fields are `logp`, `entropy`, `mean_logp`,
         `sum_p_squared`, `max_prob` and those fields of `TokenStats` that the policy's `heads` gives. Each is `[B, T]`
-        float32 or wider, and 0 at position 0 and beyond the length of the row.
+        float32 or wider, and 0 at position 0 and beyond the length of the row. With `shared_prompt` it has an attribute
+        `unit = "group"`, which tells the train step to keep groups whole in micro-batches.
 
     Raises:
-        ValueError: from the score, if a field is unknown or the policy has no such head, or tokens are not `[B, T]`.
+        ValueError: from the score, if a field is unknown or the policy has no such head, tokens are not `[B, T]`,
+            `shared_prompt` is not between 1 and `T - 1`, or the model cannot let completions share a prompt.
 
     Example:
         >>> import jax
+        >>> from jaxrl_post import data
         >>> from jaxrl_post.models import decoder
         >>> policy = decoder(vocab_size=7, width=8, layers=1, heads=2)
-        >>> row = jnp.zeros((1, 1))
-        >>> rollouts = Rollouts(
-        ...     tokens=jnp.array([[1, 2, 3]]), mask=jnp.array([[0.0, 1.0, 1.0]]), logp=jnp.zeros((1, 3)),
-        ...     step=jnp.full((1, 3), -1), version=jnp.full((1, 3), -1), reward=row, rewards={}, valid=row == 0,
-        ...     length=jnp.array([[3]]), finish=row, id=row, prompt_id=jnp.array([0]),
-        ... )
-        >>> stats = score(policy)(policy.init(jax.random.key(0)), rollouts, frozenset({"logp"}), jax.random.key(1))
-        >>> stats.logp.shape, float(stats.logp[0, 0])
-        ((1, 3), 0.0)
+        >>> params = jax.jit(policy.init)(jax.random.key(0))
+        >>> rollouts = data.to_rollouts([[1, 2]], [[[3], [4, 5]]], length=4)
+        >>> def run(**options):
+        ...     scored = jax.jit(score(policy, **options), static_argnums=2)
+        ...     return scored(params, rollouts, frozenset({"logp"}), jax.random.key(1)).logp
+        >>> logp = run()
+        >>> logp.shape, float(logp[0, 0]), bool(jnp.allclose(run(shared_prompt=2), logp, atol=1e-6))
+        ((2, 4), 0.0, True)
+
+    Reference: Prefix Grouper: Efficient GRPO Training through Shared-Prefix Forward, arXiv 2506.05433.
     """
 
     def run(params: Params, rollouts: Rollouts, fields: frozenset[str], key: Array) -> TokenStats:
@@ -83,35 +104,76 @@ def score(policy: Policy, *, temperature: Array | float = 1.0, max_chosen: int |
         inside = jnp.arange(length) < rollouts.length.reshape(batch, 1)
         # Padding may hold any value, also one that is no row of the embedding.
         tokens = jnp.where(inside, tokens, 0)
-        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
-        hidden, _ = policy.hidden(params, tokens, positions, key=key)
-        states = hidden[:, :-1]
-
-        found: dict[str, Array] = {}
-        outputs = tuple(sorted(VOCABULARY_FIELDS & fields))
-        if outputs:
-            stats = vocabulary_stats(
-                policy.unembed(params), states, tokens[:, 1:], temperature, outputs, rollouts.mask[:, 1:], max_chosen
+        bound = None if max_chosen is None or max_chosen >= length - 1 else max_chosen
+        if shared_prompt is None:
+            positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
+            hidden, _ = policy.hidden(params, tokens, positions, key=key)
+            found = _fields(
+                policy, params, hidden[:, :-1], tokens[:, 1:], fields, temperature, rollouts.mask[:, 1:], bound
             )
-            found = {name: getattr(stats, name) for name in outputs}
-        if fields - VOCABULARY_FIELDS:
-            # A head that TokenStats has no place for can be trained through, but not returned.
-            places = {field.name for field in dataclasses.fields(TokenStats)}
-            heads = {name: out for name, out in policy.heads(params, states).items() if name in places}
-            if unknown := sorted(fields - VOCABULARY_FIELDS - set(heads)):
-                raise ValueError(
-                    f"unknown fields {unknown}: this policy gives {sorted(VOCABULARY_FIELDS | set(heads))}"
-                    + ("" if "value" in heads else "; a value needs a model with a value head")
-                )
-            found |= {name: heads[name] for name in fields - VOCABULARY_FIELDS}
+            found = {name: jnp.pad(field, ((0, 0), (1, 0))) for name, field in found.items()}
+        else:
+            rows = share_prompts(rollouts, shared_prompt)
+            hidden, _ = policy.hidden(params, rows.tokens, rows.positions, completion_starts=rows.starts, key=key)
+            if bound is not None:
+                bound *= rollouts.group_size
+            found = _fields(policy, params, rows.before(hidden), rows.tokens, fields, temperature, rows.chosen, bound)
+            lost = jnp.where(rollouts.valid.reshape(batch, 1), jnp.nan, 0.0)
+            found = {name: jnp.where(rows.fits, rows.spread(field), lost) for name, field in found.items()}
+            if bound is not None:
+                # A token that is shared may have been chosen in another rollout.
+                scored = rollouts.mask != 0
+                found = {
+                    name: jnp.where(scored, x, 0.0) if name in VOCABULARY_FIELDS else x for name, x in found.items()
+                }
 
         def align(field: Array) -> Array:
             field = field.astype(jnp.promote_types(field.dtype, jnp.float32))
-            return jnp.where(inside, jnp.pad(field, ((0, 0), (1, 0))), 0.0)
+            return jnp.where(inside.at[:, 0].set(False), field, 0.0)
 
         return TokenStats(**{name: align(field) for name, field in found.items()})
 
-    return run
+    return run if shared_prompt is None else _GroupScore(run)
+
+
+@dataclasses.dataclass(frozen=True)
+class _GroupScore:
+    """A score that saves work where the rollouts of a group are scored together."""
+
+    run: Score
+    unit: Unit = "group"
+
+    def __call__(self, params: Params, rollouts: Rollouts, fields: frozenset[str], key: Array) -> TokenStats:
+        return self.run(params, rollouts, fields, key)
+
+
+def _fields(
+    policy: Policy,
+    params: Params,
+    states: Array,
+    targets: Array,
+    fields: frozenset[str],
+    temperature: Array | float,
+    chosen: Array,
+    max_chosen: int | None,
+) -> dict[str, Array]:
+    """The asked-for fields by name, each of the shape of `targets`, from the states that precede them."""
+    found: dict[str, Array] = {}
+    outputs = tuple(sorted(VOCABULARY_FIELDS & fields))
+    if outputs:
+        stats = vocabulary_stats(policy.unembed(params), states, targets, temperature, outputs, chosen, max_chosen)
+        found = {name: getattr(stats, name) for name in outputs}
+    if fields - VOCABULARY_FIELDS:
+        # A head that TokenStats has no place for can be trained through, but not returned.
+        places = {field.name for field in dataclasses.fields(TokenStats)}
+        heads = {name: out for name, out in policy.heads(params, states).items() if name in places}
+        if unknown := sorted(fields - VOCABULARY_FIELDS - set(heads)):
+            raise ValueError(
+                f"unknown fields {unknown}: this policy gives {sorted(VOCABULARY_FIELDS | set(heads))}"
+                + ("" if "value" in heads else "; a value needs a model with a value head")
+            )
+        found |= {name: heads[name] for name in fields - VOCABULARY_FIELDS}
+    return found
 
 
 def vocabulary_stats(

@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 
 from jaxrl_post import models
 from jaxrl_post.kernels.attention import attention
+from jaxrl_post.kernels.attention.layout import completion_bits, own_start, shared_row
 from jaxrl_post.kernels.attention.splash import make_kernel, make_mask, padded_length
 from jaxrl_post.mesh import AXES, make_mesh
 from jaxrl_post.models.layers import rotary_angles, rotate
@@ -155,7 +156,7 @@ def test_positions_decide_what_a_query_sees_in_a_cache():
 
 
 @BOTH
-@pytest.mark.parametrize("starts", [(40, 75, 101), (32, 64, 96)])
+@pytest.mark.parametrize("starts", [(40, 75, 101), (32, 64, 96), (31, 64, 97)])
 def test_a_shared_prefix_gives_what_each_completion_gives_in_a_row_of_its_own(implementation, starts):
     length, prefix, lengths = 130, 29, (20, 26, 9)
     *inputs, cotangent = problem(batch=1, length=length)
@@ -189,6 +190,26 @@ def test_a_shared_prefix_gives_what_each_completion_gives_in_a_row_of_its_own(im
         np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("ids", [None, "packed"])
+def test_completions_with_equal_rooms_equal_the_formula_and_form_no_scores_between_them(ids):
+    length, starts = 130, (34, 66, 98)
+    inputs = problem(length=length)
+    own = own_start(length, starts)
+    places = np.arange(length)
+    sees = (places <= places[:, None]) & ((places < starts[0]) | (places >= own[:, None]))
+    sees, options = np.broadcast_to(sees, (2, length, length)), {"completion_starts": starts, "softcap": 2.0}
+    if ids is not None:
+        segments = packed(length)
+        sees, options["segment_ids"] = sees & seen(segments), jnp.asarray(segments)
+    real = sees.any(-1)[..., None, None]
+    inputs[3] = inputs[3] * real
+    for got, expected in zip(run(*inputs, **options), truth(*inputs, sees, softcap=2.0), strict=True):
+        np.testing.assert_allclose(got * real, expected, atol=1e-5)
+    program = str(jax.make_jaxpr(functools.partial(attention, **options))(*inputs[:3]))
+    assert "3,32,34]" in program  # of three completions for the prefix
+    assert "130,130]" not in program
+
+
 @pytest.mark.parametrize(("length", "starts"), [(50, (7, 20, 21)), (64, (16, 24, 56)), (9, (8,))])
 def test_the_mask_of_a_shared_prefix_is_the_one_of_its_definition(length, starts):
     mask = make_mask(length, starts)
@@ -196,6 +217,15 @@ def test_the_mask_of_a_shared_prefix_is_the_one_of_its_definition(length, starts
     expected = [[k <= q and (k < starts[0] or own[q] <= k) for k in range(length)] for q in range(length)]
     np.testing.assert_array_equal(mask[:, :], expected)
     np.testing.assert_array_equal(mask[3:7, 2:6], np.array(expected)[3:7, 2:6])
+
+
+def test_a_row_of_equal_rooms_grows_only_where_its_starts_need_more_than_31_bits():
+    assert shared_row(100, 20, 3) == (160, (100, 120, 140))
+    # 17 bits for a place, and 14 for the last start, 110008, in units of 8; in units of 4 it would need 15.
+    length, starts = shared_row(40001, 9999, 8)
+    assert (length, starts[0], starts[1] - starts[0]) == (120008, 40008, 10000)
+    assert completion_bits(length, starts) == 31
+    assert completion_bits(120004, tuple(range(40004, 120004, 10000))) == 32
 
 
 def test_a_shared_prefix_computes_only_the_tiles_that_hold_something():

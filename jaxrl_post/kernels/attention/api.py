@@ -9,8 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from jaxrl_post.kernels.attention.layout import common_power, completion_bits, placement
-from jaxrl_post.kernels.attention.xla import attention_mask, attention_xla
+from jaxrl_post.kernels.attention.layout import (
+    MAX_COMPLETION_BITS,
+    are_even,
+    common_power,
+    completion_bits,
+    placement,
+)
+from jaxrl_post.kernels.attention.xla import attention_mask, attention_xla, attention_xla_shared
 from jaxrl_post.kernels.platform import current_device
 from jaxrl_post.types import Array
 
@@ -45,7 +51,8 @@ def attention(
     Rows may share a prefix: with `completion_starts = (s_1, ..., s_G)` a row is laid out `[prefix | C_1 | ... | C_G]`,
     completion `i` from `s_i` on, and a completion sees the prefix and itself but no other completion. Its tokens then
     get what they would get in a row of their own, if their rotary positions go on from the real length of the prefix
-    in each of them. Prefix and completions that are shorter than their room are filled up with padding.
+    in each of them. Prefix and completions that are shorter than their room are filled up with padding. Where all rooms
+    of completions are alike, `"xla"` too forms no scores between completions.
 
     `"splash"` is the attention kernel that JAX ships for TPU: no array of queries by keys, forward or backward, and
     tiles that nothing is seen in are skipped. It scales the query and rounds it to its dtype, where `"xla"` scales the
@@ -118,6 +125,17 @@ def attention(
             interpret=current_device().platform == "cpu",
         )
     length = query.shape[1]
+    if completion_starts is not None and are_even(length, completion_starts):
+        return attention_xla_shared(
+            query,
+            key,
+            value,
+            segment_ids,
+            key_segment_ids,
+            completion_starts=completion_starts,
+            scale=scale,
+            softcap=softcap,
+        )
     slots = jnp.arange(length, dtype=jnp.int32)[None]
     mask = attention_mask(
         slots if query_positions is None else query_positions,
@@ -185,11 +203,11 @@ def _splash_obstacle(query: Array, has_positions: bool, starts: tuple[int, ...] 
         return f"computes in float32 and bfloat16, not in {query.dtype}"
     if (platform := current_device().platform) not in ("tpu", "cpu"):
         return f"runs on TPU, and interpreted on CPU, not on {platform}"
-    if starts is not None and completion_bits(length, starts) > 31:
+    if starts is not None and completion_bits(length, starts) > MAX_COMPLETION_BITS:
         return (
-            f"holds a place and the start of its completion in 31 bits: {length} places and starts that are multiples "
-            f"of {common_power(starts)} need {completion_bits(length, starts)}; make the starts multiples of a larger "
-            "power of two"
+            f"holds a place and the start of its completion in {MAX_COMPLETION_BITS} bits: {length} places and starts "
+            f"that are multiples of {common_power(starts)} need {completion_bits(length, starts)}; make the starts "
+            "multiples of a larger power of two"
         )
     mesh = jax.sharding.get_abstract_mesh()
     kinds = () if mesh.empty else zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import jax
@@ -10,6 +11,9 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jaxrl_post.mesh import spec
 from jaxrl_post.types import Array
+
+# A query of splash brings one int32: its place and the start of its completion.
+MAX_COMPLETION_BITS = 31
 
 
 def own_start(length: int, completion_starts: tuple[int, ...]) -> np.ndarray:
@@ -42,6 +46,36 @@ def completion_bits(length: int, completion_starts: tuple[int, ...]) -> int:
         12
     """
     return (length - 1).bit_length() + (completion_starts[-1] // common_power(completion_starts)).bit_length()
+
+
+def are_even(length: int, completion_starts: tuple[int, ...]) -> bool:
+    """Whether all completions have the same room.
+
+    Example:
+        >>> are_even(8, (2, 4, 6)), are_even(9, (2, 4, 6))
+        (True, False)
+    """
+    bounds = (*completion_starts, length)
+    return len({end - start for start, end in itertools.pairwise(bounds)}) == 1
+
+
+def shared_row(prefix: int, completion: int, count: int) -> tuple[int, tuple[int, ...]]:
+    """Length and completion starts of a row with room for a prefix and `count` completions of one size.
+
+    Only a very long row gets more room than is asked for: so much that its starts are multiples of a power of two that
+    lets every implementation hold them.
+
+    Example:
+        >>> shared_row(100, 20, 3), shared_row(2047, 8191, 16)[1][:2]
+        ((160, (100, 120, 140)), (2048, 10240))
+    """
+    unit = 1
+    while True:
+        first, each = (-(-size // unit) * unit for size in (prefix, completion))
+        length, starts = first + count * each, tuple(first + i * each for i in range(count))
+        if completion_bits(length, starts) <= MAX_COMPLETION_BITS:
+            return length, starts
+        unit *= 2
 
 
 def automatic_axes() -> dict[str, int]:
