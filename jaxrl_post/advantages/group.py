@@ -12,30 +12,19 @@ from typing import Literal
 import jax.numpy as jnp
 
 from jaxrl_post import masked
+from jaxrl_post.advantages.layout import check_rewards
+from jaxrl_post.advantages.scale import divide_by_spread, spread
 from jaxrl_post.types import Array
 
 _GROUP = 1  # the axis of G
 
 
-def _check(rewards: Array, valid: Array | None) -> tuple[Array, Array]:
-    rewards = masked.as_float(rewards)
-    masked.check_axes("rewards", rewards, "[P, G]", "reshape with as_groups(rewards, group_size=8)")
-    if valid is None:
-        return rewards, jnp.ones(rewards.shape, bool)
-    valid = jnp.asarray(valid)
-    masked.check_like("valid", valid, "rewards", rewards, "reshape with as_groups(valid, group_size=8)")
-    return rewards, valid != 0
-
-
-def _divide_by_std(x: Array, rewards: Array, valid: Array, ddof: int, eps: float) -> Array:
-    if ddof not in (0, 1):
-        raise ValueError(f"ddof must be 1 (unbiased) or 0 (population), got {ddof}")
-    std = masked.std(rewards, valid, _GROUP, ddof=ddof, keepdims=True)
-    # Rewards that are equal on paper may differ in their last bits (0.1 + 0.2 and 0.3). A spread below the resolution
-    # of the numbers carries no information, and dividing by it would turn rounding into advantages of order one.
-    largest = masked.max(jnp.abs(rewards), valid, _GROUP, keepdims=True)
-    real = std > 8 * jnp.finfo(rewards.dtype).eps * largest
-    return jnp.where(real, x / jnp.where(real, std + eps, 1.0), 0.0)
+def _spread_of_the_others(rewards: Array, valid: Array, ddof: int) -> Array:
+    """`[P, G]`: the spread of the other valid rollouts of the group, or of the whole group where they are equal."""
+    others = valid[:, None, :] & ~jnp.eye(rewards.shape[1], dtype=bool)
+    pairwise = jnp.broadcast_to(rewards[:, None, :], others.shape)
+    without = spread(pairwise, others, 2, ddof=ddof, keepdims=False)
+    return jnp.where(without > 0, without, spread(rewards, valid, _GROUP, ddof=ddof))
 
 
 def reinforce(rewards: Array, valid: Array | None = None) -> Array:
@@ -58,12 +47,19 @@ def reinforce(rewards: Array, valid: Array | None = None) -> Array:
     Reference: Simple statistical gradient-following algorithms for connectionist reinforcement learning
     (Williams, 1992).
     """
-    rewards, valid = _check(rewards, valid)
+    rewards, valid = check_rewards(rewards, valid)
     return jnp.where(valid, rewards, 0.0)
 
 
 def grpo(
-    rewards: Array, valid: Array | None = None, *, normalize_std: bool = True, ddof: int = 1, eps: float = 1e-6
+    rewards: Array,
+    valid: Array | None = None,
+    *,
+    normalize_std: bool = True,
+    std_level: Literal["group", "batch"] = "group",
+    leave_one_out: bool = False,
+    ddof: int = 1,
+    eps: float = 1e-6,
 ) -> Array:
     r"""Group-relative advantage, $A_g = (r_g - \bar r) / (\mathrm{std}(r) + \epsilon)$ over the group's valid rollouts.
 
@@ -71,6 +67,11 @@ def grpo(
         rewards: `[P, G]` float.
         valid: `[P, G]` bool, False where the rollout does not count; None for all.
         normalize_std: False leaves the difference undivided, as `dr_grpo`; `ddof` and `eps` then play no part.
+        std_level: whose standard deviation divides: `"group"`, or `"batch"` for that of all valid rewards as they are,
+            the differences between prompts included. The mean is the group's in both.
+        leave_one_out: mean and standard deviation of a rollout's group are taken over its *other* valid rollouts. Where
+            those are equal, or there is only one, the deviation is that of the whole group, so that the advantage has
+            no unit. With `std_level="batch"` only the mean leaves the rollout out.
         ddof: 1 for the unbiased standard deviation (n - 1), 0 for the population's (n).
         eps: added to the standard deviation, in units of the reward.
 
@@ -79,17 +80,32 @@ def grpo(
         are equal to within the resolution of their dtype.
 
     Raises:
-        ValueError: if `rewards` is not `[P, G]`, `valid` has another shape, or `ddof` is neither 0 nor 1.
+        ValueError: if `rewards` is not `[P, G]`, `valid` has another shape, `ddof` is neither 0 nor 1, `std_level` is
+            unknown, or `"batch"` although nothing is divided.
 
     Example:
         >>> [round(a, 4) for a in grpo(jnp.array([[1.0, 0.0, 0.0, 1.0]]), eps=0.0)[0].tolist()]
         [0.866, -0.866, -0.866, 0.866]
+        >>> [round(a, 4) for a in grpo(jnp.array([[3.0, 0.0, 1.0]]), leave_one_out=True, eps=0.0)[0].tolist()]
+        [3.5355, -1.4142, -0.2357]
 
     Reference: DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models (arXiv 2402.03300).
     """
-    rewards, valid = _check(rewards, valid)
-    centered = masked.center(rewards, valid, _GROUP)
-    return _divide_by_std(centered, rewards, valid, ddof, eps) if normalize_std else centered
+    if std_level not in ("group", "batch"):
+        raise ValueError(f'std_level must be "group" or "batch", got {std_level!r}')
+    if std_level == "batch" and not normalize_std:
+        raise ValueError('std_level="batch" does not apply to normalize_std=False; leave one of them out')
+    centered = rloo(rewards, valid) if leave_one_out else dr_grpo(rewards, valid)
+    if not normalize_std:
+        return centered
+    rewards, valid = check_rewards(rewards, valid)
+    if std_level == "batch":
+        deviation = spread(rewards, valid, None, ddof=ddof)
+    elif leave_one_out:
+        deviation = _spread_of_the_others(rewards, valid, ddof)
+    else:
+        deviation = spread(rewards, valid, _GROUP, ddof=ddof)
+    return divide_by_spread(centered, deviation, eps)
 
 
 def dr_grpo(rewards: Array, valid: Array | None = None) -> Array:
@@ -111,7 +127,8 @@ def dr_grpo(rewards: Array, valid: Array | None = None) -> Array:
 
     Reference: Understanding R1-Zero-Like Training: A Critical Perspective (arXiv 2503.20783).
     """
-    return grpo(rewards, valid, normalize_std=False)
+    rewards, valid = check_rewards(rewards, valid)
+    return masked.center(rewards, valid, _GROUP)
 
 
 def rloo(rewards: Array, valid: Array | None = None) -> Array:
@@ -134,7 +151,7 @@ def rloo(rewards: Array, valid: Array | None = None) -> Array:
     Reference: Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs
     (arXiv 2402.14740).
     """
-    rewards, valid = _check(rewards, valid)
+    rewards, valid = check_rewards(rewards, valid)
     count = jnp.sum(valid, axis=_GROUP, keepdims=True).astype(rewards.dtype)
     return masked.center(rewards, valid, _GROUP) * count / jnp.maximum(count - 1, 1)
 
@@ -175,12 +192,40 @@ def gpg(
     """
     if count not in ("rewards", "advantages"):
         raise ValueError(f'count must be "rewards" or "advantages", got {count!r}')
-    rewards, valid = _check(rewards, valid)
+    rewards, valid = check_rewards(rewards, valid)
     centered = masked.center(rewards, valid, _GROUP)
     live = rewards != 0 if count == "rewards" else jnp.any(centered != 0, axis=_GROUP, keepdims=True)
     carrying = jnp.sum(live & valid).astype(rewards.dtype)
     alpha = jnp.sum(valid).astype(rewards.dtype) / jnp.maximum(carrying, 1)
     return alpha * centered / f_norm
+
+
+def maxrl(rewards: Array, valid: Array | None = None) -> Array:
+    r"""Maximum-likelihood RL: centred rewards over their mean, $A_g = (r_g - \bar r) / \bar r$.
+
+    With rewards 0 and 1 a group's gradient is that of the log of its success rate, cut off at order `G`, so that a
+    prompt solved with probability $p$ weighs $1 / p$.
+
+    Args:
+        rewards: `[P, G]` float, not negative.
+        valid: `[P, G]` bool, False where the rollout does not count; None for all.
+
+    Returns:
+        `[P, G]`, float32 or wider; 0 where not valid, in a group with one valid rollout, and where the mean is not
+        above 0.
+
+    Raises:
+        ValueError: if `rewards` is not `[P, G]` or `valid` has another shape.
+
+    Example:
+        >>> maxrl(jnp.array([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])).tolist()
+        [[3.0, -1.0, -1.0, -1.0], [0.0, 0.0, 0.0, 0.0]]
+
+    Reference: Maximum Likelihood Reinforcement Learning (arXiv 2602.02710).
+    """
+    rewards, valid = check_rewards(rewards, valid)
+    mean = masked.mean(rewards, valid, _GROUP, keepdims=True)
+    return divide_by_spread(masked.center(rewards, valid, _GROUP), mean)
 
 
 def pass_at_k(
@@ -209,14 +254,14 @@ def pass_at_k(
     Reference: Optimizing Language Models for Inference Time Objectives using Reinforcement Learning
     (arXiv 2503.19595).
     """
-    rewards, valid = _check(rewards, valid)
+    rewards, valid = check_rewards(rewards, valid)
     best = jnp.argmax(jnp.where(valid, rewards, -jnp.inf), axis=_GROUP, keepdims=True)
     is_best = (jnp.arange(rewards.shape[1]) == best) & valid
     others = valid & ~is_best
     second = masked.max(rewards, others, _GROUP, keepdims=True)
     pair = jnp.any(others, axis=_GROUP, keepdims=True)
     lead = jnp.where(is_best & pair, rewards - second, 0.0)
-    return _divide_by_std(lead, rewards, valid, ddof, eps) if normalize_std else lead
+    return divide_by_spread(lead, spread(rewards, valid, _GROUP, ddof=ddof), eps) if normalize_std else lead
 
 
 def opo(rewards: Array, lengths: Array, valid: Array | None = None) -> Array:
@@ -240,7 +285,7 @@ def opo(rewards: Array, lengths: Array, valid: Array | None = None) -> Array:
 
     Reference: On-Policy RL with Optimal Reward Baseline (arXiv 2505.23585).
     """
-    rewards, valid = _check(rewards, valid)
+    rewards, valid = check_rewards(rewards, valid)
     lengths = masked.as_float(lengths)
     masked.check_like("lengths", lengths, "rewards", rewards, "reshape with as_groups(lengths, group_size=8)")
     # Weighing the centred rewards instead of the rewards keeps equal rewards at exactly 0.
@@ -272,7 +317,7 @@ def remax(rewards: Array, greedy_rewards: Array, valid: Array | None = None) -> 
     Reference: ReMax: A Simple, Effective, and Efficient Reinforcement Learning Method for Aligning Large Language
     Models (arXiv 2310.10505).
     """
-    rewards, valid = _check(rewards, valid)
+    rewards, valid = check_rewards(rewards, valid)
     greedy_rewards = masked.as_float(greedy_rewards)
     masked.check_axes("greedy_rewards", greedy_rewards, "[P]", "one greedy answer per prompt")
     if greedy_rewards.shape[0] != rewards.shape[0]:
@@ -332,7 +377,7 @@ def mc_grpo(
     for name, number in (("eps", eps), ("max_abs", max_abs), ("zero_mad_scale", zero_mad_scale)):
         if isinstance(number, float | int) and number <= 0:
             raise ValueError(f"{name} must be above 0, got {number}")
-    rewards, valid = _check(rewards, valid)
+    rewards, valid = check_rewards(rewards, valid)
     median = masked.quantile(rewards, valid, 0.5, _GROUP, method="lower", keepdims=True)
     difference = jnp.where(valid, rewards - median, 0.0)
     deviation = masked.quantile(jnp.abs(difference), valid, 0.5, _GROUP, method="lower", keepdims=True)

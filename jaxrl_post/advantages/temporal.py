@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxrl_post import masked
 from jaxrl_post.advantages.group import dr_grpo
-from jaxrl_post.advantages.layout import check_groups_fit
+from jaxrl_post.advantages.layout import check_groups_fit, is_last
 from jaxrl_post.types import Array
 
 
@@ -24,6 +24,25 @@ def _from_the_right(slope: Array, offset: Array) -> Array:
         return later[0] * earlier[0], earlier[0] * later[1] + earlier[1]
 
     return jax.lax.associative_scan(compose, (slope, offset), reverse=True, axis=1)[1]
+
+
+def _check_discounts(**discounts: float | Array) -> None:
+    for name, number in discounts.items():
+        if isinstance(number, float | int) and not 0 <= number <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {number}")
+
+
+def _per_row(name: str, x: float | Array, mask: Array) -> Array:
+    """A scalar, or one number per row as `[B, 1]`, so that it broadcasts over `[B, T]`."""
+    x = jnp.asarray(x)
+    if x.ndim == 0 or x.shape == (mask.shape[0], 1):
+        return x
+    if x.shape != (mask.shape[0],):
+        raise ValueError(
+            f"{name} must be a scalar, [B] or [B, 1] with B = {mask.shape[0]}, got shape {x.shape}; "
+            "give one number per sequence"
+        )
+    return x[:, None]
 
 
 def _prepare(x: Array, name: str, mask: Array) -> Array:
@@ -40,13 +59,15 @@ def gae(
     *,
     gamma: float | Array = 1.0,
     lam: float | Array = 1.0,
+    truncated: Array | None = None,
     whiten: bool = True,
 ) -> tuple[Array, Array]:
     r"""Generalised advantage estimation over the tokens that the policy chose.
 
     $$\delta_t = r_t + \gamma V_{t'} - V_t, \qquad A_t = \delta_t + \gamma \lambda A_{t'}, \qquad R_t = A_t + V_t$$
 
-    where $t'$ is the next token with mask 1, and $V_{t'} = A_{t'} = 0$ after the last one.
+    where $t'$ is the next token with mask 1, and $V_{t'} = A_{t'} = 0$ after the last one. In a truncated sequence the
+    value after the last token is not 0 but unknown; the last known one takes its place, $V_{t'} = V_t$ (extended GAE).
 
     Args:
         rewards: `[B, T]` float; read where the mask is 1.
@@ -54,7 +75,9 @@ def gae(
             mask is 1.
         mask: `[B, T]`, nonzero where the policy chose the token.
         gamma: discount per trained token, in [0, 1].
-        lam: $\lambda$ in [0, 1]: 1 for the Monte-Carlo return less the value, 0 for one-step differences.
+        lam: $\lambda$ in [0, 1], a scalar or one per sequence as `[B]` or `[B, 1]` (see `length_adaptive_lam`): 1 for
+            the Monte-Carlo return less the value, 0 for one-step differences.
+        truncated: `[B]` bool, True for sequences that were cut before they ended; None for none.
         whiten: bring the advantages of the whole batch to zero mean and unit variance (`masked.whiten`).
 
     Returns:
@@ -62,7 +85,8 @@ def gae(
         returns: `[B, T]`, units of the return; the critic's targets, taken before whitening; 0 where the mask is.
 
     Raises:
-        ValueError: if the arrays are not `[B, T]` of one shape, or `gamma` or `lam` is outside [0, 1].
+        ValueError: if the arrays are not `[B, T]` of one shape, `gamma` or `lam` is outside [0, 1], or `lam` or
+            `truncated` does not have one number per sequence.
 
     Example:
         >>> rewards, values = jnp.array([[0.0, 0.0, 1.0]]), jnp.array([[0.5, 9.0, 0.25]])
@@ -70,22 +94,99 @@ def gae(
         >>> advantages.tolist(), returns.tolist()
         ([[-0.1875, 0.0, 0.75]], [[0.3125, 0.0, 1.0]])
 
-    Reference: High-Dimensional Continuous Control Using Generalized Advantage Estimation (arXiv 1506.02438).
+    References: High-Dimensional Continuous Control Using Generalized Advantage Estimation (arXiv 1506.02438);
+    Truncated Proximal Policy Optimization (arXiv 2506.15050) for truncated sequences.
     """
-    for name, number in (("gamma", gamma), ("lam", lam)):
-        if isinstance(number, float | int) and not 0 <= number <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {number}")
+    _check_discounts(gamma=gamma, lam=lam)
     mask = jnp.asarray(mask)
     rewards, values = _prepare(rewards, "rewards", mask), _prepare(values, "values", mask)
     dtype = jnp.promote_types(rewards.dtype, values.dtype)
     acts = (mask != 0).astype(dtype)
     skips = 1 - acts
+    lam = _per_row("lam", lam, mask)
     value_from_here = _from_the_right(skips, acts * values)  # of the first trained token at or after t
     next_value = jnp.pad(value_from_here[:, 1:], ((0, 0), (0, 1)))
+    if truncated is not None:
+        cut = _per_row("truncated", truncated, mask) != 0
+        next_value = jnp.where(cut & is_last(mask), values, next_value)
     delta = acts * (rewards + gamma * next_value - values)
     advantages = acts * _from_the_right(skips + acts * gamma * lam, delta)
     returns = advantages + values
     return masked.whiten(advantages, acts) if whiten else advantages, returns
+
+
+def decoupled_gae(
+    rewards: Array,
+    values: Array,
+    mask: Array,
+    *,
+    gamma: float | Array = 1.0,
+    lam_policy: float | Array = 0.95,
+    lam_value: float | Array = 1.0,
+    truncated: Array | None = None,
+    whiten: bool = True,
+) -> tuple[Array, Array]:
+    r"""GAE with one $\lambda$ for the policy's advantages and another for the critic's targets.
+
+    The critic learns from unbiased returns ($\lambda = 1$), so that a reward at the end of a long sequence reaches its
+    beginning; the policy keeps a smaller $\lambda$ for its variance. VAPO is
+    `lam_policy=length_adaptive_lam(lengths)`.
+
+    Args:
+        rewards: `[B, T]` float; read where the mask is 1.
+        values: `[B, T]` float, units of the return; see `gae`.
+        mask: `[B, T]`, nonzero where the policy chose the token.
+        gamma: discount per trained token, in [0, 1].
+        lam_policy: $\lambda$ of the advantages, in [0, 1]; a scalar, `[B]` or `[B, 1]`.
+        lam_value: $\lambda$ of the returns, in [0, 1]; a scalar, `[B]` or `[B, 1]`.
+        truncated: `[B]` bool, True for sequences that were cut before they ended; None for none.
+        whiten: bring the advantages of the whole batch to zero mean and unit variance.
+
+    Returns:
+        advantages: `[B, T]`, float32 or wider, from `lam_policy`; 0 where the mask is.
+        returns: `[B, T]`, units of the return, from `lam_value`; 0 where the mask is.
+
+    Raises:
+        ValueError: as `gae`.
+
+    Example:
+        >>> rewards, values = jnp.array([[0.0, 1.0]]), jnp.array([[0.5, 0.25]])
+        >>> [x.tolist() for x in decoupled_gae(rewards, values, jnp.ones((1, 2)), lam_policy=0.0, whiten=False)]
+        [[[-0.25, 0.75]], [[1.0, 1.0]]]
+
+    References: What's Behind PPO's Collapse in Long-CoT? Value Optimization Holds the Secret (arXiv 2503.01491); VAPO:
+    Efficient and Reliable Reinforcement Learning for Advanced Reasoning Tasks (arXiv 2504.05118).
+    """
+    _check_discounts(lam_policy=lam_policy, lam_value=lam_value)
+    advantages, _ = gae(rewards, values, mask, gamma=gamma, lam=lam_policy, truncated=truncated, whiten=whiten)
+    _, returns = gae(rewards, values, mask, gamma=gamma, lam=lam_value, truncated=truncated, whiten=False)
+    return advantages, returns
+
+
+def length_adaptive_lam(lengths: Array, *, alpha: float = 0.05) -> Array:
+    r"""GAE's $\lambda$ by the length of the sequence, $\lambda_b = 1 - 1 / \max(\alpha L_b, 1)$.
+
+    The weights $\lambda^k$ of the temporal differences then sum to about $\alpha L$: the horizon grows with the length.
+
+    Args:
+        lengths: `[B]` int or float, trained tokens of each sequence.
+        alpha: $\alpha$, the horizon as a share of the length.
+
+    Returns:
+        `[B]`, float32 or wider, in [0, 1); 0 for sequences of at most $1 / \alpha$ tokens.
+
+    Raises:
+        ValueError: if `alpha` is not above 0.
+
+    Example:
+        >>> [round(lam, 4) for lam in length_adaptive_lam(jnp.array([10, 100, 1000])).tolist()]
+        [0.0, 0.8, 0.98]
+
+    Reference: VAPO: Efficient and Reliable Reinforcement Learning for Advanced Reasoning Tasks (arXiv 2504.05118).
+    """
+    if isinstance(alpha, float | int) and alpha <= 0:
+        raise ValueError(f"alpha must be above 0, got {alpha}; 1 / alpha is the longest sequence with lambda 0")
+    return 1 - 1 / jnp.maximum(alpha * masked.as_float(lengths), 1)
 
 
 def reinforce_plus_plus(rewards: Array, mask: Array, *, gamma: float | Array = 1.0, whiten: bool = True) -> Array:
@@ -114,8 +215,7 @@ def reinforce_plus_plus(rewards: Array, mask: Array, *, gamma: float | Array = 1
     Reference: REINFORCE++: An Efficient RLHF Algorithm with Robustness to Both Prompt and Reward Models
     (arXiv 2501.03262).
     """
-    if isinstance(gamma, float | int) and not 0 <= gamma <= 1:
-        raise ValueError(f"gamma must be in [0, 1], got {gamma}")
+    _check_discounts(gamma=gamma)
     mask = jnp.asarray(mask)
     rewards = _prepare(rewards, "rewards", mask)
     acts = (mask != 0).astype(rewards.dtype)
@@ -157,3 +257,39 @@ def reinforce_plus_plus_baseline(rewards: Array, mask: Array, valid: Array | Non
     counts &= jnp.sum(counts, axis=1, keepdims=True) > 1
     trained = (mask != 0) & counts.reshape(-1, 1)
     return masked.whiten(jnp.broadcast_to(centered.reshape(-1, 1), mask.shape), trained)
+
+
+def opd(teacher_logp: Array, logp: Array, mask: Array, *, clip: float | None = None) -> Array:
+    r"""On-policy distillation: each token's own advantage is how much likelier the teacher finds it.
+
+    $$A_t = \mathrm{sg}(\log \pi_{teacher}(y_t) - \log \pi(y_t))$$
+
+    With tokens sampled from $\pi$, REINFORCE on it descends the reverse KL divergence to the teacher, token by token:
+    later tokens get no credit for earlier ones.
+
+    Args:
+        teacher_logp: `[B, T]` float, nats; log-prob of the token under the teacher.
+        logp: `[B, T]` float, nats; log-prob under the policy that sampled it.
+        mask: `[B, T]`, nonzero where the policy chose the token.
+        clip: bound on $|A|$, nats; None for none.
+
+    Returns:
+        `[B, T]`, float32 or wider, nats, without gradient; 0 where the mask is.
+
+    Raises:
+        ValueError: if the arrays are not `[B, T]` of one shape, or `clip` is not above 0.
+
+    Example:
+        >>> teacher_logp, logp = jnp.array([[-1.0, -8.0, -1.0]]), jnp.array([[-2.0, -1.0, 0.0]])
+        >>> opd(teacher_logp, logp, jnp.array([[1, 1, 0]]), clip=5.0).tolist()
+        [[1.0, -5.0, 0.0]]
+
+    References: On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes (arXiv 2306.13649);
+    MiniLLM: Knowledge Distillation of Large Language Models (arXiv 2306.08543).
+    """
+    if isinstance(clip, float | int) and clip <= 0:
+        raise ValueError(f"clip must be above 0 (a bound in nats), got {clip}; None for no bound")
+    mask = jnp.asarray(mask)
+    teacher_logp, logp = _prepare(teacher_logp, "teacher_logp", mask), _prepare(logp, "logp", mask)
+    advantages = jax.lax.stop_gradient(teacher_logp - logp)
+    return advantages if clip is None else jnp.clip(advantages, -clip, clip)

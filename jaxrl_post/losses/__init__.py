@@ -1,7 +1,22 @@
 """What to minimise: losses with one number per token, sequence or prompt, and the one function that reduces them."""
 
 from jaxrl_post.losses.aggregation import aggregate, denominator
+from jaxrl_post.losses.consistency import a2po, copg, flowrl, gvpo, opmd, optimal_value
+from jaxrl_post.losses.constrained import barrier_weights, log_barrier, ratio_barrier
+from jaxrl_post.losses.discriminative import disco, kl_hinge, likelihood_ratio_score, log_likelihood_score
+from jaxrl_post.losses.divergence_policy_gradient import divergence_reward, f_dpg, log_partition, running_log_partition
+from jaxrl_post.losses.entropy import adaptive_entropy_coefficient, top_entropy_mask
+from jaxrl_post.losses.first_token import first_token_weights
 from jaxrl_post.losses.kl import KLEstimator, adaptive_kl_coefficient, kl
+from jaxrl_post.losses.mismatch import (
+    effective_sample_size,
+    importance_weights,
+    mismatch_metrics,
+    off_policy_sequence_mask,
+    rejection_mask,
+)
+from jaxrl_post.losses.off_policy import dro, rec, rec_mask, topr
+from jaxrl_post.losses.pairwise import p3o_joint, p3o_separate, ppg
 from jaxrl_post.losses.policy import (
     clipped_high,
     clipped_low,
@@ -12,25 +27,78 @@ from jaxrl_post.losses.policy import (
     reinforce,
 )
 from jaxrl_post.losses.preference import dpo, implicit_reward
-from jaxrl_post.losses.supervised import nll
+from jaxrl_post.losses.sequence_ratio import gmpo, gspo, sequence_log_ratio, vespo, vespo_weight
+from jaxrl_post.losses.supervised import nll, positive_mask
+from jaxrl_post.losses.surrogates import cispo, divergence_mask, dppo, sapo
+from jaxrl_post.losses.trust import decoupled_ppo, proximal_logp, second_moment_mask
 from jaxrl_post.losses.value import value, value_clip_fraction
+from jaxrl_post.losses.value_consistency import rover, rover_target, soft_q_multi_step, soft_q_single_step
 
 __all__ = [
     "KLEstimator",
+    "a2po",
+    "adaptive_entropy_coefficient",
     "adaptive_kl_coefficient",
     "aggregate",
+    "barrier_weights",
+    "cispo",
     "clipped_high",
     "clipped_low",
     "clipped_region",
+    "copg",
+    "decoupled_ppo",
     "denominator",
+    "disco",
+    "divergence_mask",
+    "divergence_reward",
     "dpo",
+    "dppo",
+    "dro",
+    "effective_sample_size",
+    "f_dpg",
+    "first_token_weights",
+    "flowrl",
+    "gmpo",
+    "gspo",
+    "gvpo",
     "implicit_reward",
     "importance_ratio",
+    "importance_weights",
     "kl",
+    "kl_hinge",
+    "likelihood_ratio_score",
+    "log_barrier",
+    "log_likelihood_score",
+    "log_partition",
     "log_ratio",
+    "mismatch_metrics",
     "nll",
+    "off_policy_sequence_mask",
+    "opmd",
+    "optimal_value",
+    "p3o_joint",
+    "p3o_separate",
+    "positive_mask",
+    "ppg",
     "ppo",
+    "proximal_logp",
+    "ratio_barrier",
+    "rec",
+    "rec_mask",
     "reinforce",
+    "rejection_mask",
+    "rover",
+    "rover_target",
+    "running_log_partition",
+    "sapo",
+    "second_moment_mask",
+    "sequence_log_ratio",
+    "soft_q_multi_step",
+    "soft_q_single_step",
+    "top_entropy_mask",
+    "topr",
     "value",
     "value_clip_fraction",
+    "vespo",
+    "vespo_weight",
 ]

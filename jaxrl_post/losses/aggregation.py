@@ -86,6 +86,12 @@ def aggregate(
     $N$ counts the sequences that have any unmasked token: rows without one do not dilute the mean. One number per
     sequence (`[B]`) is a token axis of length one, on which the first three modes coincide.
 
+    Other reductions are these with another denominator: the sum over tokens is `token_mean` with `denominator=1`, a
+    fixed constant is `token_mean` with that constant, a mean that counts empty sequences is `seq_mean_token_mean` with
+    `denominator=B` (the number of rows), and a mean per micro-batch is what leaving `denominator` out gives for a part.
+    Sequences weighted by their length (LUSPO) are `seq_mean_token_sum` of a loss that is the same for all tokens of a
+    sequence.
+
     Args:
         value: `[B, T]`, or `[B]` for one number per sequence or prompt. Masked elements may hold anything.
         mask: `value`'s shape; 1 where it counts. Fractions weigh.

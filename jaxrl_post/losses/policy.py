@@ -5,27 +5,18 @@ Nothing is reduced here (see `aggregation`), and advantages come ready-made (see
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias, get_args
+
 import jax
 import jax.numpy as jnp
 
-from jaxrl_post import masked
+from jaxrl_post.losses.arguments import as_constant, as_logp, check_at_least
 from jaxrl_post.types import Array
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to +- this before `exp`: e^20 is 4.9e8, far outside any clip range and safe in float32."""
 
-
-def _constant(name: str, x: Array, logp: Array) -> Array:
-    x = masked.as_float(x)
-    hint = "spread [P, G] over tokens with advantages.per_token(advantages, mask)" if name == "advantages" else ""
-    masked.check_like(name, x, "logp", logp, hint)
-    return jax.lax.stop_gradient(x)
-
-
-def _logp(logp: Array) -> Array:
-    logp = masked.as_float(logp)
-    masked.check_axes("logp", logp, "[B, T] or [B]")
-    return logp
+DualClip: TypeAlias = Literal["loss", "ratio"]
 
 
 def _check_clip(name: str, bound: float) -> None:
@@ -33,26 +24,28 @@ def _check_clip(name: str, bound: float) -> None:
         raise ValueError(f"{name} must be >= 0 (a distance from 1), got {bound}; give e.g. {name}=0.2")
 
 
-def log_ratio(logp: Array, old_logp: Array) -> Array:
+def log_ratio(logp: Array, old_logp: Array, *, limit: float = LOG_RATIO_LIMIT) -> Array:
     r"""Log of the importance ratio, clamped: $d = \mathrm{clip}(\log\pi - \log\pi_{old}, -20, 20)$.
 
     Args:
         logp: `[B, T]` or `[B]` float, nats; log-prob under the trained policy.
         old_logp: `logp`'s shape, nats; log-prob under the policy that is the ratio's denominator. A constant: no
             gradient flows into it.
+        limit: nats, the clamp; above 20 the exponential is no longer safe in float32.
 
     Returns:
         `logp`'s shape, float32 or wider, nats. The gradient is zero where the clamp acts.
 
     Raises:
-        ValueError: if the shapes differ.
+        ValueError: if the shapes differ or `limit` is negative.
 
     Example:
         >>> log_ratio(jnp.array([-1.0, -1.0]), jnp.array([-1.5, -99.0])).tolist()
         [0.5, 20.0]
     """
-    logp = _logp(logp)
-    return jnp.clip(logp - _constant("old_logp", old_logp, logp), -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    check_at_least("limit", limit, 0)
+    logp = as_logp(logp)
+    return jnp.clip(logp - as_constant("old_logp", old_logp, logp), -limit, limit)
 
 
 def importance_ratio(logp: Array, old_logp: Array) -> Array:
@@ -84,6 +77,8 @@ def ppo(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
+    dual_clip_of: DualClip = "loss",
+    log_ratio_limit: float = LOG_RATIO_LIMIT,
 ) -> Array:
     r"""Clipped surrogate of PPO with two bounds, and optionally the dual clip.
 
@@ -91,7 +86,8 @@ def ppo(
     \ell_{dual} = \min(\ell, -c A)\ \text{where}\ A < 0$$
 
     with $r = \exp(\log\pi - \log\pi_{old})$. At $r = 1$ its gradient is that of `reinforce`. GRPO, DAPO
-    (`clip_high=0.28`) and RLOO use it as it stands.
+    (`clip_high=0.28`) and RLOO use it as it stands. With `log_ratio_limit=log(1000)` it is StableReinforce's pre-clip:
+    the ratio is bounded before, not after, the exponential.
 
     Args:
         logp: `[B, T]` or `[B]` float, nats; log-prob of the token under the trained policy.
@@ -100,12 +96,16 @@ def ppo(
         clip_low: $\epsilon_{low}$, distance of the lower bound from 1.
         clip_high: $\epsilon_{high}$, distance of the upper bound from 1.
         dual_clip: $c > 1$, the largest ratio that counts where the advantage is negative; None for no bound.
+        dual_clip_of: what $c$ bounds: `"loss"`, as in the formula above, or `"ratio"`: the first term's $r$ becomes
+            $\min(r, c)$ (TRL's `delta`). The two differ only for $c < 1 + \epsilon_{high}$.
+        log_ratio_limit: nats, the clamp of the log-ratio.
 
     Returns:
         `logp`'s shape, float32 or wider: the loss of each token.
 
     Raises:
-        ValueError: if shapes differ, a clip distance is negative, or `dual_clip` is not above 1.
+        ValueError: if shapes differ, a clip distance is negative, `dual_clip` is not above 1, or `dual_clip_of` is
+            unknown.
 
     Example:
         >>> logp = jnp.log(jnp.array([[1.5, 0.5, 1.1]]))
@@ -114,18 +114,23 @@ def ppo(
 
     Reference: Proximal Policy Optimization Algorithms (arXiv 1707.06347); the dual clip is of Mastering Complex
     Control in MOBA Games with Deep Reinforcement Learning (arXiv 1912.09729), two bounds are of DAPO
-    (arXiv 2503.14476).
+    (arXiv 2503.14476), the pre-clip is of R1-Reward: Training Multimodal Reward Model Through Stable Reinforcement
+    Learning (arXiv 2505.02835).
     """
     _check_clip("clip_low", clip_low)
     _check_clip("clip_high", clip_high)
     if isinstance(dual_clip, float | int) and dual_clip <= 1:
         raise ValueError(f"dual_clip must be above 1 (a ratio), got {dual_clip}; give e.g. dual_clip=3.0 or None")
-    logp = _logp(logp)
-    ratio = importance_ratio(logp, old_logp)
-    advantages = _constant("advantages", advantages, logp)
+    if dual_clip_of not in get_args(DualClip):
+        raise ValueError(f'dual_clip_of must be "loss" or "ratio", got {dual_clip_of!r}')
+    logp = as_logp(logp)
+    ratio = jnp.exp(log_ratio(logp, old_logp, limit=log_ratio_limit))
+    advantages = as_constant("advantages", advantages, logp)
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+    if dual_clip is not None and dual_clip_of == "ratio":
+        ratio = jnp.minimum(ratio, dual_clip)
     loss = jnp.maximum(-ratio * advantages, -clipped * advantages)
-    if dual_clip is None:
+    if dual_clip is None or dual_clip_of == "ratio":
         return loss
     return jnp.where(advantages < 0, jnp.minimum(loss, -dual_clip * advantages), loss)
 
@@ -151,8 +156,8 @@ def reinforce(logp: Array, advantages: Array) -> Array:
     Reference: Simple statistical gradient-following algorithms for connectionist reinforcement learning
     (Williams, 1992).
     """
-    logp = _logp(logp)
-    return -_constant("advantages", advantages, logp) * logp
+    logp = as_logp(logp)
+    return -as_constant("advantages", advantages, logp) * logp
 
 
 def _indicator(condition: Array, like: Array) -> Array:
@@ -183,8 +188,8 @@ def clipped_low(logp: Array, old_logp: Array, advantages: Array, *, clip_low: fl
         [[1.0, 0.0, 0.0, 0.0]]
     """
     _check_clip("clip_low", clip_low)
-    logp = _logp(logp)
-    ratio, advantages = importance_ratio(logp, old_logp), _constant("advantages", advantages, logp)
+    logp = as_logp(logp)
+    ratio, advantages = importance_ratio(logp, old_logp), as_constant("advantages", advantages, logp)
     return _indicator((ratio < 1 - clip_low) & (advantages < 0), logp)
 
 
@@ -211,8 +216,8 @@ def clipped_high(logp: Array, old_logp: Array, advantages: Array, *, clip_high: 
         [[0.0, 0.0, 0.0, 1.0]]
     """
     _check_clip("clip_high", clip_high)
-    logp = _logp(logp)
-    ratio, advantages = importance_ratio(logp, old_logp), _constant("advantages", advantages, logp)
+    logp = as_logp(logp)
+    ratio, advantages = importance_ratio(logp, old_logp), as_constant("advantages", advantages, logp)
     return _indicator((ratio > 1 + clip_high) & (advantages > 0), logp)
 
 

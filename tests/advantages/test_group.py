@@ -15,6 +15,9 @@ ESTIMATORS = {
     "reinforce": advantages.reinforce,
     "grpo": advantages.grpo,
     "grpo population": functools.partial(advantages.grpo, ddof=0),
+    "grpo batch": functools.partial(advantages.grpo, std_level="batch"),
+    "grpo leave_one_out": functools.partial(advantages.grpo, leave_one_out=True),
+    "maxrl": advantages.maxrl,
     "dr_grpo": advantages.dr_grpo,
     "rloo": advantages.rloo,
     "gpg": advantages.gpg,
@@ -27,7 +30,7 @@ ESTIMATORS = {
 }
 ESTIMATORS = {name: jax.jit(function) for name, function in ESTIMATORS.items()}
 OWN_BASELINE = [name for name in ESTIMATORS if name not in ("reinforce", "remax")]
-PER_GROUP = [name for name in OWN_BASELINE if not name.startswith("gpg")]
+PER_GROUP = [name for name in OWN_BASELINE if not name.startswith(("gpg", "grpo batch", "maxrl"))]
 
 
 def _loop(name, rewards, valid):
@@ -49,6 +52,12 @@ def _loop(name, rewards, valid):
                 continue
             elif name in ("grpo", "grpo population"):
                 result[p, g] = (r - group.mean()) / (group.std(ddof=int(name == "grpo")) + 1e-6)
+            elif name == "grpo leave_one_out":
+                others = rewards[p, valid[p] & (np.arange(5) != g)]
+                std = others.std(ddof=1) if n > 2 else 0.0
+                result[p, g] = (r - others.mean()) / ((std or group.std(ddof=1)) + 1e-6)
+            elif name == "maxrl":
+                result[p, g] = (r - group.mean()) / group.mean() if group.mean() > 0 else 0
             elif name == "dr_grpo":
                 result[p, g] = r - group.mean()
             elif name == "rloo":
@@ -63,6 +72,8 @@ def _loop(name, rewards, valid):
             elif name == "mc_grpo":
                 median = np.quantile(group, 0.5, method="lower")
                 result[p, g] = (r - median) / (np.quantile(abs(group - median), 0.5, method="lower") + 1e-3)
+    if name == "grpo batch":
+        result = centered / (rewards[valid].std(ddof=1) + 1e-6)
     if name.startswith("gpg"):
         live = centered.any(axis=1, keepdims=True) if "advantages" in name else rewards != 0
         result = centered * valid.sum() / max(1, (live & valid).sum())
@@ -208,6 +219,57 @@ def test_one_odd_reward_against_equal_others_never_explodes_in_float32(n):
     assert not given[~differs].any()
 
 
+@pytest.mark.parametrize("n", [2, 3, 4, 8, 16])
+def test_leave_one_out_std_never_explodes_when_all_others_are_equal(n):
+    # As E[x^2] - E[x]^2 in float32 the variance of equal numbers is 1e-7, and [.35, .95, .95, ...] gave -1310.
+    levels = np.linspace(0, 1, 21)
+    odd, rest = (x.reshape(-1) for x in np.meshgrid(levels, levels))
+    rewards = np.concatenate([odd[:, None], np.repeat(rest[:, None], n - 1, axis=1)], axis=1).astype(np.float32)
+    given = np.asarray(jax.jit(lambda r: advantages.grpo(r, leave_one_out=True, eps=0.0))(rewards))
+    # The odd one is d from the others, whose spread is 0: the group's, d / sqrt(n), takes its place. One of the others
+    # is d / (n - 1) from the mean of its others, whose spread is d / sqrt(n - 1) (again the group's for n = 2).
+    sign = np.sign(np.round(odd - rest, 6))[:, None]
+    other = n**0.5 if n == 2 else (n - 1) ** -0.5
+    expected = sign * np.concatenate([np.full((441, 1), n**0.5), np.full((441, n - 1), -other)], axis=1)
+    np.testing.assert_allclose(given, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_leave_one_out_advantages_have_no_unit():
+    rewards = np.array([[0.35, 0.95, 0.95, 0.95], [1.0, 2.0, 4.0, 4.0]], np.float32)
+    small = advantages.grpo(1e-3 * rewards, leave_one_out=True, eps=0.0)
+    np.testing.assert_allclose(small, advantages.grpo(rewards, leave_one_out=True, eps=0.0), rtol=1e-4)
+
+
+def test_batch_std_is_that_of_the_raw_rewards_and_the_mean_stays_the_groups():
+    # Rewards 0, 1, 4, 5 have squared deviations 6.25, 2.25, 2.25, 6.25: variance 17 / 3, std 2.3805.
+    rewards = jnp.array([[0.0, 1.0], [4.0, 5.0]])
+    given = advantages.grpo(rewards, std_level="batch", eps=0.0)
+    np.testing.assert_allclose(given, np.array([[-0.5, 0.5], [-0.5, 0.5]]) / (17 / 3) ** 0.5, rtol=1e-6)
+    # The differences between prompts are in the scale, so the variance of the advantages is below 1.
+    assert np.var(np.asarray(given), ddof=1) < 0.1
+    both = advantages.grpo(rewards, std_level="batch", leave_one_out=True, eps=0.0)
+    np.testing.assert_allclose(both, 2 * given, rtol=1e-6)
+
+
+def test_maxrl_weighs_a_prompt_by_the_inverse_of_its_success_rate():
+    rewards = jnp.array([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [-1.0, 0.0, 0.0, 0.0]])
+    expected = [[3, -1, -1, -1], [1, 1, -1, -1], [0, 0, 0, 0], [0, 0, 0, 0]]
+    np.testing.assert_allclose(advantages.maxrl(rewards), expected, rtol=1e-6)
+
+
+def test_maxrl_is_unbiased_for_the_truncated_log_likelihood():
+    # E[sum_g A_g dlogp_g / G] for a Bernoulli policy is d/dp of -sum_{k<=G-1} (1 - p)^k / k, by enumeration.
+    p, n = 0.3, 4
+    total = 0.0
+    for bits in np.ndindex(*(2,) * n):
+        r = np.array(bits, np.float64)
+        probability = np.prod(np.where(r == 1, p, 1 - p))
+        score = np.where(r == 1, 1 / p, -1 / (1 - p))  # d log prob / dp
+        a = np.asarray(advantages.maxrl(r[None].astype(np.float32)))[0]
+        total += probability * (a * score).sum() / n
+    np.testing.assert_allclose(total, sum((1 - p) ** k for k in range(n - 1)), rtol=1e-5)
+
+
 def test_rloo_gives_hand_worked_numbers():
     # 1 - (0 + 2) / 2 = 0, 0 - 3 / 2 = -1.5, 2 - 1 / 2 = 1.5; with two rollouts, plain differences.
     assert advantages.rloo(jnp.array([[1.0, 0.0, 2.0]])).tolist() == [[0, -1.5, 1.5]]
@@ -303,6 +365,10 @@ def test_impossible_arguments_are_refused():
     rewards = jnp.zeros((2, 3))
     with pytest.raises(ValueError, match="ddof must be 1"):
         advantages.grpo(rewards, ddof=2)
+    with pytest.raises(ValueError, match='std_level must be "group" or "batch"'):
+        advantages.grpo(rewards, std_level="global")
+    with pytest.raises(ValueError, match='std_level="batch" does not apply'):
+        advantages.grpo(rewards, normalize_std=False, std_level="batch")
     with pytest.raises(ValueError, match="lengths must have the shape of rewards"):
         advantages.opo(rewards, jnp.ones(2))
     with pytest.raises(ValueError, match=r"greedy_rewards must be \[P\], got shape \(2, 3\)"):

@@ -41,3 +41,29 @@ def test_shapes_that_do_not_fit_are_refused():
             function(jnp.zeros((2, 2)), jnp.zeros((3, 5)))
         with pytest.raises(ValueError, match=r"must be \[P, G\], got shape \(4,\)"):
             function(jnp.zeros(4), jnp.zeros((4, 5)))
+
+
+def test_turns_take_what_their_first_trained_token_holds_and_give_it_back_to_all_of_them():
+    step = jnp.array([[-1, 0, 0, -1, 1, 1, 1], [-1, 1, -1, -1, -1, -1, 0]])
+    mask = (step >= 0) & jnp.array([[1, 0, 1, 1, 1, 1, 1]] * 2, bool)  # token 1 is not trained
+    x = jnp.arange(14).reshape(2, 7)
+    turns, exists = advantages.to_turns(x, step, mask, num_turns=3)
+    assert turns.tolist() == [[2, 4, 0], [13, 0, 0]]
+    assert exists.tolist() == [[True, True, False], [True, False, False]]
+    back = advantages.from_turns(turns, step, mask)
+    assert back.tolist() == [[0, 0, 2, 0, 4, 4, 4], [0, 0, 0, 0, 0, 0, 13]]
+
+
+def test_turns_beyond_the_last_are_left_out():
+    step = jnp.array([[0, 1, 2]])
+    turns, exists = advantages.to_turns(jnp.array([[1.0, 2.0, 4.0]]), step, step >= 0, num_turns=2)
+    assert turns.tolist() == [[1, 2]]
+    assert exists.all()
+    assert advantages.from_turns(turns, step, step >= 0).tolist() == [[1, 2, 0]]
+
+
+def test_turns_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"step must have the shape of x, \(2, 3\), got \(3,\)"):
+        advantages.to_turns(jnp.zeros((2, 3)), jnp.zeros(3, int), jnp.ones((2, 3)), num_turns=2)
+    with pytest.raises(ValueError, match="x must have one row per row of step, 2, got shape"):
+        advantages.from_turns(jnp.zeros((3, 1)), jnp.zeros((2, 3), int), jnp.ones((2, 3)))

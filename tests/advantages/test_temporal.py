@@ -209,3 +209,88 @@ def test_impossible_arguments_are_refused():
         advantages.gae(one, one, one, lam=-0.5)
     with pytest.raises(ValueError, match=r"mask must have P \* G = 6 rows"):
         advantages.reinforce_plus_plus_baseline(one, one)
+
+
+def test_every_sequence_may_have_its_own_lambda():
+    rewards, values, mask = _random(4)
+    lam = np.float32([0.0, 0.2, 0.5, 0.9, 1.0])
+    given, returns = GAE(rewards, values, mask, gamma=0.9, lam=lam, whiten=False)
+    for b in range(5):
+        row, row_returns = _gae_loop(rewards[b : b + 1], values[b : b + 1], mask[b : b + 1], 0.9, float(lam[b]))
+        np.testing.assert_allclose(given[b], row[0], atol=1e-5)
+        np.testing.assert_allclose(returns[b], row_returns[0], atol=1e-5)
+    np.testing.assert_array_equal(GAE(rewards, values, mask, gamma=0.9, lam=lam[:, None], whiten=False)[0], given)
+
+
+def test_extended_gae_gives_the_papers_numbers():
+    values = jnp.array([[0.5, 0.6, 0.4]])
+    mask, cut = jnp.ones((1, 3)), jnp.array([True])
+    for lam, expected in ((1.0, [-0.1, -0.2, 0.0]), (0.95, [-0.09, -0.2, 0.0])):
+        given, _ = advantages.gae(jnp.zeros((1, 3)), values, mask, lam=lam, truncated=cut, whiten=False)
+        np.testing.assert_allclose(given, [expected], atol=1e-6)
+    finished, _ = advantages.gae(jnp.array([[0.0, 0.0, 1.0]]), values, mask, truncated=~cut, whiten=False)
+    np.testing.assert_allclose(finished, [[0.5, 0.4, 0.6]], rtol=1e-6)
+
+
+def test_a_truncated_sequence_bootstraps_from_its_last_trained_token():
+    # gamma 1/2: at the last action, t=1, delta = 2 + 3/2 - 3 = 1/2; at t=0, delta = 0 + 3/2 - 1 and A = 1/2 + 1/4.
+    given, returns = advantages.gae(
+        jnp.array([[0.0, 2.0, 7.0]] * 2),
+        jnp.array([[1.0, 3.0, 50.0]] * 2),
+        jnp.array([[1, 1, 0]] * 2),
+        gamma=0.5,
+        truncated=jnp.array([True, False]),
+        whiten=False,
+    )
+    assert given.tolist() == [[0.75, 0.5, 0], [0.0, -1.0, 0]]
+    assert returns.tolist() == [[1.75, 3.5, 0], [1.0, 2.0, 0]]
+
+
+def test_decoupled_gae_takes_advantages_from_one_lambda_and_returns_from_the_other():
+    rewards, values, mask = _random(5)
+    given, returns = advantages.decoupled_gae(rewards, values, mask, gamma=0.9, lam_policy=0.5, whiten=False)
+    np.testing.assert_allclose(given, _gae_loop(rewards, values, mask, 0.9, 0.5)[0], atol=1e-5)
+    np.testing.assert_allclose(returns, _gae_loop(rewards, values, mask, 0.9, 1.0)[1], atol=1e-5)
+
+
+def test_the_adaptive_lambda_spreads_credit_over_a_share_of_the_length():
+    np.testing.assert_allclose(
+        advantages.length_adaptive_lam(jnp.array([0, 1, 20, 40, 2000]), alpha=0.05), [0, 0, 0, 0.5, 0.99], rtol=1e-6
+    )
+    # The sum of lam^k is 1 / (1 - lam) = alpha * length.
+    lam = float(advantages.length_adaptive_lam(jnp.array([4000]), alpha=0.05)[0])
+    np.testing.assert_allclose(sum(lam**k for k in range(20_000)), 200, rtol=1e-3)
+
+
+def test_distillation_advantage_is_the_clipped_log_ratio_without_gradient():
+    teacher, logp = jnp.array([[-1.0, -9.0, jnp.nan]]), jnp.array([[-3.0, -1.0, 0.0]])
+    mask = jnp.array([[1, 1, 0]])
+    assert advantages.opd(teacher, logp, mask).tolist() == [[2, -8, 0]]
+    assert advantages.opd(teacher, logp, mask, clip=5.0).tolist() == [[2, -5, 0]]
+    assert not np.asarray(jax.grad(lambda x: jnp.sum(advantages.opd(teacher, x, mask)))(logp)).any()
+
+
+def test_reinforce_on_the_distillation_advantage_follows_the_reverse_kl():
+    # Three tokens, by enumeration: sum_y p(y) A(y) dlogp(y) = -d KL(p || teacher) / d logits.
+    logits, teacher = jnp.array([0.3, -0.2, 0.5]), jax.nn.log_softmax(jnp.array([1.0, 0.0, -1.0]))
+    logp = jax.nn.log_softmax(logits)
+    a = advantages.opd(teacher[:, None], logp[:, None], jnp.ones((3, 1)))[:, 0]
+    surrogate = jax.grad(lambda z: jnp.sum(jnp.exp(logp) * a * jax.nn.log_softmax(z)))(logits)
+    kl = jax.grad(lambda z: jnp.sum(jax.nn.softmax(z) * (jax.nn.log_softmax(z) - teacher)))(logits)
+    np.testing.assert_allclose(surrogate, -kl, atol=1e-6)
+
+
+def test_wrong_lambdas_and_flags_are_refused():
+    x, mask = jnp.zeros((2, 3)), jnp.ones((2, 3))
+    with pytest.raises(ValueError, match=r"lam must be a scalar, \[B\] or \[B, 1\] with B = 2, got shape \(3,\)"):
+        advantages.gae(x, x, mask, lam=jnp.ones(3))
+    with pytest.raises(ValueError, match="truncated must be a scalar"):
+        advantages.gae(x, x, mask, truncated=jnp.ones((1, 2)))
+    with pytest.raises(ValueError, match=r"lam_policy must be in \[0, 1\], got 2"):
+        advantages.decoupled_gae(x, x, mask, lam_policy=2.0)
+    with pytest.raises(ValueError, match="alpha must be above 0"):
+        advantages.length_adaptive_lam(jnp.ones(2), alpha=0.0)
+    with pytest.raises(ValueError, match="clip must be above 0"):
+        advantages.opd(x, x, mask, clip=-1.0)
+    with pytest.raises(ValueError, match="mask must have the shape of logp"):
+        advantages.opd(x, x[:, :2], mask)

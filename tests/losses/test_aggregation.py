@@ -152,3 +152,14 @@ def test_impossible_arguments_are_refused():
         losses.aggregate(jnp.zeros((3, 3)), jnp.ones(3), "token_mean")
     with pytest.raises(ValueError, match=r"mask must be \[B, T\] or \[B\], got shape \(1, 2, 3\)"):
         losses.denominator(mask[None], "token_mean")
+
+
+def test_a_denominator_makes_the_reductions_that_have_no_mode_of_their_own():
+    value = jnp.array([[1.0, 2.0, 3.0], [4.0, 9.0, 9.0], [9.0, 9.0, 9.0]])
+    mask = jnp.array([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    assert float(losses.aggregate(value, mask, "token_mean", denominator=1.0)) == 10.0  # the sum over tokens
+    assert float(losses.aggregate(value, mask, "token_mean", denominator=20.0)) == 0.5  # a fixed constant
+    assert float(losses.aggregate(value, mask, "seq_mean_token_mean", denominator=3.0)) == 2.0  # (2 + 4 + 0) / 3
+    per_sequence = jnp.array([5.0, 7.0, 1.0])
+    weighted = losses.aggregate(jnp.broadcast_to(per_sequence[:, None], (3, 3)), mask, "seq_mean_token_sum")
+    assert float(weighted) == (5.0 * 3 + 7.0 * 1) / 2  # sequences weighted by their length

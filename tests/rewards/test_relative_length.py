@@ -1,0 +1,33 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_post.rewards.relative_length import group_length
+
+
+def test_short_right_answers_gain_and_short_wrong_ones_do_not():
+    lengths, correct = jnp.array([[100, 200, 300], [100, 150, 300]]), jnp.array([[1, 1, 0], [0, 1, 1]])
+    given = jax.jit(group_length)(lengths, correct)
+    np.testing.assert_allclose(given, [[0.5, 0, -0.5], [0, 0.25, -0.5]], atol=1e-6)
+
+
+def test_wrong_answers_never_gain():
+    lengths = jnp.array([[100, 200, 300, 250]])
+    np.testing.assert_allclose(group_length(lengths, jnp.zeros((1, 4))), [[0, 0, -0.5, -0.25]], atol=1e-6)
+
+
+def test_equal_lengths_single_answers_and_invalid_ones_give_zero():
+    lengths = jnp.array([[7, 7, 9], [7, 9, 9], [jnp.nan, jnp.nan, jnp.nan]])
+    valid = jnp.array([[1, 1, 0], [1, 0, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(group_length(lengths, jnp.ones((3, 3)), valid), np.zeros((3, 3)))
+    # An invalid answer moves neither end of the range.
+    given = group_length(jnp.array([[5, 10, 15, 1000]]), jnp.ones((1, 4)), jnp.array([[1, 1, 1, 0]]))
+    np.testing.assert_allclose(given, [[0.5, 0, -0.5, 0]])
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match=r"lengths must be \[P, G\]"):
+        group_length(jnp.ones(3), jnp.ones(3))
+    with pytest.raises(ValueError, match="correct must have the shape of lengths"):
+        group_length(jnp.ones((1, 3)), jnp.ones((1, 2)))
