@@ -115,6 +115,7 @@ class TokenStats:
         mean_logp: mean over the vocabulary of the log-probs, nats.
         sum_p_squared: sum over the vocabulary of the squared probabilities.
         max_prob: the largest probability of the distribution.
+        logsumexp: log of the sum of the exponentiated logits, at the temperature of `logp`: the normaliser of `logp`.
     """
 
     logp: Array = _ABSENT
@@ -123,6 +124,7 @@ class TokenStats:
     mean_logp: Array = _ABSENT
     sum_p_squared: Array = _ABSENT
     max_prob: Array = _ABSENT
+    logsumexp: Array = _ABSENT
 
     def replace(self, **changes: Any) -> TokenStats:
         """A copy with some fields changed."""
@@ -153,7 +155,10 @@ class Policy(NamedTuple):
     Attributes:
         init: `(key) -> params`.
         hidden: `(params, tokens[B, T], positions[B, T], segment_ids=None, *, key=None) -> (f[B, T, D], aux)`; `aux`
-            is a dict of scalars (e.g. a load-balancing loss), empty for most models.
+            is a dict of scalars (e.g. a load-balancing loss), empty for most models. A model that lets completions
+            share a prompt also takes `completion_starts`, a static tuple of places: the row is then
+            `[prompt | C_1 | C_2 | ...]`, a completion sees the prompt and itself but no other completion, positions
+            say where each token stands in its own sequence, and a position of -1 marks padding.
         unembed: `(params) -> Unembedding`.
         heads: `(params, hidden[B, T, D]) -> dict[str, [B, T]]`, e.g. `value`; empty if the model has none.
         init_cache: `(batch, capacity, dtype) -> cache`.
@@ -287,6 +292,15 @@ class Method(NamedTuple):
         learns_from: what the sequences are: `rollouts` the policy samples, `completions` the data gives (`G = 1`), or
             `pairs` of which column 0 is preferred (`G = 2`).
         min_group: the smallest group that gives any advantage.
+        wants: names in `rollouts.extras` that are read and that sampling alone does not give: `greedy_reward` `[P]`,
+            the reward of a greedy completion of each prompt; any other name is a column of numbers of the data.
+        batch: `(state, rollouts) -> (rollouts, state)`: what is trained on instead of the step's rollouts, e.g. those
+            of the step before, kept in the state. It comes before `targets`, and gives rollouts of the same shapes.
+        combine: `(state, gram[N, N], names) -> (weights[N], state)`: the update follows `sum_i weights_i g_i`, where
+            `g_i` is the gradient of term `names[i]` (its own weight included) over the whole batch and all trained
+            roles, and `gram[i, j] = <g_i, g_j>`. Costs a backward pass and a gradient's memory per term.
+        stages: methods run in this order in each step, each scored with the parameters that the one before left; see
+            `methods.chain`. Their states are the method's state by the same names; `targets` and `loss` are not used.
     """
 
     targets: Callable[..., tuple[Targets, PyTree]]
@@ -299,6 +313,10 @@ class Method(NamedTuple):
     metrics: Callable[[Stats, Rollouts, Targets], dict[str, Metric]] | None = None
     learns_from: LearnsFrom = "rollouts"
     min_group: int = 1
+    wants: frozenset[str] = frozenset()
+    batch: Callable[[PyTree, Rollouts], tuple[Rollouts, PyTree]] | None = None
+    combine: Callable[[PyTree, Array, tuple[str, ...]], tuple[Array, PyTree]] | None = None
+    stages: Mapping[str, Method] = {}
 
 
 class Curriculum(NamedTuple):

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 
 from jaxrl_post.training import config
+from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_example_of_a_loss_runs_and_has_a_gradient(capsys):
-    example, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example = EXAMPLES[0]
     names: dict = {}
     exec(example, names)
     assert capsys.readouterr().out
@@ -23,8 +25,26 @@ def test_the_example_of_a_loss_runs_and_has_a_gradient(capsys):
     assert np.all(np.sign(gradient) == np.where(names["mask"], [[-1], [1], [1], [1]], 0))
 
 
+def test_the_example_of_a_method_gives_methods_that_train():
+    names: dict = {}
+    exec(EXAMPLES[1], names)
+    before = tiny.params_for(names["mine"])["policy"]
+    for name in ("dapo", "mine", "like_trl", "like_verl"):
+        state, metrics = tiny.one_step(names[name], tiny.batch())
+        assert float(metrics["nonfinite_updates"]) == 0
+        moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params["policy"], before)
+        assert max(jax.tree.leaves(moved)) > 0, name
+
+
+def test_the_example_of_a_configuration_on_a_base_is_valid(tmp_path):
+    (example,) = [text for text in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if text.startswith("base:")]
+    path = tmp_path / "own.yaml"
+    path.write_text(example.replace("../quickstart.yaml", str(ROOT / "configs" / "quickstart.yaml")))
+    assert config.load(path).method.keywords["correction"] == "icepop"
+
+
 def test_the_example_of_scoring_tokens_runs_and_agrees_with_all_logits(capsys):
-    _, example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example = EXAMPLES[2]
     names: dict = {}
     exec(example, names)
     logits = np.asarray(names["hidden"], np.float64) @ np.asarray(names["weight"], np.float64).T

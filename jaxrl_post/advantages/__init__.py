@@ -1,6 +1,7 @@
 """How much credit each sequence or token gets: pure functions from rewards to advantages."""
 
 from jaxrl_post.advantages.agents import dr_mas, gigpo, hierarchical_grpo, rae
+from jaxrl_post.advantages.beta_normalization import bnpo
 from jaxrl_post.advantages.group import (
     dr_grpo,
     gpg,
@@ -34,6 +35,7 @@ __all__ = [
     "answer_entropy",
     "as_groups",
     "attribution",
+    "bnpo",
     "copo_weight",
     "decoupled_gae",
     "dr_grpo",

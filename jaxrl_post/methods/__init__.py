@@ -1,11 +1,36 @@
 """Methods by name: each function returns a `Method`, as `optax.adamw(...)` returns a transformation."""
 
 from jaxrl_post.methods.actor_critic import ppo
+from jaxrl_post.methods.agents import dr_mas, gigpo, hierarchical_grpo, rae
+from jaxrl_post.methods.chaining import chain
+from jaxrl_post.methods.consistency import a2po, copg, flowrl, gvpo, kimi, p3o
 from jaxrl_post.methods.credit import Advantage, Credit, Signals
+from jaxrl_post.methods.divergence import disco, f_dpg
+from jaxrl_post.methods.grounding import gui_g1
+from jaxrl_post.methods.group_methods import (
+    dr_grpo,
+    gpg,
+    maxrl,
+    opo,
+    pass_at_k,
+    reinforce_plus_plus,
+    reinforce_plus_plus_baseline,
+    remax,
+    rloo,
+)
+from jaxrl_post.methods.improvement import pipo, policy_improvement
+from jaxrl_post.methods.multi_objective import c_morl, gradient_weighting, hypervolume_weighting
+from jaxrl_post.methods.multi_reward import bnpo, copo, gdpo, paco_grpo, riskpo
+from jaxrl_post.methods.off_policy import nsr, rec, stable_reinforce, topr
 from jaxrl_post.methods.policy_gradient import grpo, mc_grpo, policy_gradient, reinforce
 from jaxrl_post.methods.preference import dpo
 from jaxrl_post.methods.records import Record, catalog
+from jaxrl_post.methods.self_critical import scst, subpo
+from jaxrl_post.methods.soft_q import rlprompt, rover
 from jaxrl_post.methods.supervised import sft
+from jaxrl_post.methods.surrogates import cispo, dapo, decoupled_ppo, dppo, dro, gmpo, gspo, luspo, m2po, sapo, vespo
+from jaxrl_post.methods.token_methods import opd, otb, vapo
+from jaxrl_post.methods.truncated import t_ppo
 from jaxrl_post.types import Method
 
 __all__ = [
@@ -14,12 +39,68 @@ __all__ = [
     "Method",
     "Record",
     "Signals",
+    "a2po",
+    "bnpo",
+    "c_morl",
     "catalog",
+    "chain",
+    "cispo",
+    "copg",
+    "copo",
+    "dapo",
+    "decoupled_ppo",
+    "disco",
     "dpo",
+    "dppo",
+    "dr_grpo",
+    "dr_mas",
+    "dro",
+    "f_dpg",
+    "flowrl",
+    "gdpo",
+    "gigpo",
+    "gmpo",
+    "gpg",
+    "gradient_weighting",
     "grpo",
+    "gspo",
+    "gui_g1",
+    "gvpo",
+    "hierarchical_grpo",
+    "hypervolume_weighting",
+    "kimi",
+    "luspo",
+    "m2po",
+    "maxrl",
     "mc_grpo",
+    "nsr",
+    "opd",
+    "opo",
+    "otb",
+    "p3o",
+    "paco_grpo",
+    "pass_at_k",
+    "pipo",
     "policy_gradient",
+    "policy_improvement",
     "ppo",
+    "rae",
+    "rec",
     "reinforce",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "remax",
+    "riskpo",
+    "rloo",
+    "rlprompt",
+    "rover",
+    "sapo",
+    "scst",
     "sft",
+    "stable_reinforce",
+    "subpo",
+    "t_ppo",
+    "topr",
+    "vapo",
+    "vespo",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxrl_post.types import Method, Rollouts, Stats, Targets, Term, Unit
+from jaxrl_post.types import LearnsFrom, Method, Rollouts, Stats, Targets, Term, Unit
 
 _COARSER: tuple[Unit, ...] = ("token", "sequence", "group", "batch")
 
@@ -46,9 +46,10 @@ def chain(*stages: Method, **named: Method) -> Method:
         every |= inner
     if len(every) < 2:
         raise ValueError(f"chain runs two or more methods in one step, got {len(every)}")
-    kinds = {name: stage.learns_from for name, stage in every.items()}
+    kinds: dict[str, LearnsFrom] = {name: stage.learns_from for name, stage in every.items()}
     if len(set(kinds.values())) > 1:
         raise ValueError(f"the stages of a chain must learn from the same kind of batch, got {kinds}")
+    units: list[Unit] = [stage.unit for stage in every.values()]
     needs: dict[str, frozenset[str]] = {}
     for stage in every.values():
         for role, fields in stage.needs.items():
@@ -63,7 +64,7 @@ def chain(*stages: Method, **named: Method) -> Method:
         needs=needs,
         init=init,
         trains=frozenset().union(*(stage.trains for stage in every.values())),
-        unit=max((stage.unit for stage in every.values()), key=_COARSER.index),
+        unit=max(units, key=_COARSER.index),
         learns_from=next(iter(kinds.values())),
         min_group=max(stage.min_group for stage in every.values()),
         wants=frozenset().union(*(stage.wants for stage in every.values())),

@@ -11,12 +11,12 @@ from typing import Any, Literal, TypedDict, Unpack
 
 import jax.numpy as jnp
 
-from jaxrl_post import advantages, losses
+from jaxrl_post import advantages, losses, masked
 from jaxrl_post.methods import checks
 from jaxrl_post.methods.choices import Choice
 from jaxrl_post.methods.correction import as_corrections
 from jaxrl_post.methods.credit import Advantage, Credit, Signals, as_advantage
-from jaxrl_post.methods.presets import Preset, preset_values
+from jaxrl_post.methods.presets import Preset, preset_options, preset_values
 from jaxrl_post.methods.surrogate import as_surrogate
 from jaxrl_post.types import AggregationMode, Method, Metric, Rollouts, Stats, Targets, Term
 
@@ -32,6 +32,7 @@ class Options(TypedDict, total=False):
     horizon: int | None
     old_logp: OldLogp
     correction: Choice | list | None
+    off_policy_threshold: float | None
     beta: float
     kl_estimator: KLEstimator
     kl_in: Literal["loss", "reward"]
@@ -57,6 +58,7 @@ DEFAULTS: Options = {
     "horizon": None,
     "old_logp": "rollout",
     "correction": None,
+    "off_policy_threshold": None,
     "beta": 0.0,
     "kl_estimator": "k3",
     "kl_in": "loss",
@@ -119,7 +121,10 @@ def policy_gradient(
             - old_logp: `"rollout"` takes the log-probs of the sampler, which saves a forward pass and weights by the
               ratio to the policy that really sampled; `"recompute"` scores the tokens at the start of the step.
             - correction: for a sampler that differs from the trained model, with `old_logp="recompute"`: `"tis"`,
-              `"mis"`, `"icepop"`, ..., a mapping of name and keywords, or a list of these (None).
+              `"mis"`, `"icepop"`, `"seq_mask_tis"`, `"rejection"`, a mapping of name and keywords (those of
+              `losses.importance_weights` or `losses.rejection_mask`), or a list of these (None).
+            - off_policy_threshold: nats per token; sequences of negative advantage that the policy has moved away from
+              by more are dropped, see `losses.off_policy_sequence_mask` (None).
             - beta: weight of the KL to the reference; 0 needs no reference.
             - kl_estimator: see `losses.kl` (`"k3"`).
             - kl_in: `"loss"`, or `"reward"`: the KL of the start of the step is taken from the reward.
@@ -145,7 +150,7 @@ def policy_gradient(
     Reference: Proximal Policy Optimization Algorithms (arXiv 1707.06347).
     """
     preset = preset_values(options.get("preset"))
-    given: dict[str, Any] = {**DEFAULTS, **preset.options, **options}
+    given: dict[str, Any] = {**DEFAULTS, **preset_options(options), **options}
     given.pop("preset", None)
     if unknown := sorted(set(given) - set(DEFAULTS)):
         raise ValueError(f"policy_gradient has no keyword {unknown[0]!r}; it has {', '.join(sorted(DEFAULTS))}")
@@ -158,6 +163,7 @@ def policy_gradient(
     mode, horizon, beta = given["aggregation"], given["horizon"], given["beta"]
     in_reward, kl_target = given["kl_in"] == "reward", given["kl_target"]
     entropy_weight, entropy_target = given["entropy_weight"], given["entropy_target"]
+    far = given["off_policy_threshold"]
     wants_entropy = bool(entropy_weight) or entropy_target is not None or given["top_entropy"] < 1
 
     def init(rollouts: Any, num_prompts: int) -> Any:
@@ -167,7 +173,7 @@ def policy_gradient(
         if entropy_target is not None:
             state["entropy_weight"] = jnp.asarray(entropy_weight, jnp.float32)
         own = credit.init(rollouts, num_prompts)
-        return {**state, "advantage": own} if state or own != () else ()
+        return {**state, "advantage": own} if state or not (isinstance(own, tuple) and not own) else ()
 
     def targets(state, rollouts: Rollouts, stats: Stats, key) -> tuple[Targets, Any]:
         mask = rollouts.valid_mask
@@ -205,30 +211,33 @@ def policy_gradient(
                 stats["policy"].entropy, mask, fraction=given["top_entropy"]
             )
         if entropy_target is not None:
-            extras["entropy_weight"] = new["entropy_weight"]
             mean = losses.aggregate(stats["policy"].entropy, mask, "token_mean")
-            new["entropy_weight"], applied = losses.adaptive_entropy_coefficient(
+            new["entropy_weight"], extras["entropy_weight"] = losses.adaptive_entropy_coefficient(
                 new["entropy_weight"], mean, target=entropy_target
             )
-            extras["entropy_weight"] = applied
         per_token = found.advantages
         if per_token.shape != mask.shape:
             per_token = advantages.per_token(per_token, mask)
         per_token = jnp.where(mask != 0, per_token, 0.0)
         if given["nll_weight"]:
-            extras["positive"] = (rollouts.reward > 0).reshape(-1, 1) * mask
+            extras["positive"] = losses.positive_mask(rollouts.reward, mask)
         return Targets(per_token, mask, start, extras={**extras, **found.extras}), new if state else state
 
     def loss_terms(stats: Stats, rollouts: Rollouts, targets: Targets) -> dict[str, Term]:
         policy, mask, extras = stats["policy"], targets.mask, targets.extras
         value = surrogate(stats, rollouts, targets)
-        for name in ("weights", "top_entropy"):
-            if name in extras:
-                value = value * extras[name]
+        factors = [extras[name] for name in ("weights", "top_entropy") if name in extras]
+        if far is not None:
+            sampler = rollouts.extras.get("sampler_logp", rollouts.logp)
+            stays = losses.off_policy_sequence_mask(policy.logp, sampler, targets.advantages, mask, threshold=far)
+            factors.append(stays)
+        for factor in factors:  # a loss per sequence takes the mean of its tokens' factors
+            value = value * (factor if value.ndim == 2 else masked.mean(factor, mask, axis=1))
         for_value = mask if value.ndim == 2 else jnp.max(mask, axis=1)
         terms = {"policy": Term(value, for_value, mode, horizon=horizon)}
         if beta and not in_reward:
-            estimate = losses.kl(policy.logp, stats["reference"].logp, estimator=given["kl_estimator"])
+            ratio = {"old_logp": targets.old_logp} if given["kl_estimator"].endswith("_weighted") else {}
+            estimate = losses.kl(policy.logp, stats["reference"].logp, estimator=given["kl_estimator"], **ratio)
             terms["kl"] = Term(estimate, mask, mode, weight=extras.get("beta", beta), horizon=horizon)
         if entropy_weight or entropy_target is not None:
             weight = extras.get("entropy_weight", entropy_weight)
@@ -258,7 +267,14 @@ def policy_gradient(
         for role, names in more.items():
             fields[role] = fields.get(role, frozenset()) | names
     return Method(
-        targets, loss_terms, needs=fields, init=init, unit=surrogate.unit, metrics=metrics, min_group=credit.min_group
+        targets,
+        loss_terms,
+        needs=fields,
+        init=init,
+        unit="sequence" if far is not None else surrogate.unit,
+        metrics=metrics,
+        min_group=credit.min_group,
+        wants=credit.wants,
     )
 
 
@@ -266,17 +282,27 @@ def _check(given: Mapping[str, Any]) -> None:
     checks.reduction(given["aggregation"], given["horizon"])
     for name, literal in (("kl_estimator", KLEstimator), ("old_logp", OldLogp), ("kl_in", Literal["loss", "reward"])):
         checks.one_of(name, given[name], literal)
-    for name in ("beta", "kl_target", "kl_horizon", "nll_weight", "entropy_target"):
+    for name in ("beta", "kl_target", "kl_horizon", "nll_weight", "entropy_target", "off_policy_threshold"):
         checks.within(name, given[name], 0)
-    checks.within("top_entropy", given["top_entropy"], 0, 1)
+    checks.within("top_entropy", given["top_entropy"], 1e-6, 1)
     if given["kl_target"] is not None and not given["beta"]:
         raise ValueError("kl_target moves beta, which must begin above 0; give e.g. beta=0.1")
 
 
+def take(options: Mapping[str, Any], *names: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those of the options that have one of the names, and the others: what is not given is left to a preset.
+
+    Example:
+        >>> take({"cap": "ratio", "beta": 0.1}, "cap", "clip_high")
+        ({'cap': 'ratio'}, {'beta': 0.1})
+    """
+    rest = dict(options)
+    return {name: rest.pop(name) for name in names if name in rest}, rest
+
+
 def split_clipping(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The loss `ppo` with those of `clip_low, clip_high, dual_clip` that are given, and the other options."""
-    rest = dict(options)
-    clipping = {name: rest.pop(name) for name in ("clip_low", "clip_high", "dual_clip") if name in rest}
+    clipping, rest = take(options, "clip_low", "clip_high", "dual_clip")
     checks.clipping(clipping.get("clip_low", 0.2), clipping.get("clip_high", 0.2), clipping.get("dual_clip"))
     return {"name": "ppo", **clipping}, rest
 
@@ -306,7 +332,8 @@ def grpo(*, normalize_std: bool = True, **options: Unpack[ClippedOptions]) -> Me
 
     Reference: DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models, arXiv 2402.03300.
     """
-    own: Options = {"beta": 0.04, "aggregation": "seq_mean_token_mean"}
+    # The systems of the presets mean GRPO without KL, averaged over tokens: the defaults of `policy_gradient`.
+    own: Options = {} if options.get("preset") else {"beta": 0.04, "aggregation": "seq_mean_token_mean"}
     return clipped({"name": "grpo", "normalize_std": normalize_std}, own, options)
 
 
@@ -349,7 +376,7 @@ def clipped(advantage: Choice | Advantage, defaults: Options, options: Mapping[s
 
 def with_defaults(advantage: Choice | Advantage, loss: Choice, defaults: Options, options: Mapping[str, Any]) -> Method:
     """`policy_gradient` with a method's defaults, over which a preset goes, over which go the user's options."""
-    merged: dict[str, Any] = {**defaults, **preset_values(options.get("preset")).options, **options}
+    merged: dict[str, Any] = {**defaults, **preset_options({**defaults, **options}), **options}
     return policy_gradient(advantage=advantage, loss=loss, **merged)
 
 

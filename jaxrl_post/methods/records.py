@@ -28,6 +28,7 @@ class Record:
         method: name of the function of `jaxrl_post.methods` that makes it, or None.
         config: path of a configuration that trains it, or None.
         claim: the test that measures the paper's claim.
+        note: what a reader of the result should know, e.g. where else the claim was tried and how it went.
         claim_result: `held`, means of the outcome for `method` and `baseline`, 95% `interval` of the effect, `seeds`.
     """
 
@@ -41,6 +42,7 @@ class Record:
     method: str | None = None
     config: str | None = None
     claim: str | None = None
+    note: str | None = None
     claim_result: Mapping[str, Any] | None = None
 
 
@@ -101,6 +103,7 @@ def describe(record: Record) -> str:
     if record.config is not None:
         parts.append(f"train it: jaxrl-post train {record.config}")
     parts.append(f"claim: {record.claim or 'no check'}\n  {result_text(record)}")
+    parts += [f"note: {record.note}"] if record.note else []
     return "\n\n".join(parts)
 
 

@@ -11,8 +11,18 @@ from jaxrl_post.methods.choices import Choice, call_by_name, choose, inputs
 from jaxrl_post.types import Array, Rollouts, Stats, Targets, Unit
 
 LOSSES: dict[str, Callable[..., Array]] = {
+    "cispo": losses.cispo,
+    "decoupled_ppo": losses.decoupled_ppo,
+    "dppo": losses.dppo,
+    "dro": losses.dro,
+    "gmpo": losses.gmpo,
+    "gspo": losses.gspo,
     "ppo": losses.ppo,
+    "rec": losses.rec,
     "reinforce": losses.reinforce,
+    "sapo": losses.sapo,
+    "topr": losses.topr,
+    "vespo": losses.vespo,
 }
 """Surrogate losses by name."""
 
@@ -30,6 +40,9 @@ READ: dict[str, Callable[[Stats, Rollouts, Targets], Any]] = {
 
 _WHOLE_SEQUENCE = frozenset({"mask", "extras"})
 
+_CLIPS_ANOTHER_RATIO = (losses.cispo, losses.gmpo, losses.gspo, losses.rec)
+"""Their `clip_low` and `clip_high` do not say which tokens lose their gradient, as those of `losses.ppo` do."""
+
 
 class Surrogate:
     """A surrogate loss with what the method must know of it: `(stats, rollouts, targets) -> [B, T] or [B]`.
@@ -37,7 +50,7 @@ class Surrogate:
     Attributes:
         needs: fields of the stats that it reads.
         unit: `"sequence"` if it reads the mask, hence more than one token at a time.
-        clip_low: its clip distance, None if it does not clip the ratio.
+        clip_low: its clip distance, None if it does not clip the ratio of each token.
         clip_high: likewise.
     """
 
@@ -57,6 +70,7 @@ class Surrogate:
         self.unit: Unit = "sequence" if _WHOLE_SEQUENCE & set(names) else "token"
         parameters = inspect.signature(function).parameters
         clips = "clip_low" in parameters and "clip_high" in parameters
+        clips = clips and getattr(function, "func", function) not in _CLIPS_ANOTHER_RATIO
         self.clip_low: float | None = parameters["clip_low"].default if clips else None
         self.clip_high: float | None = parameters["clip_high"].default if clips else None
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,9 @@ from jaxrl_post.training.sampler import Sampled, Sampler, sampled_metrics
 from jaxrl_post.training.setup import Setup, Stage
 from jaxrl_post.training.state import TrainState
 from jaxrl_post.types import Rollouts
+
+GREEDY_REWARD = "greedy_reward"
+"""What a method wants (`Method.wants`) that is sampled; all else that it wants is a column of the data."""
 
 
 class TrainingError(ValueError):
@@ -103,15 +108,15 @@ class Batches:
         rollout = config.rollout
         self._length = config.data.max_prompt_length + rollout.max_new_tokens
         if stage.kind == "rollouts":
-            options = rollout.sampling
-            self._sampler = Sampler(
+            sampler = functools.partial(
+                Sampler,
                 setup,
-                SamplingParams(options.temperature, options.top_k, options.top_p, options.min_p),
-                group_size=rollout.group_size,
                 max_new_tokens=rollout.max_new_tokens,
                 prompts=stage.batch_size,
                 prompt_length=config.data.max_prompt_length,
             )
+            self._sampler = sampler(setup.sampling(), group_size=rollout.group_size)
+            self._greedy = sampler(SamplingParams(greedy=True), group_size=1)
             self._select = jax.jit(curation.select_groups, static_argnums=1)
 
     def position(self) -> dict[str, Any]:
@@ -137,7 +142,14 @@ class Batches:
             version=cursor.stage_step,
         )
         metrics = sampled_metrics(sampled, config.eval.correct_at)
-        every = sampled.rollouts
+        if GREEDY_REWARD in self._stage.method.wants:
+            greedy = self._greedy(state.params["policy"], self.problems, self._setup.key).rollouts
+            known = np.asarray(greedy.valid)
+            if known.any():
+                metrics["rewards/greedy"] = float(np.asarray(greedy.reward)[known].mean())
+            metrics["rewards/greedy_unscored"] = float(1.0 - known.mean())
+            sampled = sampled._replace(rollouts=with_greedy_reward(sampled.rollouts, greedy))
+        every = sampled.rollouts.replace(extras={**sampled.rollouts.extras, **self._columns()})
         chosen: Rollouts | None = every if np.asarray(every.valid).any() else None
         if config.curriculum.oversample > 1:
             useful = np.asarray(curation.informative(every.reward, every.valid))
@@ -179,4 +191,34 @@ class Batches:
             prompt_id=[problem["prompt_id"] for problem in self.problems],
         )
         tokens = int(np.sum(np.asarray(rollouts.mask)))
+        rollouts = rollouts.replace(extras={**rollouts.extras, **self._columns()})
         return Batch(rollouts, {"completions/mean_length": tokens / rollouts.batch_size}, None, 0, tokens)
+
+    def _columns(self) -> dict[str, jax.Array]:
+        """The columns of numbers that the method wants, `[P]` each."""
+        found = {}
+        for name in sorted(self._stage.method.wants - {GREEDY_REWARD}):
+            values = [problem.get(name) for problem in self.problems]
+            for problem, value in zip(self.problems, values, strict=True):
+                if not isinstance(value, int | float) or not math.isfinite(value):
+                    raise TrainingError(
+                        f"{self._stage.name} reads the column {name!r} of the data, which must hold a number for every "
+                        f"problem, but is {value!r} for {problem['prompt'][:80]!r}"
+                    )
+            found[name] = jnp.asarray(values, jnp.float32)
+        return found
+
+
+def with_greedy_reward(rollouts: Rollouts, greedy: Rollouts) -> Rollouts:
+    """Rollouts with `extras["greedy_reward"]`.
+
+    Where the greedy completion could not be scored, there is no baseline, and the prompt's group is not valid.
+
+    Args:
+        rollouts: `P` groups.
+        greedy: of the same prompts, groups of one.
+    """
+    return rollouts.replace(
+        valid=rollouts.valid & greedy.valid,
+        extras={**rollouts.extras, GREEDY_REWARD: jnp.where(greedy.valid, greedy.reward, 0.0)[:, 0]},
+    )

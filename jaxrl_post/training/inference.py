@@ -24,8 +24,15 @@ from jaxrl_post.types import FINISH_STOP, Params
 logger = logging.getLogger(__name__)
 
 
-def load_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[Setup, Params]:
+def load_run(
+    run_dir: str | Path, overrides: Sequence[str] = (), *, mesh: configs.MeshConfig | None = None
+) -> tuple[Setup, Params]:
     """The parts of a run and the policy's parameters in its newest checkpoint.
+
+    Args:
+        run_dir: the run's directory.
+        overrides: `key=value` changes of its configuration.
+        mesh: where to lay the parameters; None for the run's own mesh.
 
     Raises:
         FileNotFoundError: if the directory is not one of a run.
@@ -33,6 +40,8 @@ def load_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[Setup,
     """
     directory = Path(run_dir)
     config = configs.load(directory / "config.yaml", overrides)
+    if mesh is not None:
+        config = dataclasses.replace(config, mesh=mesh)
     sizes = dataclasses.asdict(config.mesh)
     if math.prod(sizes.values()) > jax.device_count():
         logger.warning("the run's mesh %s needs more than the %d devices here; using one", sizes, jax.device_count())

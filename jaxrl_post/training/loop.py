@@ -161,12 +161,13 @@ def run_stage(
         prepared = time.perf_counter()
         metrics = {**batch.metrics, "learning_rate": float(np.asarray(stage.schedule(cursor.updates)))}
         if batch.rollouts is None:
-            state, skipped, updates = skip(state), 0, 0
+            state, skipped, updates, empty = skip(state), 0, 0, True
         else:
             state, updated = step(state, batch.rollouts)
             metrics |= {name: float(value) for name, value in jax.device_get(updated).items()}
-            skipped = int(metrics["nonfinite_updates"])
-            updates = stage.epochs - skipped
+            skipped, updates = int(metrics["nonfinite_updates"]), int(metrics.pop("updates"))
+            # Rollouts of which the method has kept nothing are as good as none.
+            empty = bool(metrics["empty_updates"]) and not skipped and not updates
         done += 1
         cursor = dataclasses.replace(
             cursor,
@@ -175,14 +176,14 @@ def run_stage(
             num_tokens=cursor.num_tokens + batch.tokens,
             updates=cursor.updates + updates,
             nonfinite=cursor.nonfinite + 1 if skipped else 0,
-            empty=cursor.empty + 1 if batch.rollouts is None else 0,
+            empty=cursor.empty + 1 if empty else 0,
             data=batches.position(),
         )
         seconds = time.perf_counter() - started
         metrics |= {
             "stage": stage.name,
             "num_tokens": cursor.num_tokens,
-            "empty_steps": float(batch.rollouts is None),
+            "empty_steps": float(empty),
             "nonfinite_updates": float(skipped),
             "step_time": seconds,
             "time/batch": prepared - started,

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import optax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxrl_post import data, methods, models, rewards
+from jaxrl_post import data, models, rewards
 from jaxrl_post import mesh as mesh_lib
-from jaxrl_post.training.config import Config, ConfigError, DataConfig, OptimizerConfig, check_devices
-from jaxrl_post.training.optimizers import make_optimizer, make_schedule
-from jaxrl_post.training.roles import Role
+from jaxrl_post.rollout import Prompts, SamplingParams, generate
+from jaxrl_post.training.config import Config, ConfigError, DataConfig, check_devices
+from jaxrl_post.training.config.content_checks import reward_names
+from jaxrl_post.training.roles import Role, check_same_shapes, role_params
+from jaxrl_post.training.stages import Stage, make_method, make_stages
 from jaxrl_post.training.state import TrainState, init, state_shardings
-from jaxrl_post.types import Array, LearnsFrom, Method, Params, Policy, Score
+from jaxrl_post.types import Array, Params, Policy, Rollouts, Score
 
 # Parts of the data that must not share problems: each draws from seeds of its own.
 _TRAIN, _WARM_START, _VALIDATION, _HELD_OUT = range(4)
@@ -44,39 +46,6 @@ class Problems(NamedTuple):
     validation: list[data.Problem]
     held_out: list[data.Problem]
     exclude: frozenset[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One method trained for a number of steps.
-
-    Attributes:
-        name: of the stage, `warm_start` or the method's.
-        kind: what a batch is made of: `rollouts` are sampled, `completions` and `pairs` are given by the data.
-        method: the method.
-        optimizer: its optimiser.
-        schedule: the optimiser's learning rate by update.
-        steps: most steps of the stage.
-        batch_size: prompts that a step draws from the data.
-        epochs: updates per batch.
-        micro_batches: pieces a batch is cut into.
-        roles: models beside the policy.
-        until: greedy accuracy on the validation problems that ends the stage, or None.
-        check_every: steps between looks at it.
-    """
-
-    name: str
-    kind: LearnsFrom
-    method: Method
-    optimizer: optax.GradientTransformation
-    schedule: optax.Schedule
-    steps: int
-    batch_size: int
-    epochs: int = 1
-    micro_batches: int = 1
-    roles: Mapping[str, Role] = dataclasses.field(default_factory=dict)
-    until: float | None = None
-    check_every: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,13 +92,48 @@ class Setup:
         temperature = self.config.rollout.sampling.temperature if stage.kind == "rollouts" else 1.0
         # Of rollouts only the completions are scored; how long given answers are is not known beforehand.
         bound = self.config.rollout.max_new_tokens if stage.kind == "rollouts" else None
+        grouped = self.config.training.share_prompts and stage.kind != "completions"
+        prompt = self.config.data.max_prompt_length if grouped else None
         return {
-            role: models.score(self.model(role), temperature=temperature, max_chosen=bound)
+            role: models.score(self.model(role), temperature=temperature, max_chosen=bound, shared_prompt=prompt)
             for role in stage.method.needs
         }
 
+    def sampling(self) -> SamplingParams:
+        """How the completions that are trained on are drawn, but for the tokenizer's stop tokens."""
+        options = self.config.rollout.sampling
+        return SamplingParams(options.temperature, options.top_k, options.top_p, options.min_p)
+
+    def rollout_shapes(self, stage: Stage) -> Rollouts:
+        """Shapes of what a step of the stage trains on, for methods that keep a state of that shape."""
+        config = self.config
+        length = config.data.max_prompt_length + config.rollout.max_new_tokens
+        if stage.kind == "rollouts":
+            count, size = config.rollout.prompts, config.rollout.group_size
+            prompts = Prompts(
+                jax.ShapeDtypeStruct((count, config.data.max_prompt_length), jnp.int32),  # type: ignore[arg-type]
+                jax.ShapeDtypeStruct((count,), jnp.int32),  # type: ignore[arg-type]
+            )
+            sample = functools.partial(
+                generate,
+                self.policy,
+                sampling=self.sampling(),
+                max_new_tokens=config.rollout.max_new_tokens,
+                group_size=size,
+            )
+            shapes = jax.eval_shape(sample, jax.eval_shape(self.policy.init, self.key), prompts, self.key)
+            shapes = shapes.replace(rewards=dict.fromkeys(reward_components(config), shapes.reward))
+        else:
+            count, size = stage.batch_size, 2 if stage.kind == "pairs" else 1
+            shapes = jax.eval_shape(lambda: data.to_rollouts([[0]] * count, [[[0]] * size] * count, length=length))
+        wanted = {name: jax.ShapeDtypeStruct((count,), jnp.float32) for name in stage.method.wants}
+        return shapes.replace(extras={**shapes.extras, **wanted})
+
     def initial_params(self) -> Params:
-        """The policy's parameters before anything is learnt, on the mesh."""
+        """The policy's parameters before anything is learnt, on the mesh: drawn, or those of other runs."""
+        if (given := self.config.roles.get("policy")) is not None:
+            role = {"policy": Role(given.sources, given.weights)}
+            return role_params(role, {}, self.load_policy)["policy"]
         key = jax.random.fold_in(self.key, 1)
         shapes = jax.eval_shape(self.policy.init, key)
         axes = None if self.policy.axes is None else self.policy.axes()
@@ -140,10 +144,11 @@ class Setup:
     def begin(self, stage: Stage, policy_params: Params, *, step: int) -> TrainState:
         """The state before a stage's first step: each role gets its parameters."""
         return init(
-            self._role_params(stage, policy_params),
+            self._role_params(stage, policy_params, self.load_policy),
             stage.method,
             stage.optimizer,
             jax.random.fold_in(self.key, 2),
+            rollouts=self.rollout_shapes(stage),
             num_prompts=self.num_prompts,
             step=step,
             mesh=self.mesh,
@@ -152,11 +157,12 @@ class Setup:
 
     def template(self, stage: Stage) -> TrainState:
         """Shapes and shardings of a stage's state, with nothing allocated but the key."""
-        key = self.key
+        key, rollouts = self.key, self.rollout_shapes(stage)
 
         def build() -> TrainState:
-            params = self._role_params(stage, self.policy.init(key))
-            return init(params, stage.method, stage.optimizer, key, num_prompts=self.num_prompts)
+            # The parameters of other runs are in the checkpoint by now; only their shapes matter here.
+            params = self._role_params(stage, self.policy.init(key), lambda run: self.policy.init(key))
+            return init(params, stage.method, stage.optimizer, key, rollouts=rollouts, num_prompts=self.num_prompts)
 
         shapes = jax.eval_shape(build)
         layout = state_shardings(shapes, stage.method, stage.optimizer, self.mesh, self._axes(stage))
@@ -167,24 +173,38 @@ class Setup:
         axes = {role: self.model(role).axes for role in stage.method.needs}
         return {role: None if function is None else function() for role, function in axes.items()}
 
-    def _role_params(self, stage: Stage, policy_params: Params) -> dict[str, Params]:
-        params = {"policy": policy_params}
-        waiting = [role for role in stage.method.needs if role != "policy"]
-        while waiting:
-            ready = [role for role in waiting if stage.roles[role].source in params]
-            if not ready:
+    def load_policy(self, run_dir: str) -> Params:
+        """The policy of another run, as its newest checkpoint has it, on this run's mesh.
+
+        Raises:
+            ConfigError: if its model or its tokenizer is another one.
+            CheckpointError: if there is no checkpoint that can be read.
+        """
+        from jaxrl_post.training.inference import load_run  # which sets up runs with this module
+
+        other, params = load_run(run_dir, mesh=self.config.mesh)
+        try:
+            check_same_shapes(jax.eval_shape(self.policy.init, self.key), params, "the model of this run", run_dir)
+        except ValueError as error:
+            raise ConfigError([f"roles: {error}; give both runs the same model"]) from None
+        for name in ("tokenizer", "alphabet"):
+            own, found = getattr(self.config.data, name), getattr(other.config.data, name)
+            if own != found:
                 raise ConfigError(
-                    [f"roles: {sorted(waiting)} take their parameters from each other; begin with policy"]
+                    [f"roles: data.{name} is {own!r} here but {found!r} in {run_dir}; tokens must mean the same"]
                 )
-            for role in ready:
-                source = params[stage.roles[role].source]
-                if role == "critic":
-                    # What the policy does not have (the value head) is drawn anew.
-                    fresh = self.critic.init(jax.random.fold_in(self.key, 3))
-                    source = {name: source.get(name, value) for name, value in fresh.items()}
-                params[role] = source
-                waiting.remove(role)
         return params
+
+    def _role_params(self, stage: Stage, policy_params: Params, load: Callable[[str], Params]) -> dict[str, Params]:
+        def adapt(role: str, source: Params) -> Params:
+            if role != "critic":
+                return source
+            # What the policy does not have (the value head) is drawn anew.
+            fresh = self.critic.init(jax.random.fold_in(self.key, 3))
+            return {name: source.get(name, value) for name, value in fresh.items()}
+
+        roles = {role: stage.roles[role] for role in stage.method.needs if role != "policy"}
+        return role_params(roles, {"policy": policy_params}, load, adapt)
 
 
 def build(config: Config) -> Setup:
@@ -286,88 +306,29 @@ def make_rewards(config: Config, train: Callable[[], data.Source]) -> list[rewar
         ConfigError: for a reward that the library does not have.
     """
     made: list[rewards.RewardFunction] = []
-    for option in config.rewards:
+    for option, name in zip(config.rewards, reward_components(config), strict=True):
         if option.path is not None:
-            name, function = option.path.rpartition(":")[2], rewards.load(option.path)
+            function = rewards.load(option.path)
             adapters = {"verl": rewards.from_verl, "verifiers": rewards.from_verifiers}
             function = adapters[option.adapter](function) if option.adapter in adapters else function
         elif option.name in ("task_score", "task_solved"):
             source = train()
             assert isinstance(source, data.ReasoningGymSource)  # the configuration's check has seen to it
-            name, function = option.name, getattr(rewards, option.name)(source.score_answer)
-        elif option.name == "exact_match":
-            name, function = "exact_match", rewards.exact_match
+            function = getattr(rewards, option.name)(source.score_answer)
+        elif option.name in (known := reward_names()):
+            function = getattr(rewards, option.name)
         else:
-            raise ConfigError(
-                [f"rewards: there is no reward {option.name!r}; use task_score, task_solved, exact_match or path"]
-            )
+            raise ConfigError([f"rewards: there is no reward {option.name!r}; use {', '.join(known)} or path"])
         if option.threshold is not None:
             function = rewards.thresholded(function, option.threshold)
-        taken = [function.name for function in made]
-        unique = name if name not in taken else f"{name}_{len(made)}"
-        made.append(rewards.RewardFunction(unique, function, option.weight))
+        made.append(rewards.RewardFunction(name, function, option.weight))
     return made
 
 
-def make_method(config: Config) -> Method:
-    """The method that the configuration names, with its keywords."""
-    return getattr(methods, config.method.name)(**config.method.keywords)
-
-
-def make_stages(config: Config) -> list[Stage]:
-    """The supervised stage, if there is one, and the method's."""
-    stages = []
-    if (warm := config.warm_start) is not None:
-        optimizer, schedule = _optimizer(warm.optimizer, warm.steps)
-        stages.append(
-            Stage(
-                name="warm_start",
-                kind="completions",
-                method=methods.sft(),
-                optimizer=optimizer,
-                schedule=schedule,
-                steps=warm.steps,
-                batch_size=warm.batch_size,
-                until=warm.until,
-                check_every=warm.check_every or 1,
-            )
-        )
-    training, method = config.training, make_method(config)
-    optimizer, schedule = _optimizer(training.optimizer, training.steps * training.epochs)
-    stages.append(
-        Stage(
-            name=config.method.name,
-            kind=method.learns_from,
-            method=method,
-            optimizer=optimizer,
-            schedule=schedule,
-            steps=training.steps,
-            batch_size=config.rollout.prompts * config.curriculum.oversample
-            if method.learns_from == "rollouts"
-            else training.batch_size,
-            epochs=training.epochs,
-            micro_batches=training.micro_batches,
-            roles={role: Role(option.source, option.every or 0, option.mix) for role, option in config.roles.items()},
-        )
-    )
-    return stages
-
-
-def _optimizer(options: OptimizerConfig, updates: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    schedule = make_schedule(
-        learning_rate=options.learning_rate,
-        schedule=options.schedule,
-        warmup_steps=options.warmup_steps,
-        steps=updates,
-        end_fraction=options.end_fraction,
-    )
-    optimizer = make_optimizer(
-        schedule,
-        name=options.name,
-        b1=options.b1,
-        b2=options.b2,
-        eps=options.eps,
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm,
-    )
-    return optimizer, schedule
+def reward_components(config: Config) -> list[str]:
+    """The names of the reward's components, none of them twice."""
+    names: list[str] = []
+    for option in config.rewards:
+        name = option.name if option.path is None else option.path.rpartition(":")[2]
+        names.append(f"{name}_{len(names)}" if name in names else str(name))
+    return names

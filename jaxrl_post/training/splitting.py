@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 
 from jaxrl_post.types import PyTree, Rollouts, Unit
+
+UNITS: tuple[Unit, ...] = get_args(Unit)
+"""From the smallest piece to the largest."""
+
+
+def coarsest(*units: Unit) -> Unit:
+    """The largest of several units: what keeps it whole keeps the others whole.
+
+    Example:
+        >>> coarsest("token", "group", "sequence")
+        'group'
+    """
+    return max(units, key=UNITS.index)
 
 
 def ungroup(rollouts: Rollouts) -> Rollouts:
@@ -27,7 +42,9 @@ def ungroup(rollouts: Rollouts) -> Rollouts:
 
 
 def _per_row(value: jax.Array, rollouts: Rollouts) -> jax.Array:
-    """An array with a leading axis of `P` repeated for each row; one with `B` (or a scalar) as it is."""
+    """`[P, G]` as `[B, 1]`, an array with a leading axis of `P` repeated for each row, one with `B` as it is."""
+    if value.shape == rollouts.reward.shape:
+        return value.reshape(rollouts.batch_size, 1)
     if value.ndim and value.shape[0] == rollouts.num_prompts != rollouts.batch_size:
         return jnp.repeat(value, rollouts.group_size, axis=0)
     return value
@@ -41,7 +58,8 @@ def split(rollouts: Rollouts, others: PyTree, count: int, unit: Unit) -> tuple[R
 
     Args:
         rollouts: the batch.
-        others: a pytree of arrays with a leading axis of `B` or `P`, or scalars (targets, stats).
+        others: a pytree of arrays with a leading axis of `B` or `P`, or scalars (targets, stats); `[P, G]` speaks of
+            sequences, as it does in `rollouts.extras`.
         count: number of micro-batches.
         unit: `"token"` and `"sequence"` may be cut between any two sequences, `"group"` between prompts only,
             `"batch"` not at all.

@@ -244,17 +244,21 @@ Outcome = Callable[[Any, Array], Array]
 """`(method or whatever is compared, key) -> scalar`, more is better."""
 
 
-def compare(outcome: Outcome, method: Any, baseline: Any, seeds: int, *, paired: bool = True) -> Comparison:
-    """Outcomes of both in one program, vmapped over seeds; not paired, the two see different random numbers."""
+def compare(outcome: Outcome, method: Any, baseline: Any, seeds: int) -> tuple[Comparison, Comparison]:
+    """Outcomes of both in one program, vmapped over seeds, and the baseline in the method's place.
+
+    The second comparison is of the baseline with itself, under other random numbers.
+    """
 
     @jax.jit
     def both(keys: Array) -> tuple[Array, Array]:
-        others = keys if paired else jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+        others = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
         one = jax.vmap(functools.partial(outcome, method))(keys)
-        return one, jax.vmap(functools.partial(outcome, baseline))(others)
+        return one, jax.vmap(functools.partial(outcome, baseline))(jnp.concatenate([keys, others]))
 
-    found = both(jax.random.split(jax.random.key(2026), seeds))
-    return Comparison(*(np.asarray(x, np.float64) for x in found))
+    of_method, of_baseline = (np.asarray(x, np.float64) for x in both(jax.random.split(jax.random.key(2026), seeds)))
+    plain, again = of_baseline[:seeds], of_baseline[seeds:]
+    return Comparison(of_method, plain), Comparison(again, plain)
 
 
 def check(
@@ -278,11 +282,10 @@ def check(
         margin: the interval's lower end must be above it.
         held: False if the claim does not come out, and is recorded so.
 
-    The catalog's record is compared with what was measured: `held` must agree, and the intervals must overlap. Where the
-    environment names a file in `CLAIM_RESULTS`, the result is appended to it instead (see `record`).
+    The catalog's record is compared with what was measured: `held` must agree, and the intervals must overlap. Where
+    the environment names a file in `CLAIM_RESULTS`, the result is appended to it instead (see `record`).
     """
-    found = compare(outcome, method, baseline, seeds)
-    control = compare(outcome, baseline, baseline, seeds, paired=False)
+    found, control = compare(outcome, method, baseline, seeds)
     low, high = found.interval
     assert (low > margin) == held, f"{claim_id}: effect {found.effect:.4g} in [{low:.4g}, {high:.4g}], margin {margin}"
     assert not control.interval[0] > margin, f"{claim_id} holds with the baseline in the method's place: {control}"

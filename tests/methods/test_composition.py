@@ -102,3 +102,23 @@ def test_a_keyword_without_meaning_is_an_error_where_the_method_is_made(make, me
 def test_dpo_refuses_groups_that_are_not_pairs():
     with pytest.raises(ValueError, match="group of two, got groups of 3"):
         tiny.one_step(methods.dpo(), rollouts([1.0, 2.0, 3.0]))
+
+
+def test_an_alias_takes_a_presets_keywords_and_what_the_user_says_goes_over_them():
+    def slope(method, ratio):
+        batch = tiny.batch()
+        stats = {"policy": TokenStats(logp=batch.logp + np.log(ratio))}
+        targets, _ = method.targets(method.init(batch, 1), batch, {"policy": TokenStats(logp=batch.logp)}, None)
+        return method.loss(stats, batch, targets)["policy"].value
+
+    by_name = methods.policy_gradient(loss="cispo", preset="trl")
+    np.testing.assert_array_equal(slope(methods.cispo(preset="trl"), 7.0), slope(by_name, 7.0))
+    assert np.any(np.asarray(slope(methods.cispo(preset="trl", clip_high=6.0), 7.0)) != np.asarray(slope(by_name, 7.0)))
+    for alias, name in ((methods.dro, "loss"), (methods.pass_at_k, "advantage")):
+        plain = methods.policy_gradient(
+            advantage="dr_grpo" if name == "loss" else "pass_at_k",
+            loss={"name": "dro", "beta": 1.0} if name == "loss" else "ppo",
+            aggregation="seq_mean_token_sum" if name == "loss" else "token_mean",
+            preset="verl",
+        )
+        np.testing.assert_array_equal(slope(alias(preset="verl"), 1.5), slope(plain, 1.5))

@@ -16,6 +16,7 @@ import pytest
 from jaxrl_post import methods, models, training
 from jaxrl_post.training import config as configs
 from jaxrl_post.training.config import ConfigWarning
+from jaxrl_post.training.setup import reward_components
 from tests import tiny
 
 DIRECTORY = Path(__file__).parents[2] / "configs" / "methods"
@@ -23,6 +24,8 @@ PATHS = sorted(DIRECTORY.glob("*.yaml"))
 
 SAME_AS_GRPO: dict[str, str] = {
     "grpo": "it is the baseline",
+    "prefix-grouper": "the prompt is run once for a group, and the update is that of GRPO",
+    "pipo": "it makes its second update once eight batches have been seen",
     "ppo": "it trains a critic as well, and is compared with nothing",
 }
 """Rows whose first two steps may equal those of plain GRPO, with the reason."""
@@ -34,7 +37,8 @@ ROLES = ("policy", "reference", "critic", "teacher", "target")
 def load(path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConfigWarning)
-        return configs.load(path)
+        # The batch is stored, so that neither data nor other runs have to be there.
+        return configs.load(path, check_files=False)
 
 
 def with_extras(batch):
@@ -56,7 +60,9 @@ def with_extras(batch):
             "greedy_reward": jnp.asarray(rng.choice([0.0, 1.0], prompts), jnp.float32),
             "agent": jnp.where(batch.mask > 0, (place > 2).astype(jnp.int32), -1),
             "answer": jnp.asarray(rng.integers(0, 3, batch.reward.shape), jnp.int32),
+            "episode": jnp.broadcast_to(jnp.arange(group_size, dtype=jnp.int32) // 2, batch.reward.shape),
             "state": jnp.where(batch.mask > 0, jnp.asarray(rng.integers(0, 3, (rows, 1)), jnp.int32), -1),
+            "prompt_weight": jnp.linspace(0.5, 1.5, prompts),
         },
     )
 
@@ -99,6 +105,8 @@ def test_a_methods_configuration_trains_two_steps_of_its_own(path):
     else:
         size = max(method.min_group, 4) + (path.stem == "mc-grpo")
         batch = rollouts(size)
+        if len(config.rewards) == len(batch.rewards):
+            batch = batch.replace(rewards=dict(zip(reward_components(config), batch.rewards.values(), strict=True)))
     before, after, metrics = moved(method, batch)
     assert int(metrics["nonfinite_updates"]) == 0
     for role in method.trains:

@@ -154,7 +154,7 @@ CASES = [
     ({"rewards": [{"path": "nowhere.py:f"}]}, "rewards.0.path", "no such file"),
     ({"rewards": [{"name": "task_score", "adapter": "verl"}]}, "rewards.0.adapter", "does not apply"),
     ({"curriculum": {"oversample": 0}}, "curriculum.oversample", "at least 1"),
-    ({"method": {"name": "gpro"}}, "method.name", "did you mean 'grpo'?"),
+    ({"method": {"name": "grpoo"}}, "method.name", "did you mean 'grpo'?"),
     ({"method": {"name": "grpo", "clip_low": "low"}}, "method.clip_low", "finite number"),
     ({"method": {"name": "grpo", "aggregation": "mean"}}, "method.aggregation", "one of"),
     ({"method": {"name": "grpo", "horizon": 12}}, "method.horizon", "does not apply"),
@@ -176,6 +176,11 @@ CASES = [
     ),
     ({"training__batch_size": 8}, "training.batch_size", "does not apply"),
     ({"training__micro_batches": 3}, "training.micro_batches", "32 * 8 = 256"),
+    (
+        {"method": {"name": "reinforce"}, "rollout__group_size": 1, "training__share_prompts": True},
+        "training.share_prompts",
+        "nobody to share it with",
+    ),
     ({"mesh": {"data": 3}}, "mesh", "make rollout.prompts a multiple of 3"),
     ({"mesh": {"data": 2, "fsdp": 3}}, "mesh", "multiple of 3"),
     ({"mesh": {"sequence": 2}}, "mesh.sequence", "not available yet"),
@@ -307,6 +312,19 @@ def test_a_batch_is_held_against_mesh_and_micro_batches_together():
     assert configs.from_dict(make(**sizes, training__micro_batches=2)).mesh.fsdp == 2
     (problem,) = problems_of(**sizes, training__micro_batches=4)
     assert "in each of 4 micro-batches evenly; make rollout.prompts a multiple of 8" in problem
+
+
+def test_shared_prompts_keep_groups_whole_and_one_row_each():
+    sizes = {"rollout__prompts": 4, "rollout__group_size": 8, "training__share_prompts": True}
+    config = configs.from_dict(make(**sizes, training__micro_batches=4))
+    assert config.training.share_prompts
+    assert not configs.from_dict(make()).training.share_prompts
+    (problem,) = problems_of(**sizes, training__micro_batches=8)
+    assert problem.startswith("training.micro_batches = 8")
+    assert "groups of one prompt must stay whole: use a divisor of 4" in problem
+    (problem,) = problems_of(**sizes, training__micro_batches=2, mesh={"data": 4})
+    assert "in one row (training.share_prompts), in each of 2 micro-batches evenly; make rollout.prompts a" in problem
+    assert "multiple of 8" in problem
 
 
 def test_a_warm_start_batch_must_be_shared_evenly_by_the_devices():

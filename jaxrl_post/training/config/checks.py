@@ -7,8 +7,10 @@ import math
 
 from jaxrl_post.training.config import content_checks
 from jaxrl_post.training.config.content_checks import refuse_unused
-from jaxrl_post.training.config.errors import ConfigError, Problems, nearest
+from jaxrl_post.training.config.errors import ConfigError, Problems
+from jaxrl_post.training.config.role_checks import check_roles
 from jaxrl_post.training.config.schema import Config, OptimizerConfig, yaml_key
+from jaxrl_post.training.splitting import coarsest
 from jaxrl_post.types import Method
 
 
@@ -46,7 +48,7 @@ def check(config: Config, made: Method | None, problems: Problems, check_files: 
         content_checks.check_files_exist(config, problems)
     if made is not None:
         _batch(config, made, problems)
-        _roles(config, made, problems)
+        check_roles(config, made, problems, check_files)
 
 
 def _model(config: Config, problems: Problems) -> None:
@@ -157,16 +159,24 @@ def _batch(config: Config, made: Method, problems: Problems) -> None:
         groups, size = config.training.batch_size, 2 if made.learns_from == "pairs" else 1
         source = f"training.batch_size = {groups} " + ("pairs" if size == 2 else "examples")
         change = "training.batch_size"
-    pieces = {"group": groups, "batch": 1}.get(made.unit, groups * size)
+    share = config.training.share_prompts
+    if share and size == 1:
+        why = "one completion of a prompt has nobody to share it with; leave it out, or sample groups"
+        problems.add("training.share_prompts", why, share)
+    if share:
+        source += ", those of a prompt in one row (training.share_prompts),"
+    rows = 1 if share else size
+    unit = coarsest(made.unit, "group") if share else made.unit
+    pieces = {"group": groups, "batch": 1}.get(unit, groups * size)
     if pieces % micro:
         fix = {
             "group": f"groups of one prompt must stay whole: use a divisor of {groups}",
             "batch": "the method needs the whole batch at once: set it to 1",
-        }.get(made.unit, f"use a divisor of {pieces}")
+        }.get(unit, f"use a divisor of {pieces}")
         problems.add("training.micro_batches", f"does not divide {source}; {fix}", micro)
-    elif (groups * size // micro) % shards:
+    elif (groups * rows // micro) % shards:
         each = f" in each of {micro} micro-batches" if micro > 1 else ""
-        multiple = micro * shards // math.gcd(micro * shards, size)
+        multiple = micro * shards // math.gcd(micro * shards, rows)
         problems.add(
             "mesh",
             f"data * fsdp = {config.mesh.data} * {config.mesh.fsdp} = {shards} devices cannot share {source}{each} "
@@ -180,42 +190,6 @@ def _batch(config: Config, made: Method, problems: Problems) -> None:
             f"try {math.ceil(warm.batch_size / shards) * shards}",
             warm.batch_size,
         )
-
-
-def _roles(config: Config, made: Method, problems: Problems) -> None:
-    # The roles given against those that the method reads, and where each comes from.
-    name, roles = config.method.name, config.roles or {}
-    needed = sorted(role for role in made.needs if role != "policy" and "/" not in role)
-    for role, options in roles.items():
-        key = f"roles.{role}"
-        if options is None or not problems.ok(key):
-            continue
-        if role == "policy":
-            problems.add(key, "is the model that is trained, described under model; remove it here")
-            continue
-        if role not in needed:
-            settings = f"method {name} as configured"
-            have = f"; {nearest(role, needed)}" if needed else "; it needs no role beside the policy: remove it"
-            problems.add(key, f"{settings} does not read this role{have}")
-            continue
-        if options.source != "policy" and (options.source not in needed or options.source == role):
-            others = ["policy", *(other for other in needed if other != role)]
-            problems.add(f"{key}.from", f"must be another role; {nearest(options.source, others)}", options.source)
-        if options.refresh == "every":
-            if role in made.trains:
-                problems.add(f"{key}.refresh", f"method {name} trains this role itself; use frozen", "every")
-            elif options.every is None:
-                problems.add(f"{key}.every", "is missing; give the steps between renewals, e.g. 50")
-        else:
-            refuse_unused(options, key, ("every", "mix"), "refresh is frozen", problems)
-    for role in roles:
-        chain = [role]
-        while (source := getattr(roles.get(chain[-1]), "source", "policy")) not in ("policy", None):
-            if source in chain:
-                if source == role and len(chain) > 1 and role == min(chain):
-                    problems.add(f"roles.{role}.from", f"goes in a circle: {' -> '.join([*chain, role])}; break it")
-                break
-            chain.append(source)
 
 
 def _optimizer(optimizer: OptimizerConfig, path: str, updates: int | None, problems: Problems) -> None:

@@ -152,10 +152,21 @@ class MethodConfig:
 class RoleConfig:
     """A model beside the policy, e.g. the reference: where its parameters come from, and whether they are renewed."""
 
-    source: str = option("policy, or the role whose parameters it starts and is renewed from", "policy", key="from")
+    source: str | tuple[str, ...] = option(
+        "whose parameters it starts (and is renewed) from: policy, another role, or the directory of another run, "
+        "whose newest policy is meant; a list is averaged",
+        "policy",
+        key="from",
+    )
+    weights: tuple[float, ...] | None = option("of the average, one for each of from; null: equal ones", None)
     refresh: Literal["frozen", "every"] = option("frozen, or every: renewed every n steps", "frozen")
     every: int | None = option("steps between renewals (refresh: every)", None, minimum=1)
     mix: float = option("a renewal gives mix * source + (1 - mix) * old (refresh: every)", 1.0, above=0, maximum=1)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """`source` as a tuple, of one where it is one name; empty where it could not be read."""
+        return (self.source,) if isinstance(self.source, str) else tuple(self.source or ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +216,11 @@ class TrainingConfig:
     steps: int = option("steps of the method", minimum=1)
     epochs: int = option("passes over the rollouts of a step", 1, minimum=1)
     micro_batches: int = option("pieces of a batch whose gradients are accumulated", 1, minimum=1)
+    share_prompts: bool = option(
+        "run a prompt once for all of its completions: the same gradient for less work; micro-batches keep the "
+        "completions of a prompt together",
+        False,
+    )
     batch_size: int = option("examples or preference pairs per step (methods without rollouts)", 128, minimum=1)
     optimizer: OptimizerConfig = option("the optimiser")
     checkpoint_every: int = option("steps between checkpoints", 100, minimum=1)

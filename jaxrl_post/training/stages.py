@@ -1,0 +1,116 @@
+"""The stages of a run: which method is trained for how long, and with which optimiser."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import optax
+
+from jaxrl_post import methods
+from jaxrl_post.training.config import Config, OptimizerConfig
+from jaxrl_post.training.optimizers import make_optimizer, make_schedule
+from jaxrl_post.training.roles import Role
+from jaxrl_post.training.step import most_updates
+from jaxrl_post.types import LearnsFrom, Method
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One method trained for a number of steps.
+
+    Attributes:
+        name: of the stage, `warm_start` or the method's.
+        kind: what a batch is made of: `rollouts` are sampled, `completions` and `pairs` are given by the data.
+        method: the method.
+        optimizer: its optimiser.
+        schedule: the optimiser's learning rate by update.
+        steps: most steps of the stage.
+        batch_size: prompts that a step draws from the data.
+        epochs: updates per batch.
+        micro_batches: pieces a batch is cut into.
+        roles: models beside the policy.
+        until: greedy accuracy on the validation problems that ends the stage, or None.
+        check_every: steps between looks at it.
+    """
+
+    name: str
+    kind: LearnsFrom
+    method: Method
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    steps: int
+    batch_size: int
+    epochs: int = 1
+    micro_batches: int = 1
+    roles: Mapping[str, Role] = dataclasses.field(default_factory=dict)
+    until: float | None = None
+    check_every: int = 1
+
+
+def make_method(config: Config) -> Method:
+    """The method that the configuration names, with its keywords."""
+    return getattr(methods, config.method.name)(**config.method.keywords)
+
+
+def make_stages(config: Config) -> list[Stage]:
+    """The supervised stage, if there is one, and the method's."""
+    stages = []
+    if (warm := config.warm_start) is not None:
+        optimizer, schedule = _optimizer(warm.optimizer, warm.steps)
+        stages.append(
+            Stage(
+                name="warm_start",
+                kind="completions",
+                method=methods.sft(),
+                optimizer=optimizer,
+                schedule=schedule,
+                steps=warm.steps,
+                batch_size=warm.batch_size,
+                until=warm.until,
+                check_every=warm.check_every or 1,
+            )
+        )
+    training, method = config.training, make_method(config)
+    updates = training.steps * training.epochs * most_updates(method)
+    optimizer, schedule = _optimizer(training.optimizer, updates)
+    stages.append(
+        Stage(
+            name=config.method.name,
+            kind=method.learns_from,
+            method=method,
+            optimizer=optimizer,
+            schedule=schedule,
+            steps=training.steps,
+            batch_size=config.rollout.prompts * config.curriculum.oversample
+            if method.learns_from == "rollouts"
+            else training.batch_size,
+            epochs=training.epochs,
+            micro_batches=training.micro_batches,
+            roles={
+                role: Role(option.sources, option.weights, option.every or 0, option.mix)
+                for role, option in config.roles.items()
+            },
+        )
+    )
+    return stages
+
+
+def _optimizer(options: OptimizerConfig, updates: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    schedule = make_schedule(
+        learning_rate=options.learning_rate,
+        schedule=options.schedule,
+        warmup_steps=options.warmup_steps,
+        steps=updates,
+        end_fraction=options.end_fraction,
+    )
+    optimizer = make_optimizer(
+        schedule,
+        name=options.name,
+        b1=options.b1,
+        b2=options.b2,
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+    )
+    return optimizer, schedule

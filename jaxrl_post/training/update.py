@@ -1,0 +1,283 @@
+"""One method's update on one batch: score, compute targets, differentiate the terms over micro-batches, step.
+
+The order of several methods, refreshed roles, compilation and placement are in `step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_post import losses
+from jaxrl_post.training.splitting import coarsest, split, unsplit_rows
+from jaxrl_post.types import Array, Method, Metric, Params, PyTree, Rollouts, Score, Targets, Term, TokenStats
+
+Metrics = dict[str, Array]
+
+
+class Trained(NamedTuple):
+    """What an update changes.
+
+    Attributes:
+        params: parameters by role, frozen roles among them.
+        opt_state: optimiser state by trained role.
+        method_state: the method's own state.
+    """
+
+    params: dict[str, Params]
+    opt_state: dict[str, PyTree]
+    method_state: PyTree
+
+
+Update = Callable[[Trained, Rollouts, Array], tuple[Trained, Metrics]]
+
+
+def make_update(
+    scores: Mapping[str, Score],
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    *,
+    micro_batches: int,
+    epochs: int,
+    compare_sampler: bool,
+    place: Callable[[Rollouts], Rollouts] = lambda rollouts: rollouts,
+) -> Update:
+    """A function `(trained, rollouts, key) -> (trained, metrics)`; see `make_step` for what it does.
+
+    Args:
+        scores: a `Score` for each role that the method reads.
+        method: not a chain.
+        optimizer: applied to each trained role's gradient.
+        micro_batches: pieces that the batch is cut into.
+        epochs: updates made on the batch.
+        compare_sampler: whether the policy is the one that sampled the rollouts, so that log-probs can be compared.
+        place: lays out rollouts that do not come from outside.
+
+    Raises:
+        ValueError: when traced, if the method, its scores and the rollouts do not fit together.
+    """
+
+    # A score may want more kept together than the method does, to save work.
+    wanted: list[Any] = [getattr(scores.get(role), "unit", "token") for role in method.needs]
+    method = method._replace(unit=coarsest(method.unit, *wanted))
+
+    def scored(role: str, params: Params, rollouts: Rollouts, key: Array) -> TokenStats:
+        stats = scores[role](params, rollouts, method.needs[role], key)
+        if missing := sorted(field for field in method.needs[role] if getattr(stats, field, None) is None):
+            raise ValueError(f"the method reads {missing} of the role {role!r}, which its score did not give")
+        return stats
+
+    def score_all(role: str, params: Params, rollouts: Rollouts, key: Array) -> TokenStats:
+        """Stats of the whole batch, without gradient, one micro-batch at a time."""
+        if micro_batches == 1:
+            return jax.lax.stop_gradient(scored(role, params, rollouts, key))
+        pieces, _ = split(rollouts, (), micro_batches, method.unit)
+        group = 1 if method.unit in ("token", "sequence") else rollouts.group_size
+        stats = jax.lax.map(lambda piece: scored(role, params, piece, key), pieces)
+        return jax.lax.stop_gradient(jax.tree.map(lambda x: unsplit_rows(x, group), stats))
+
+    def reduced_terms(
+        trained: dict[str, Params],
+        piece: tuple[Rollouts, tuple[Targets, dict[str, TokenStats]]],
+        denominators: dict[str, Array],
+        key: Array,
+    ) -> tuple[Array, dict[str, Metric]]:
+        """The weighted terms `[N]` of a micro-batch, and its metrics."""
+        rollouts, (targets, frozen_stats) = piece
+        stats = dict(frozen_stats)
+        for role, params in trained.items():
+            stats[role] = scored(role, params, rollouts, key)
+        values, metrics = [], {}
+        for name, term in method.loss(stats, rollouts, targets).items():
+            value = losses.aggregate(
+                term.value, term.mask, term.mode, horizon=term.horizon, denominator=denominators[name]
+            )
+            values.append(term.weight * value)
+            metrics[f"loss/{name}"] = Metric.sum(value)
+        if method.metrics is not None:
+            metrics |= method.metrics(jax.lax.stop_gradient(stats), rollouts, targets)
+        if compare_sampler and "policy" in stats and stats["policy"].logp is not None:
+            sampled = rollouts.valid_mask * (rollouts.version >= 0)
+            difference = jnp.abs(stats["policy"].logp - rollouts.logp)
+            metrics["sampling/sampling_logp_difference/mean"] = Metric.mean(difference, sampled)
+            metrics["sampling/sampling_logp_difference/max"] = Metric.max(difference, sampled)
+        return jnp.stack(values), jax.lax.stop_gradient(metrics)
+
+    def differentiate(trained: dict[str, Params], *inputs) -> tuple[PyTree, Array, dict[str, Metric]]:
+        """The gradient (of each term, along a leading axis, if they are to be combined), the terms, the metrics."""
+        if method.combine is None:
+
+            def total(trained):
+                values, metrics = reduced_terms(trained, *inputs)
+                return jnp.sum(values), (values, metrics)
+
+            gradients, (values, metrics) = jax.grad(total, has_aux=True)(trained)
+            return gradients, values, metrics
+        values, pull, metrics = jax.vjp(lambda trained: reduced_terms(trained, *inputs), trained, has_aux=True)
+        each = [pull(row)[0] for row in jnp.eye(values.shape[0], dtype=values.dtype)]
+        return jax.tree.map(lambda *x: jnp.stack(x), *each), values, metrics
+
+    def gradient(
+        trained: dict[str, Params],
+        rollouts: Rollouts,
+        targets: Targets,
+        frozen_stats: dict[str, TokenStats],
+        denominators: dict[str, Array],
+        key: Array,
+    ) -> tuple[PyTree, Array, dict[str, Metric]]:
+        """`differentiate` of the whole batch: sums over micro-batches."""
+        if micro_batches == 1:
+            return differentiate(trained, (rollouts, (targets, frozen_stats)), denominators, key)
+        pieces = split(rollouts, (targets, frozen_stats), micro_batches, method.unit)
+        copies = () if method.combine is None else (len(denominators),)
+        zeros = jax.tree.map(lambda x: jnp.zeros((*copies, *x.shape), x.dtype), trained)
+
+        def accumulate(total: PyTree, piece) -> tuple[PyTree, tuple[Array, dict[str, Metric]]]:
+            gradients, values, metrics = differentiate(trained, piece, denominators, key)
+            return jax.tree.map(jnp.add, total, gradients), (values, metrics)
+
+        total, (values, metrics) = jax.lax.scan(accumulate, zeros, pieces)
+        return total, jnp.sum(values, axis=0), {name: metric.merge() for name, metric in metrics.items()}
+
+    def combined(gradients: PyTree, values: Array, state: PyTree, names: tuple[str, ...]):
+        """The one gradient to follow, the loss that it belongs to, the terms' weights by name, and the new state."""
+        if method.combine is None:
+            return gradients, jnp.sum(values), {}, state
+        weights, state = method.combine(state, gram(gradients), names)
+        if jnp.shape(weights) != (len(names),):
+            raise ValueError(f"combine must return a weight for each of {names}, got shape {jnp.shape(weights)}")
+        weights = jax.lax.stop_gradient(weights)
+        metrics = {f"gradient_weight/{name}": Metric.mean(weights[i : i + 1]) for i, name in enumerate(names)}
+        one = jax.tree.map(lambda x: jnp.tensordot(weights.astype(x.dtype), x, axes=1), gradients)
+        return one, jnp.sum(weights * values), metrics, state
+
+    def update(given: Trained, rollouts: Rollouts, key: Array) -> tuple[Trained, Metrics]:
+        score_key, target_key = jax.random.split(key)
+        method_state = given.method_state
+        if method.batch is not None:
+            chosen, method_state = method.batch(method_state, rollouts)
+            rollouts = place(jax.lax.stop_gradient(chosen))
+        check_wants(method, rollouts)
+        # Stats that neither targets nor frozen roles use are dead code, which the compiler removes.
+        start = {role: score_all(role, given.params[role], rollouts, score_key) for role in sorted(method.needs)}
+        targets, method_state = method.targets(method_state, rollouts, start, target_key)
+        targets = jax.lax.stop_gradient(targets)
+        frozen = {role: stats for role, stats in start.items() if role not in method.trains}
+        terms = checked(method.loss(start, rollouts, targets), rollouts, micro_batches, method)
+        denominators = {
+            name: losses.denominator(term.mask, term.mode, horizon=term.horizon) for name, term in terms.items()
+        }
+        anything = jnp.any(jnp.stack([jnp.any(term.mask != 0) for term in terms.values()]))
+
+        def epoch(carry, _):
+            trained, opt_state, method_state = carry
+            gradients, values, metrics = gradient(trained, rollouts, targets, frozen, denominators, score_key)
+            gradients, loss, weights, new_method_state = combined(gradients, values, method_state, tuple(terms))
+            norm = optax.tree.norm(gradients)
+            finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+            metrics |= weights
+            metrics["loss"] = Metric.sum(jax.lax.stop_gradient(loss))
+            metrics["grad_norm"] = Metric.mean(norm[None])
+            metrics["nonfinite_updates"] = Metric.sum(~finite)
+            metrics["empty_updates"] = Metric.sum(finite & ~anything)
+            new_trained, new_opt_state = {}, {}
+            for role, params in trained.items():
+                updates, new_opt_state[role] = optimizer.update(gradients[role], opt_state[role], params)
+                new_trained[role] = optax.apply_updates(params, updates)
+            new = (new_trained, new_opt_state, new_method_state)
+            return jax.tree.map(lambda n, o: jnp.where(finite & anything, n, o), new, carry), metrics
+
+        roles = sorted(method.trains)
+        carry = (
+            {role: given.params[role] for role in roles},
+            {role: given.opt_state[role] for role in roles},
+            method_state,
+        )
+        if epochs == 1:
+            carry, metrics = epoch(carry, None)
+        else:
+            carry, stacked = jax.lax.scan(epoch, carry, None, length=epochs)
+            metrics = {name: over_epochs(name, metric) for name, metric in stacked.items()}
+        trained, opt_state, method_state = carry
+        return (
+            Trained(given.params | trained, given.opt_state | opt_state, method_state),
+            {name: metric.result() for name, metric in metrics.items()},
+        )
+
+    def over_epochs(name: str, metric: Metric) -> Metric:
+        if name.startswith("sampling/"):
+            return jax.tree.map(lambda x: x[0], metric)
+        merged = metric.merge()
+        # A loss is a sum over micro-batches but a mean over epochs.
+        return Metric(merged.value / epochs, merged.weight, "sum") if name.split("/")[0] == "loss" else merged
+
+    return update
+
+
+def gram(gradients: PyTree) -> Array:
+    r"""Inner products of gradients, $\langle g_i, g_j \rangle$ summed over all parameters.
+
+    Args:
+        gradients: a pytree whose leaves have a leading axis of `N`.
+
+    Returns:
+        `[N, N]` float32 or wider.
+
+    Example:
+        >>> gram({"w": jnp.array([[1.0, 0.0], [0.0, 2.0]]), "b": jnp.array([1.0, 1.0])}).tolist()
+        [[2.0, 1.0], [1.0, 5.0]]
+    """
+
+    def products(x: Array) -> Array:
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        axes = tuple(range(1, x.ndim))
+        return jnp.tensordot(x, x, axes=(axes, axes), precision=jax.lax.Precision.HIGHEST)
+
+    return sum(products(x) for x in jax.tree.leaves(gradients))  # type: ignore[return-value]
+
+
+def check_wants(method: Method, rollouts: Rollouts) -> None:
+    """Raise ValueError unless the rollouts hold what the method wants of each prompt."""
+    for name in sorted(method.wants):
+        found = rollouts.extras.get(name)
+        if found is None:
+            source = (
+                "the reward of a greedy completion of each prompt, which the loop samples"
+                if name == "greedy_reward"
+                else "one number per prompt, which the loop takes from the data's column of that name"
+            )
+            raise ValueError(f"the method reads rollouts.extras[{name!r}] ({source}), which these rollouts lack")
+        if found.shape != (rollouts.num_prompts,):
+            raise ValueError(
+                f"rollouts.extras[{name!r}] must be [P] = [{rollouts.num_prompts}], a number per prompt, got shape "
+                f"{found.shape}"
+            )
+
+
+def checked(terms: dict[str, Term], rollouts: Rollouts, micro_batches: int, method: Method) -> dict[str, Term]:
+    """The terms, if they are what a method may return.
+
+    Raises:
+        ValueError: if there is none, one is not a `Term`, its mask has not its value's shape, or it has a number per
+            prompt where micro-batches may tear groups apart.
+    """
+    if not terms:
+        raise ValueError("the method's loss returned no terms")
+    for name, term in terms.items():
+        if not isinstance(term, Term):
+            raise ValueError(f"term {name!r} is a {type(term).__name__}; return Term(value, mask, mode), not reduced")
+        if term.value.shape != term.mask.shape:
+            raise ValueError(
+                f"term {name!r}: value has shape {term.value.shape} and mask {term.mask.shape}; losses are not reduced "
+                "by the method, give one number per token, sequence or prompt"
+            )
+        if micro_batches > 1 and method.unit in ("token", "sequence") and term.value.shape[0] != rollouts.batch_size:
+            raise ValueError(
+                f"term {name!r} has {term.value.shape[0]} rows for {rollouts.batch_size} sequences: it compares the "
+                "sequences of a group, which micro-batches would tear apart; give the method unit='group'"
+            )
+    return terms

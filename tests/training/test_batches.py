@@ -1,0 +1,151 @@
+"""What the loop gives to a method beside sampled completions: greedy rewards, columns of the data, the batch before."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_post import methods
+from jaxrl_post.training import config as configs
+from jaxrl_post.training import loop, setup
+from jaxrl_post.training.batches import Batches, Cursor, TrainingError, with_greedy_reward
+from tests import tiny
+from tests.training import runs
+
+WITHOUT = {"warm_start": None, "eval": {"problems": 0}}
+
+
+def first_batch(path):
+    """The first batch of a run, its stage and its setup."""
+    parts = setup.build(configs.load(path))
+    stage = parts.stages[0]
+    state = parts.begin(stage, parts.initial_params(), step=0)
+    batches = Batches(parts, stage, Cursor())
+    return batches.next(state, Cursor()), stage, parts, batches
+
+
+def test_a_method_that_wants_it_gets_the_reward_of_a_greedy_completion_of_each_prompt(tmp_path):
+    method = {"name": "policy_gradient", "advantage": "remax"}
+    path = runs.tiny_run(tmp_path, method=method, **WITHOUT)
+    batch, stage, parts, batches = first_batch(path)
+    assert stage.method.wants == {"greedy_reward"}
+    found = np.asarray(batch.rollouts.extras["greedy_reward"])
+    # The same prompts, completed greedily and scored by hand.
+    from jaxrl_post.rollout import SamplingParams
+    from jaxrl_post.training.sampler import Sampler
+
+    sampler = Sampler(
+        parts, SamplingParams(greedy=True), group_size=1, max_new_tokens=3, prompts=4, prompt_length=3, rewarded=False
+    )
+    greedy = sampler(parts.initial_params(), batches.problems, jax.random.key(9))
+    expected = runs.reward(greedy.completions, [problem["answer"] for problem in batches.problems])
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(batch.metrics["rewards/greedy"], np.mean(expected), rtol=1e-6)
+    assert batch.metrics["rewards/greedy_unscored"] == 0.0
+    loop.run(configs.load(path, ["training.steps=2"]))
+    assert "rewards/greedy" in runs.lines(tmp_path / "run")[-1]
+
+
+def test_other_methods_do_not_pay_for_greedy_completions(tmp_path):
+    batch, stage, _, _ = first_batch(runs.tiny_run(tmp_path, **WITHOUT))
+    assert stage.method.wants == frozenset()
+    assert "greedy_reward" not in batch.rollouts.extras
+    assert not any(name.startswith("rewards/greedy") for name in batch.metrics)
+
+
+def test_a_prompt_whose_greedy_completion_cannot_be_scored_is_not_valid():
+    batch = tiny.batch(group_size=4, count=3)
+    greedy = tiny.batch(group_size=1, count=3)
+    greedy = greedy.replace(reward=jnp.array([[1.0], [jnp.nan], [3.0]]), valid=jnp.array([[True], [False], [True]]))
+    made = with_greedy_reward(batch, greedy)
+    np.testing.assert_array_equal(made.valid, np.asarray(batch.valid) & np.array([[True], [False], [True]]))
+    assert made.extras["greedy_reward"].tolist() == [1.0, 0.0, 3.0]
+
+
+def write_weighted(tmp_path, weight):
+    rows = [{"question": f"{n:02d}>", "answer": f"{n:02d}", "prompt_weight": weight(n)} for n in range(24)]
+    tmp_path.mkdir(parents=True, exist_ok=True)
+    path = runs.tiny_run(tmp_path, method={"name": "gui_g1", "horizon": 3}, **WITHOUT)
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("oversample", [1, 2])
+def test_a_column_of_numbers_that_a_method_wants_goes_with_its_prompts(tmp_path, oversample):
+    path = write_weighted(tmp_path, lambda n: 0.5 + n)
+    values = configs.to_dict(configs.load(path))
+    values["curriculum"]["oversample"] = oversample
+    config = configs.from_dict(values)
+    parts = setup.build(config)
+    stage = parts.stages[0]
+    state = parts.begin(stage, parts.initial_params(), step=0)
+    batch = Batches(parts, stage, Cursor()).next(state, Cursor())
+    assert batch.rollouts.num_prompts == 4
+    questions = np.asarray(batch.rollouts.tokens)[::4, :2]
+    digits = [int(parts.tokenizer.decode(row.tolist())) for row in questions]
+    np.testing.assert_array_equal(batch.rollouts.extras["prompt_weight"], 0.5 + np.array(digits))
+
+
+def test_a_column_that_is_missing_or_no_number_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(TrainingError, match=r"the column 'prompt_weight' .* number for every problem, but is 'much'"):
+        first_batch(write_weighted(tmp_path / "text", lambda n: "much"))
+    path = runs.tiny_run(tmp_path / "none", method={"name": "gui_g1", "horizon": 3}, **WITHOUT)
+    with pytest.raises(TrainingError, match="but is None"):
+        first_batch(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": {"name": "grpo"}},
+        {"method": {"name": "policy_gradient", "advantage": "remax"}, "curriculum": {"oversample": 2}},
+        {"rollout": {"group_size": 2, "prompts": 4, "max_new_tokens": 3, "sampling": {"top_p": 0.9}}},
+        {"method": {"name": "sft"}, "rollout": {"max_new_tokens": 3}, "rewards": []},
+    ],
+    ids=["grpo", "remax", "top_p", "sft"],
+)
+def test_the_shapes_that_a_method_is_told_are_those_of_the_batches_that_come(changes, tmp_path):
+    path = runs.tiny_run(tmp_path, **{**WITHOUT, **changes})
+    if changes.get("method") == {"name": "sft"}:
+        path = runs.tiny_run(tmp_path, **{**WITHOUT, **changes, "training": runs.training(batch_size=4)})
+    batch, stage, parts, _ = first_batch(path)
+    told = parts.rollout_shapes(stage)
+    came = jax.eval_shape(lambda: batch.rollouts)
+    assert jax.tree.structure(told) == jax.tree.structure(came)
+    for (name, one), other in zip(jax.tree_util.tree_leaves_with_path(told), jax.tree.leaves(came), strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype), jax.tree_util.keystr(name)
+
+
+def test_a_run_of_a_method_that_keeps_a_batch_goes_on_from_its_checkpoint_as_if_nothing_had_happened(tmp_path):
+    method = {"name": "pipo", "window": 2, "beta": 0.0}
+    whole = runs.tiny_run(tmp_path / "whole", method=method, **WITHOUT)
+    loop.run(configs.load(whole))
+    rows = runs.lines(tmp_path / "whole" / "run")
+    assert [row["empty_updates"] for row in rows[:2]] == [1.0, 1.0]  # the window is not full
+    assert 0.0 in [row["empty_updates"] for row in rows[2:]]
+    assert all(row["empty_steps"] == 0.0 for row in rows)  # the method itself had something to train on
+    parts = runs.tiny_run(tmp_path / "parts", method=method, **WITHOUT)
+    loop.run(configs.load(parts, ["training.steps=4"]))
+    loop.run(configs.load(parts))
+    assert runs.lines(tmp_path / "parts" / "run") == rows
+    assert runs.final_state(tmp_path / "parts" / "run")[1] == runs.final_state(tmp_path / "whole" / "run")[1]
+
+
+def test_a_method_that_keeps_nothing_makes_an_empty_step(tmp_path, monkeypatch):
+    """Rollouts of which the method masks everything count as nothing to train on."""
+    plain = methods.grpo(beta=0.0)
+
+    def nothing(state, rollouts, stats, key):
+        targets, state = plain.targets(state, rollouts, stats, key)
+        return targets._replace(mask=jnp.zeros_like(targets.mask)), state
+
+    from jaxrl_post.training import stages
+
+    monkeypatch.setattr(stages, "make_method", lambda config: plain._replace(targets=nothing))
+    training = runs.training(steps=4, max_empty_steps=3)
+    with pytest.raises(TrainingError, match="3 steps in a row had nothing to train on"):
+        loop.run(configs.load(runs.tiny_run(tmp_path, method={"name": "grpo"}, **{**WITHOUT, "training": training})))
+    rows = runs.lines(tmp_path / "run")
+    assert [row["empty_steps"] for row in rows] == [1.0, 1.0, 1.0]
