@@ -4,6 +4,7 @@ from jaxrl_post.methods.actor_critic import ppo
 from jaxrl_post.methods.agents import dr_mas, gigpo, hierarchical_grpo, rae
 from jaxrl_post.methods.chaining import chain
 from jaxrl_post.methods.consistency import a2po, copg, flowrl, gvpo, kimi, p3o
+from jaxrl_post.methods.constrained import c_morl
 from jaxrl_post.methods.credit import Advantage, Credit, Signals
 from jaxrl_post.methods.divergence import disco, f_dpg
 from jaxrl_post.methods.grounding import gui_g1
@@ -19,7 +20,7 @@ from jaxrl_post.methods.group_methods import (
     rloo,
 )
 from jaxrl_post.methods.improvement import pipo, policy_improvement
-from jaxrl_post.methods.multi_objective import c_morl, gradient_weighting, hypervolume_weighting
+from jaxrl_post.methods.multi_objective import gradient_weighting, hypervolume_weighting
 from jaxrl_post.methods.multi_reward import bnpo, copo, gdpo, paco_grpo, riskpo
 from jaxrl_post.methods.off_policy import nsr, rec, stable_reinforce, topr
 from jaxrl_post.methods.policy_gradient import grpo, mc_grpo, policy_gradient, reinforce

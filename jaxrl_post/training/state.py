@@ -69,7 +69,8 @@ def init(
         axes: logical axes by role (`Policy.axes()`); a role that is missing is replicated.
 
     Returns:
-        A `TrainState`. The arrays of `params` are copied, so that a donated state never invalidates the caller's.
+        A `TrainState`. The arrays of `params` and of the method's first state are copied, so that a donated state never
+        invalidates the caller's.
 
     Raises:
         ValueError: if a role that the method reads is missing.
@@ -80,7 +81,7 @@ def init(
         step=jnp.asarray(step, jnp.int32),
         params={role: jax.tree.map(lambda x: jnp.array(x, copy=True), tree) for role, tree in params.items()},
         opt_state={},
-        method_state=method.init(rollouts, num_prompts),
+        method_state=jax.tree.map(lambda x: jnp.array(x, copy=True), method.init(rollouts, num_prompts)),
         curriculum_state=curriculum_state,
         key=jnp.copy(key),
     )

@@ -258,7 +258,7 @@ def compare(outcome: Outcome, method: Any, baseline: Any, seeds: int) -> tuple[C
 
     of_method, of_baseline = (np.asarray(x, np.float64) for x in both(jax.random.split(jax.random.key(2026), seeds)))
     plain, again = of_baseline[:seeds], of_baseline[seeds:]
-    return Comparison(of_method, plain), Comparison(again, plain)
+    return Comparison(of_method, plain), Comparison(plain, again)
 
 
 def check(

@@ -13,7 +13,7 @@ import pytest
 from jaxrl_post import methods, training
 from jaxrl_post.mesh import make_mesh
 from tests.claims import lab
-from tests.methods.test_method_configs import PATHS, load, with_extras
+from tests.methods.test_method_configs import PATHS, load, named_as_in, with_extras
 
 TASK = lab.Task(prompts=4, vocab=3, length=4, judge=lambda rollouts, key: rollouts)
 
@@ -53,7 +53,7 @@ def test_micro_batches_and_devices_change_no_update(path):
     method = getattr(methods, config.method.name)(**config.method.keywords)
     if method.learns_from != "rollouts":
         pytest.skip("learns from given pairs or completions: tested with its family")
-    batch = rollouts(max(method.min_group, 4))
+    batch = named_as_in(config, rollouts(max(method.min_group, 4)))
     whole = updated(method, batch)
     cut = {} if method.unit == "batch" else {"micro_batches": 2}
     parts = updated(method, batch, mesh=make_mesh(data=2), **cut)

@@ -73,6 +73,13 @@ def rollouts(group_size):
     return with_extras(tiny.batch(group_size, count=4))
 
 
+def named_as_in(config, batch):
+    """The batch with the reward's components under the names that a configuration of as many gives them."""
+    if len(config.rewards) != len(batch.rewards):
+        return batch
+    return batch.replace(rewards=dict(zip(reward_components(config), batch.rewards.values(), strict=True)))
+
+
 def moved(method, batch):
     """Parameters of the policy before and after two steps of gradient descent."""
     policies = {role: tiny.policy(value_head=role == "critic") for role in method.needs if "/" not in role}
@@ -104,9 +111,7 @@ def test_a_methods_configuration_trains_two_steps_of_its_own(path):
         batch, size = tiny.pairs(), 2
     else:
         size = max(method.min_group, 4) + (path.stem == "mc-grpo")
-        batch = rollouts(size)
-        if len(config.rewards) == len(batch.rewards):
-            batch = batch.replace(rewards=dict(zip(reward_components(config), batch.rewards.values(), strict=True)))
+        batch = named_as_in(config, rollouts(size))
     before, after, metrics = moved(method, batch)
     assert int(metrics["nonfinite_updates"]) == 0
     for role in method.trains:

@@ -7,9 +7,9 @@ import optax
 import pytest
 
 from jaxrl_post import methods, training
+from jaxrl_post.methods.constrained import c_morl
 from jaxrl_post.methods.grounding import gui_g1
 from jaxrl_post.methods.multi_objective import (
-    c_morl,
     gradient_weighting,
     hypervolume_factor,
     hypervolume_weighting,
