@@ -130,6 +130,7 @@ def table() -> str:
         held = {None: "not measured", True: "held", False: "did not hold"}[
             None if record.claim_result is None else bool(record.claim_result["held"])
         ]
+        held += "; see note" if record.note else ""
         lines.append(f"| {name} | {record.summary} | {paper} | {held} |")
     return "\n".join(lines)
 
