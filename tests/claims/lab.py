@@ -282,13 +282,15 @@ def check(
         margin: the interval's lower end must be above it.
         held: False if the claim does not come out, and is recorded so.
 
-    The catalog's record is compared with what was measured: `held` must agree, and the intervals must overlap. Where
-    the environment names a file in `CLAIM_RESULTS`, the result is appended to it instead (see `record`).
+    A claim that is recorded as not held needs no control. The catalog's record is compared with what was measured:
+    `held` must agree, and the intervals must overlap, to the digits recorded. Where the environment names a file in
+    `CLAIM_RESULTS`, the result is appended to it instead (see `record`).
     """
     found, control = compare(outcome, method, baseline, seeds)
     low, high = found.interval
     assert (low > margin) == held, f"{claim_id}: effect {found.effect:.4g} in [{low:.4g}, {high:.4g}], margin {margin}"
-    assert not control.interval[0] > margin, f"{claim_id} holds with the baseline in the method's place: {control}"
+    if held:
+        assert control.interval[0] <= margin, f"{claim_id} holds with the baseline in the method's place: {control}"
     result = {
         "held": held,
         "method": round(float(found.method.mean()), 6),
@@ -303,6 +305,8 @@ def check(
     recorded = {record.id: record for record in methods.catalog()}[claim_id].claim_result
     assert recorded is not None, f"{claim_id}: the catalog has no result; run python -m tests.claims.record"
     assert recorded["held"] == held
-    assert recorded["interval"][0] <= high, f"{claim_id}: recorded {recorded}, measured {result}"
-    assert recorded["interval"][1] >= low, f"{claim_id}: recorded {recorded}, measured {result}"
+    (was_low, was_high), (low, high) = recorded["interval"], result["interval"]
+    slack = 1e-3 * max(abs(found.effect), 1e-3)  # of an interval without width, the compiler's version moves the digits
+    assert was_low <= high + slack, f"{claim_id}: recorded {recorded}, measured {result}"
+    assert was_high >= low - slack, f"{claim_id}: recorded {recorded}, measured {result}"
     return found
