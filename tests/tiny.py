@@ -70,17 +70,17 @@ def params_for(method: Method, seed: int = 0) -> dict:
         "reference": policy().init(jax.random.key(seed + 1)),
         "critic": policy(value_head=True).init(jax.random.key(seed + 2)),
     }
-    return {role: every[role] for role in method.needs}
+    return {role: every[role] for role in method.roles}
 
 
 def scores_for(method: Method) -> dict:
-    return {role: models.score(policy(value_head=role == "critic")) for role in method.needs}
+    return {role: models.score(policy(value_head=role == "critic")) for role in method.roles}
 
 
 def one_step(method: Method, rollouts: Rollouts, optimizer=None, **options):
     """State and metrics after a step of plain gradient descent, whose size shows the gradient's."""
     optimizer = optax.sgd(0.1) if optimizer is None else optimizer
-    axes = {role: policy(value_head=role == "critic").axes() for role in method.needs}
+    axes = {role: policy(value_head=role == "critic").axes() for role in method.roles}
     mesh = options.get("mesh")
     state = training.init(params_for(method), method, optimizer, jax.random.key(5), mesh=mesh, axes=axes)
     step = training.make_step(scores_for(method), method, optimizer, **options)

@@ -1,6 +1,7 @@
 """What to try next, and which of what was tried to learn from."""
 
 from jaxrl_post.curation.groups import informative, select_groups, spread_first, take_groups
+from jaxrl_post.curation.memory import PromptMemory, init_memory, recall, remember
 from jaxrl_post.curation.pareto import (
     ParetoArchive,
     best_for,
@@ -19,18 +20,22 @@ from jaxrl_post.curation.success_rate import PreferencePairs, long2short_pairs, 
 __all__ = [
     "ParetoArchive",
     "PreferencePairs",
+    "PromptMemory",
     "best_for",
     "crowding_distance",
     "expected_utility",
     "hypervolume",
     "hypervolume_contribution",
     "informative",
+    "init_memory",
     "long2short_pairs",
     "most_isolated",
     "non_dominated",
     "pareto_archive",
     "pareto_insert",
     "priority_probs",
+    "recall",
+    "remember",
     "select_groups",
     "shortest_correct",
     "sparsity",

@@ -78,6 +78,7 @@ class Advantage(NamedTuple):
         needs: fields of the stats of roles that are read, beyond the policy's `logp`.
         min_group: the smallest group that gives any advantage.
         wants: of `Method.wants`: names of `rollouts.extras`, one number per prompt.
+        probes: of `Method.probes`; `needs` names them too.
     """
 
     apply: Callable[[PyTree, Signals], tuple[Credit | Array, PyTree]]
@@ -85,6 +86,7 @@ class Advantage(NamedTuple):
     needs: Mapping[str, frozenset[str]] = {}
     min_group: int = 1
     wants: frozenset[str] = frozenset()
+    probes: Callable[[Rollouts], Mapping[str, tuple[Rollouts, str]]] | None = None
 
 
 def stateless(function: Callable[[Signals], Credit | Array], min_group: int = 1) -> Advantage:

@@ -7,7 +7,8 @@ module goes through, so that training, scoring and sampling know nothing of this
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +18,60 @@ from jax.typing import DTypeLike
 from jaxrl_post.kernels.attention import attention
 from jaxrl_post.mesh import LogicalAxes, constrain
 from jaxrl_post.models.adapters import from_nnx, nest
+from jaxrl_post.models.experts import Experts, load_balancing_loss
 from jaxrl_post.models.layers import (
+    ACTIVATIONS,
     CACHE_AXES,
+    MLP,
+    Activation,
     Attend,
+    Attention,
+    Biases,
     DecoderConfig,
     KVCache,
-    Layer,
     LayerCache,
+    Norms,
+    QKNorm,
     RMSNorm,
     accumulation_dtype,
     param,
-    rotary_angles,
 )
+from jaxrl_post.models.rope import Rope, rotary_angles
 from jaxrl_post.types import Array, Policy, Unembedding
 
 REMAT = ("none", "dots", "full")
+
+
+class Layer(nnx.Module):
+    """One residual layer: attention, then MLP, each with a norm before it, after it, or both."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        before, after = config.norms in ("pre", "both"), config.norms in ("post", "both")
+        self.attention_norm = RMSNorm(config.width, config) if before else None
+        self.attention = Attention(config, rngs=rngs)
+        self.after_attention_norm = RMSNorm(config.width, config) if after else None
+        self.mlp_norm = RMSNorm(config.width, config) if before else None
+        self.mlp = Experts(config, rngs=rngs) if config.experts else MLP(config, rngs=rngs)
+        self.after_mlp_norm = RMSNorm(config.width, config) if after else None
+
+    def __call__(
+        self,
+        x: Array,
+        rotation: tuple[Array, Array],
+        attend: Attend,
+        cache: LayerCache | None,
+        read_cache: bool,
+    ) -> tuple[Array, LayerCache | None, dict[str, Array]]:
+        """`[B, T, D]` to `[B, T, D]`, the cache with this layer's keys and values written, and what the MLP reports."""
+        out, cache = self.attention(_normed(self.attention_norm, x), rotation, attend, cache, read_cache)
+        x = x + _normed(self.after_attention_norm, out)
+        out, report = self.mlp(_normed(self.mlp_norm, x))
+        x = x + _normed(self.after_mlp_norm, out)
+        return constrain(x, ("batch", "length", "act_embed")), cache, report
+
+
+def _normed(norm: RMSNorm | None, x: Array) -> Array:
+    return x if norm is None else norm(x)
 
 
 class ValueHead(nnx.Module):
@@ -72,10 +112,14 @@ class Decoder(nnx.Module):
         positions: Array,
         segment_ids: Array | None = None,
         completion_starts: tuple[int, ...] | None = None,
-    ) -> Array:
-        """`[B, T, D]` states after the last norm, all tokens at once; those of a segment stand in their order."""
-        attend = _in_row_order(positions, segment_ids, completion_starts)
-        return self._run(tokens, positions, attend, None, read_cache=False)[0]
+    ) -> tuple[Array, dict[str, Array]]:
+        """`[B, T, D]` states after the last norm, all tokens at once; those of a segment stand in their order.
+
+        Beside them `load_balancing_loss`, if the model has experts.
+        """
+        attend = functools.partial(_in_row_order, positions, segment_ids, completion_starts)
+        hidden, _, aux = self._run(tokens, positions, attend, None, read_cache=False)
+        return hidden, aux
 
     def prefill(self, tokens: Array, positions: Array, cache: KVCache) -> tuple[Array, KVCache]:
         """`hidden` that also fills an empty cache."""
@@ -104,45 +148,92 @@ class Decoder(nnx.Module):
         written = jax.lax.dynamic_update_slice(cache.positions, positions.astype(jnp.int32), (0, cache.index))
         # In a cache a token is found by its position: its slot also counts the padding between prompt and completion.
         by_position = functools.partial(attention, query_positions=positions, key_positions=written)
-        attend = by_position if read_cache else _in_row_order(positions)
-        hidden, (k, v) = self._run(tokens, positions, attend, cache, read_cache=read_cache)
+        attend = (
+            (lambda window: functools.partial(by_position, window=window))
+            if read_cache
+            else functools.partial(_in_row_order, positions, None, None)
+        )
+        hidden, (k, v), _ = self._run(tokens, positions, attend, cache, read_cache=read_cache)
         return hidden, KVCache(k, v, written, cache.index + tokens.shape[1])
 
     def _run(
-        self, tokens: Array, positions: Array, attend: Attend, cache: KVCache | None, *, read_cache: bool
-    ) -> tuple[Array, Any]:
+        self,
+        tokens: Array,
+        positions: Array,
+        attends: Callable[[int | None], Attend],
+        cache: KVCache | None,
+        *,
+        read_cache: bool,
+    ) -> tuple[Array, Any, dict[str, Array]]:
+        """States, caches and what the experts report; `attends` makes the attention that a window leaves."""
         c = self.config
-        rotation = rotary_angles(positions, c.head_dim, c.rope_base, accumulation_dtype(c.dtype))
+        wide = accumulation_dtype(c.dtype)
+        options = {"scale": c.attention_scale, "softcap": c.attention_softcap}
+        everywhere, nearby = (functools.partial(attends(window), **options) for window in (None, c.window))
+        angles, local_angles = (rotary_angles(r, c.head_dim, positions, wide) for r in (c.rope, c.local_rope))
+
+        def mixed(local: Array) -> tuple[tuple[Array, Array], Attend]:
+            """What differs between a local layer and another, where the program is the same for both."""
+            rotation = angles
+            if c.local_rope != c.rope:
+                rotation = jax.tree.map(lambda a, b: jnp.where(local, a, b), local_angles, angles)
+            if c.window is None:
+                return rotation, everywhere
+            return rotation, lambda *qkv: jax.lax.cond(local, nearby, everywhere, *qkv)
+
         # Rows are whole on each device before the lookup: looked up in columns, they would have to be exchanged between
         # the devices that hold the columns and those that hold the batch.
         table = constrain(self.embedding[...], ("vocab", "act_embed"))
-        x = constrain(table[tokens].astype(c.dtype), ("batch", "length", "act_embed"))
+        x = table[tokens].astype(c.dtype)
+        if c.embedding_scale is not None:
+            x = x * jnp.asarray(c.embedding_scale, c.dtype)
+        x = constrain(x, ("batch", "length", "act_embed"))
         graph, stacked = nnx.split(self.layers)
 
-        def layer(carry: Any, scanned: Any) -> tuple[Any, None]:
+        def layer(carry: Any, scanned: Any) -> tuple[Any, Any]:
             x, caches = carry
-            state, number = scanned
+            state, number, local = scanned
+            if all(c.local_layers):
+                rotation, attend = local_angles, nearby
+            elif not any(c.local_layers):
+                rotation, attend = angles, everywhere
+            else:
+                rotation, attend = mixed(local)
             entry = None if cache is None else LayerCache(caches[0], caches[1], number, cache.index)
-            x, entry = nnx.merge(graph, state)(x, rotation, attend, entry, read_cache)
+            x, entry, report = nnx.merge(graph, state)(x, rotation, attend, entry, read_cache)
             caches = None if entry is None else (constrain(entry.k, CACHE_AXES), constrain(entry.v, CACHE_AXES))
-            return (x, caches), None
+            return (x, caches), report
 
         if c.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if c.remat == "dots" else None
             # A scan already keeps the recomputation apart from the forward pass; a barrier would only cost.
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
         caches = None if cache is None else (cache.k, cache.v)
-        (x, caches), _ = jax.lax.scan(layer, (x, caches), (stacked, jnp.arange(c.layers, dtype=jnp.int32)))
-        return self.final_norm(x), caches
+        scanned = (stacked, jnp.arange(c.layers, dtype=jnp.int32), jnp.asarray(c.local_layers))
+        (x, caches), report = jax.lax.scan(layer, (x, caches), scanned)
+        aux = {}
+        if c.experts and cache is None:
+            aux["load_balancing_loss"] = load_balancing_loss(report["chosen"], report["probability"], positions >= 0)
+        return self.final_norm(x), caches, aux
 
 
 def _in_row_order(
-    positions: Array, segment_ids: Array | None = None, completion_starts: tuple[int, ...] | None = None
+    positions: Array, segment_ids: Array | None, completion_starts: tuple[int, ...] | None, window: int | None
 ) -> Attend:
     """Attention of a row to itself: to what stands before a token, in its segment and completion, and is no padding."""
     segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
     segments = jnp.where(positions < 0, -1, segments)
-    return functools.partial(attention, segment_ids=segments, completion_starts=completion_starts)
+    if completion_starts is not None and window is not None:
+        # No sequence is longer than the row without the other completions.
+        ends = (*completion_starts[1:], positions.shape[1])
+        longest = completion_starts[0] + max(b - a for a, b in zip(completion_starts, ends, strict=True))
+        if longest > window:
+            raise ValueError(
+                f"a model with a sliding window of {window} tokens cannot let completions share a prompt in rows of "
+                f"{longest} tokens; score them in rows of their own (training.share_prompts: false)"
+            )
+        window = None
+    return functools.partial(attention, segment_ids=segments, completion_starts=completion_starts, window=window)
 
 
 def decoder(
@@ -155,17 +246,32 @@ def decoder(
     head_dim: int | None = None,
     mlp_width: int | None = None,
     rope_base: float = 10000.0,
-    qk_norm: bool = False,
+    rope: Rope | None = None,
+    local_rope: Rope | None = None,
+    window: int | None = None,
+    local_layers: Sequence[bool] | None = None,
+    qk_norm: QKNorm | bool = False,
+    attention_bias: Biases = "none",
+    attention_scale: float | None = None,
+    attention_softcap: float | None = None,
+    mlp_bias: bool = False,
+    activation: Activation = "silu",
+    norms: Norms = "pre",
+    norm_offset: float = 0.0,
+    norm_eps: float = 1e-6,
+    embedding_scale: float | None = None,
+    experts: int = 0,
+    experts_per_token: int = 0,
+    normalize_experts: bool = True,
     tied: bool = False,
     softcap: float | None = None,
-    norm_eps: float = 1e-6,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
     remat: str = "none",
     value_head: bool = False,
     init_std: float = 0.02,
 ) -> Policy:
-    """A pre-norm decoder with rotary positions, grouped attention and a gated MLP, as a `Policy`.
+    """A decoder with rotary positions, grouped attention and a gated MLP or experts, as a `Policy`.
 
     `x += attention(norm(x)); x += mlp(norm(x))` for each layer, then a norm and the unembedding. Softmax and norms are
     float32 or wider whatever `dtype` is. Parameters are drawn from N(0, init_std^2), those that write to the residual
@@ -183,12 +289,28 @@ def decoder(
         heads: number of query heads.
         kv_heads: number of key-value heads, a divisor of `heads`; None for as many as `heads`.
         head_dim: size of a head, even; None for `width / heads`.
-        mlp_width: hidden size of the MLP; None for `4 * width`.
-        rope_base: base of the rotary frequencies.
-        qk_norm: whether queries and keys are normalized per head.
+        mlp_width: hidden size of the MLP, or of each expert; None for `4 * width`.
+        rope_base: base of the rotary frequencies, if `rope` is not given.
+        rope: how positions become angles, with `models.Rope`; None for `Rope(base=rope_base)`.
+        local_rope: the same in local layers; None for `rope`.
+        window: a token of a local layer sees this many tokens, itself among them; None for all before it.
+        local_layers: for each layer, whether it is local; None for all of them if there is a window.
+        qk_norm: `"head"` (or True) normalizes queries and keys per head, `"full"` all heads of a token together, both
+            before they are rotated; `"none"` (or False) does not.
+        attention_bias: `"none"`, `"qkv"`, or `"all"`: with one on the attention's output too.
+        attention_scale: of the scores; None for `1 / sqrt(head_dim)`.
+        attention_softcap: scores become `attention_softcap * tanh(scores / attention_softcap)`; None for no cap.
+        mlp_bias: whether the three maps of the MLP have a bias.
+        activation: of the MLP's gate: `"silu"`, `"gelu"`, or `"gelu_tanh"`, its approximation.
+        norms: `"pre"` as above; `"post"` is `x += norm(attention(x))`; `"both"` is `x += norm(attention(norm(x)))`.
+        norm_offset: the norms multiply by `norm_offset + scale`.
+        norm_eps: added to the mean square in the norms.
+        embedding_scale: embeddings are multiplied by it, rounded to `dtype`; None for no factor.
+        experts: number of experts in the place of each MLP; 0 for an MLP.
+        experts_per_token: how many of them each token goes through.
+        normalize_experts: whether the weights of a token's experts are made to add up to 1.
         tied: whether the unembedding is the embedding table.
         softcap: logits become `softcap * tanh(logits / softcap)`; None for no cap.
-        norm_eps: added to the mean square in the norms.
         dtype: compute dtype; parameters are cast to it where they are used.
         param_dtype: dtype of the parameters.
         remat: what the backward pass finds: `"none"` everything, `"dots"` the products with weight matrices (the rest,
@@ -228,8 +350,31 @@ def decoder(
         head_dim = width // heads
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"head_dim must be even for rotary positions, got {head_dim}; change width, heads or head_dim")
-    if remat not in REMAT:
-        raise ValueError(f"remat must be one of {REMAT}, got {remat!r}")
+    for name, value, known in (
+        ("remat", remat, REMAT),
+        ("qk_norm", qk_norm, (True, False, *get_args(QKNorm))),
+        ("attention_bias", attention_bias, get_args(Biases)),
+        ("activation", activation, tuple(ACTIVATIONS)),
+        ("norms", norms, get_args(Norms)),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
+    rope = Rope(base=rope_base) if rope is None else rope
+    local_rope = rope if local_rope is None else local_rope
+    rope.check(head_dim)
+    local_rope.check(head_dim)
+    if local_rope.rotated(head_dim) != rope.rotated(head_dim):
+        raise ValueError("rope and local_rope must rotate equally many dimensions of a head")
+    if local_layers is None:
+        local_layers = (window is not None,) * layers
+    if len(local_layers) != layers:
+        raise ValueError(
+            f"local_layers must say of each of {layers} layers whether it is local, got {len(local_layers)}"
+        )
+    if experts and not 1 <= experts_per_token <= experts:
+        raise ValueError(f"experts_per_token must be between 1 and experts={experts}, got {experts_per_token}")
+    if experts and mlp_bias:
+        raise ValueError("mlp_bias does not apply to experts, which have none")
     config = DecoderConfig(
         vocab_size=vocab_size,
         width=width,
@@ -238,11 +383,25 @@ def decoder(
         kv_heads=kv_heads,
         head_dim=head_dim,
         mlp_width=4 * width if mlp_width is None else mlp_width,
-        rope_base=rope_base,
-        qk_norm=qk_norm,
+        rope=rope,
+        local_rope=local_rope,
+        qk_norm={True: "head", False: "none"}.get(qk_norm, qk_norm),  # type: ignore[call-overload]
+        attention_bias=attention_bias,
+        mlp_bias=mlp_bias,
+        activation=activation,
+        norms=norms,
+        norm_offset=norm_offset,
+        norm_eps=norm_eps,
+        window=window,
+        local_layers=tuple(map(bool, local_layers)),
+        attention_scale=attention_scale,
+        attention_softcap=attention_softcap,
+        embedding_scale=embedding_scale,
+        experts=experts,
+        experts_per_token=experts_per_token,
+        normalize_experts=normalize_experts,
         tied=tied,
         softcap=softcap,
-        norm_eps=norm_eps,
         dtype=jnp.dtype(dtype),
         param_dtype=jnp.dtype(param_dtype),
         remat=remat,

@@ -1,4 +1,4 @@
-"""The parts of the decoder: root-mean-square norm, rotary positions, grouped attention with a cache, gated MLP.
+"""The parts of the decoder: root-mean-square norm, grouped attention with a cache, gated MLP.
 
 Every part is a Flax NNX module whose parameters carry their logical axis names. What is stacked over depth, and how the
 parts make a language model, is in `decoder.py`.
@@ -7,21 +7,34 @@ parts make a language model, is in `decoder.py`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxrl_post.mesh import LogicalAxes, constrain
+from jaxrl_post.models.rope import Rope, rotate
 from jaxrl_post.types import Array
 
 CACHE_AXES: LogicalAxes = ("layers", "batch", "cache_length", "kv_heads", "head_dim")
 
 # `(query[B, T, H, K], key[B, S, kv_heads, K], value) -> [B, T, H, K]`: which token sees which is settled outside.
 Attend: TypeAlias = Callable[[Array, Array, Array], Array]
+
+
+Activation = Literal["silu", "gelu_tanh", "gelu"]
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+}
+Norms = Literal["pre", "post", "both"]
+Biases = Literal["none", "qkv", "all"]
+QKNorm = Literal["none", "head", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +48,25 @@ class DecoderConfig:
     kv_heads: int
     head_dim: int
     mlp_width: int
-    rope_base: float
-    qk_norm: bool
+    rope: Rope
+    local_rope: Rope
+    qk_norm: QKNorm
+    attention_bias: Biases
+    mlp_bias: bool
+    activation: Activation
+    norms: Norms
+    norm_offset: float
+    norm_eps: float
+    window: int | None
+    local_layers: tuple[bool, ...]
+    attention_scale: float | None
+    attention_softcap: float | None
+    embedding_scale: float | None
+    experts: int
+    experts_per_token: int
+    normalize_experts: bool
     tied: bool
     softcap: float | None
-    norm_eps: float
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     remat: str
@@ -91,42 +118,32 @@ def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def zeros(shape: tuple[int, ...], axes: LogicalAxes, config: DecoderConfig) -> nnx.Param:
+    """A parameter that starts at zero and knows its logical axes."""
+    return nnx.Param(jnp.zeros(shape, config.param_dtype), logical_axes=axes)
+
+
 class RMSNorm(nnx.Module):
-    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32 or wider.
+    """`x / sqrt(mean(x^2) + eps) * (offset + scale)` over the last axis, in float32 or wider.
+
+    The factor starts at 1: with an offset of 1, as some families have, `scale` starts at 0.
 
     Reference: Root Mean Square Layer Normalization, arXiv 1910.07467.
     """
 
     def __init__(self, size: int, config: DecoderConfig):
-        self.eps = config.norm_eps
-        self.scale = nnx.Param(jnp.ones((size,), config.param_dtype), logical_axes=(None,))
+        self.eps, self.offset = config.norm_eps, config.norm_offset
+        self.scale = nnx.Param(jnp.full((size,), 1 - config.norm_offset, config.param_dtype), logical_axes=(None,))
 
     def __call__(self, x: Array) -> Array:
         """`x` normalized, of the same shape and dtype."""
         wide = x.astype(accumulation_dtype(x.dtype))
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * self.scale[...].astype(wide.dtype)).astype(x.dtype)
-
-
-def rotary_angles(positions: Array, head_dim: int, base: float, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """Cosine and sine, each `[B, T, head_dim/2]`, of `position * base^(-2i/head_dim)`."""
-    frequency = base ** (-jnp.arange(0, head_dim, 2, dtype=dtype) / head_dim)
-    angle = positions[..., None].astype(dtype) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x: Array, rotation: tuple[Array, Array]) -> Array:
-    """Rotate `[B, T, H, K]` queries or keys: dimension `i` together with `i + K/2`.
-
-    Reference: RoFormer: Enhanced Transformer with Rotary Position Embedding, arXiv 2104.09864.
-    """
-    cos, sin = (r[:, :, None, :] for r in rotation)
-    first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+        return (wide * (self.offset + self.scale[...].astype(wide.dtype))).astype(x.dtype)
 
 
 class Attention(nnx.Module):
-    """Causal attention with fewer key-value heads than query heads, rotary positions and optional QK-norm."""
+    """Causal attention with fewer key-value heads than query heads, rotary positions, optional biases and QK-norm."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         c = config
@@ -137,8 +154,14 @@ class Attention(nnx.Module):
         self.key = param(rngs, (c.width, c.kv_heads, c.head_dim), kv_axes, c, std)
         self.value = param(rngs, (c.width, c.kv_heads, c.head_dim), kv_axes, c, std)
         self.out = param(rngs, (c.heads, c.head_dim, c.width), ("heads", "head_dim", "embed"), c, out_std)
-        self.query_norm = RMSNorm(c.head_dim, c) if c.qk_norm else None
-        self.key_norm = RMSNorm(c.head_dim, c) if c.qk_norm else None
+        biased, per_head = c.attention_bias != "none", c.qk_norm == "head"
+        self.query_bias = zeros((c.heads, c.head_dim), ("heads", "head_dim"), c) if biased else None
+        self.key_bias = zeros((c.kv_heads, c.head_dim), ("kv_heads", "head_dim"), c) if biased else None
+        self.value_bias = zeros((c.kv_heads, c.head_dim), ("kv_heads", "head_dim"), c) if biased else None
+        self.out_bias = zeros((c.width,), ("embed",), c) if c.attention_bias == "all" else None
+        sizes = (c.head_dim, c.head_dim) if per_head else (c.heads * c.head_dim, c.kv_heads * c.head_dim)
+        self.query_norm = None if c.qk_norm == "none" else RMSNorm(sizes[0], c)
+        self.key_norm = None if c.qk_norm == "none" else RMSNorm(sizes[1], c)
 
     def __call__(
         self, x: Array, rotation: tuple[Array, Array], attend: Attend, cache: LayerCache | None, read_cache: bool
@@ -146,10 +169,15 @@ class Attention(nnx.Module):
         """`[B, T, D]` to `[B, T, D]`; with `read_cache` over all that the cache holds, else over `x` alone."""
         dtype = x.dtype
         query, key, value = (
-            jnp.einsum("btd,dhk->bthk", x, w[...].astype(dtype)) for w in (self.query, self.key, self.value)
+            _plus(jnp.einsum("btd,dhk->bthk", x, weight[...].astype(dtype)), bias)
+            for weight, bias in (
+                (self.query, self.query_bias),
+                (self.key, self.key_bias),
+                (self.value, self.value_bias),
+            )
         )
         if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
+            query, key = self._normalized(self.query_norm, query), self._normalized(self.key_norm, key)
         query, key = rotate(query, rotation), rotate(key, rotation)
         query, key, value = (constrain(a, ("batch", "length", "act_heads", None)) for a in (query, key, value))
         if cache is not None:
@@ -163,42 +191,37 @@ class Attention(nnx.Module):
                 key = jax.lax.dynamic_index_in_dim(k, cache.layer, 0, keepdims=False)
                 value = jax.lax.dynamic_index_in_dim(v, cache.layer, 0, keepdims=False)
         out = attend(query, key, value)
-        return jnp.einsum("bthk,hkd->btd", out, self.out[...].astype(dtype)), cache
+        return _plus(jnp.einsum("bthk,hkd->btd", out, self.out[...].astype(dtype)), self.out_bias), cache
+
+    def _normalized(self, norm: RMSNorm, x: Array) -> Array:
+        if self.config.qk_norm == "head":
+            return norm(x)
+        return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)  # over all heads at once
 
 
 class MLP(nnx.Module):
-    """`down(silu(gate x) * up x)`.
+    """`down(act(gate x) * up x)`.
 
     Reference: GLU Variants Improve Transformer, arXiv 2002.05202.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         c = config
+        self.activation = c.activation
         self.gate = param(rngs, (c.width, c.mlp_width), ("embed", "mlp"), c, c.init_std)
         self.up = param(rngs, (c.width, c.mlp_width), ("embed", "mlp"), c, c.init_std)
         self.down = param(rngs, (c.mlp_width, c.width), ("mlp", "embed"), c, c.init_std / math.sqrt(2 * c.layers))
+        self.gate_bias = zeros((c.mlp_width,), ("mlp",), c) if c.mlp_bias else None
+        self.up_bias = zeros((c.mlp_width,), ("mlp",), c) if c.mlp_bias else None
+        self.down_bias = zeros((c.width,), ("embed",), c) if c.mlp_bias else None
 
-    def __call__(self, x: Array) -> Array:
-        """`[B, T, D]` to `[B, T, D]`."""
+    def __call__(self, x: Array) -> tuple[Array, dict[str, Array]]:
+        """`[B, T, D]` to `[B, T, D]`, and nothing to report."""
         gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
-        inner = constrain(jax.nn.silu(x @ gate) * (x @ up), ("batch", "length", "act_mlp"))
-        return inner @ down
+        opened = ACTIVATIONS[self.activation](_plus(x @ gate, self.gate_bias))
+        inner = constrain(opened * _plus(x @ up, self.up_bias), ("batch", "length", "act_mlp"))
+        return _plus(inner @ down, self.down_bias), {}
 
 
-class Layer(nnx.Module):
-    """One pre-norm residual layer: attention, then MLP."""
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.width, config)
-        self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = RMSNorm(config.width, config)
-        self.mlp = MLP(config, rngs=rngs)
-
-    def __call__(
-        self, x: Array, rotation: tuple[Array, Array], attend: Attend, cache: LayerCache | None, read_cache: bool
-    ) -> tuple[Array, LayerCache | None]:
-        """`[B, T, D]` to `[B, T, D]`, and the cache with this layer's keys and values written."""
-        out, cache = self.attention(self.attention_norm(x), rotation, attend, cache, read_cache)
-        x = x + out
-        x = x + self.mlp(self.mlp_norm(x))
-        return constrain(x, ("batch", "length", "act_embed")), cache
+def _plus(x: Array, bias: nnx.Param | None) -> Array:
+    return x if bias is None else x + bias[...].astype(x.dtype)

@@ -230,7 +230,7 @@ def test_a_row_of_equal_rooms_grows_only_where_its_starts_need_more_than_31_bits
 
 def test_a_shared_prefix_computes_only_the_tiles_that_hold_something():
     def tiles(length, starts):
-        kernel = make_kernel(length, 512, 2, starts, None, True)
+        kernel = make_kernel(length, 512, 2, starts, None, None, True)
         infos = (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info)
         # The mask of a tile is computed in the kernel; none is stored.
         assert all(info.partial_mask_blocks is None and info.q_sequence is not None for info in infos)

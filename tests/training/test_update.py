@@ -199,3 +199,15 @@ def test_extras_of_sequences_and_of_prompts_reach_their_rows_in_every_micro_batc
     )
     made = 3 * np.asarray(batch.reward).reshape(-1)
     np.testing.assert_allclose(metrics["loss/made"], (row * made * tokens).sum() / count, rtol=1e-4)
+
+
+def test_each_trained_role_may_have_an_optimizer_of_its_own():
+    batch, method = tiny.batch(), methods.ppo()
+    both = {"policy": optax.sgd(0.0), "critic": optax.sgd(0.1)}
+    before = jax.device_get(tiny.params_for(method))
+    state, _ = tiny.one_step(method, batch, both)
+    assert_same(before["policy"], jax.device_get(state.params["policy"]))
+    alike, _ = tiny.one_step(method, batch, optax.sgd(0.1))
+    assert_same(jax.device_get(alike.params["critic"]), jax.device_get(state.params["critic"]))
+    with pytest.raises(ValueError, match="critic"):
+        tiny.one_step(method, batch, {"policy": optax.sgd(0.1)})

@@ -38,6 +38,7 @@ def attention(
     segment_ids: Array | None = None,
     key_segment_ids: Array | None = None,
     completion_starts: tuple[int, ...] | None = None,
+    window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     implementation: str | None = None,
@@ -67,6 +68,8 @@ def attention(
         segment_ids: `[B, T]` int, the sequence that each query belongs to; negative for padding.
         key_segment_ids: `[B, S]` int; None for those of the queries.
         completion_starts: where each completion starts, increasing; what precedes the first is the shared prefix.
+        window: a query sees no key that is this many places (or positions) or more before it; None for all. Not with
+            `completion_starts`, where places do not tell how far apart tokens are.
         scale: None for `1 / sqrt(K)`.
         softcap: scores become `softcap * tanh(scores / softcap)`.
         implementation: `"xla"`: everything, anywhere. `"splash"`: no positions, for TPU; on a CPU it is interpreted,
@@ -95,6 +98,10 @@ def attention(
         _check_starts(completion_starts, query.shape[1], query_positions is not None)
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive, or None for no cap, got {softcap}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, a query sees itself, or None for no window, got {window}")
+    if window is not None and completion_starts is not None:
+        raise ValueError("window and completion_starts cannot be combined: give completions rows of their own")
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"unknown implementation {implementation!r}; there are {list(IMPLEMENTATIONS)}")
 
@@ -120,6 +127,7 @@ def attention(
             segment_ids,
             key_segment_ids,
             completion_starts=completion_starts,
+            window=window,
             scale=scale,
             softcap=softcap,
             interpret=current_device().platform == "cpu",
@@ -143,6 +151,7 @@ def attention(
         segment_ids,
         key_segment_ids,
         completion_starts,
+        window,
     )
     return attention_xla(query, key, value, mask, scale=scale, softcap=softcap)
 

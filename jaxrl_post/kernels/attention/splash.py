@@ -63,8 +63,12 @@ class SharedPrefixMask(splash_attention_mask.Mask):
 
 
 @functools.lru_cache(maxsize=16)
-def make_mask(length: int, completion_starts: tuple[int, ...] | None) -> splash_attention_mask.Mask:
+def make_mask(
+    length: int, completion_starts: tuple[int, ...] | None, window: int | None = None
+) -> splash_attention_mask.Mask:
     """The mask of one head; the same object every time, so that what was traced with it is found again."""
+    if window is not None:
+        return splash_attention_mask.LocalMask((length, length), window_size=(window - 1, 0), offset=0)
     if completion_starts is None:
         return splash_attention_mask.CausalMask((length, length))
     return SharedPrefixMask(length, completion_starts)
@@ -92,6 +96,7 @@ def make_kernel(
     block: int,
     heads: int,
     completion_starts: tuple[int, ...] | None,
+    window: int | None,
     softcap: float | None,
     interpret: bool,
 ) -> splash_attention_kernel.SplashAttentionKernel:
@@ -105,7 +110,7 @@ def make_kernel(
         block_q_dq=block,
         block_kv_dq=block,
     )
-    mask = splash_attention_mask.MultiHeadMask([make_mask(length, completion_starts)] * heads)
+    mask = splash_attention_mask.MultiHeadMask([make_mask(length, completion_starts, window)] * heads)
     return splash_attention_kernel.make_splash_mha(
         mask,
         block_sizes=sizes,
@@ -124,6 +129,7 @@ def attention_splash(
     key_segment_ids: Array | None = None,
     *,
     completion_starts: tuple[int, ...] | None = None,
+    window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     interpret: bool = False,
@@ -137,6 +143,7 @@ def attention_splash(
         segment_ids: `[B, T]`.
         key_segment_ids: `[B, T]`.
         completion_starts: as in `attention`.
+        window: as in `attention`.
         scale: None for `1 / sqrt(K)`.
         softcap: as in `attention`.
         interpret: whether to interpret the kernel, on a device that is no TPU.
@@ -176,7 +183,7 @@ def attention_splash(
                     for x in (segments, key_segments)
                 )
             )
-        kernel = make_kernel(padded, block, query.shape[1], completion_starts, softcap, interpret)
+        kernel = make_kernel(padded, block, query.shape[1], completion_starts, window, softcap, interpret)
         out: Any = jax.vmap(kernel)(query, key, value, ids)
         return out.swapaxes(1, 2)[:, :length]
 

@@ -20,6 +20,7 @@ def attention_mask(
     segment_ids: Array | None = None,
     key_segment_ids: Array | None = None,
     completion_starts: tuple[int, ...] | None = None,
+    window: int | None = None,
 ) -> Array:
     """`[B or 1, T, S]` bool: which keys a query sees; the arguments are those of `attention`, positions required.
 
@@ -30,6 +31,8 @@ def attention_mask(
     """
     query, key = query_positions[:, :, None], key_positions[:, None, :]
     mask = (key >= 0) & (key <= query)
+    if window is not None:
+        mask &= key > query - window
     if segment_ids is not None and key_segment_ids is not None:
         segment = key_segment_ids[:, None, :]
         mask &= (segment >= 0) & (segment_ids[:, :, None] == segment)
