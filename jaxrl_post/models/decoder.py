@@ -36,6 +36,7 @@ from jaxrl_post.models.layers import (
     accumulation_dtype,
     param,
 )
+from jaxrl_post.models.lora import Lora
 from jaxrl_post.models.rope import Rope, rotary_angles
 from jaxrl_post.types import Array, Policy, Unembedding
 
@@ -61,11 +62,12 @@ class Layer(nnx.Module):
         attend: Attend,
         cache: LayerCache | None,
         read_cache: bool,
+        key: Array | None = None,
     ) -> tuple[Array, LayerCache | None, dict[str, Array]]:
         """`[B, T, D]` to `[B, T, D]`, the cache with this layer's keys and values written, and what the MLP reports."""
-        out, cache = self.attention(_normed(self.attention_norm, x), rotation, attend, cache, read_cache)
+        out, cache = self.attention(_normed(self.attention_norm, x), rotation, attend, cache, read_cache, key)
         x = x + _normed(self.after_attention_norm, out)
-        out, report = self.mlp(_normed(self.mlp_norm, x))
+        out, report = self.mlp(_normed(self.mlp_norm, x), key)
         x = x + _normed(self.after_mlp_norm, out)
         return constrain(x, ("batch", "length", "act_embed")), cache, report
 
@@ -112,13 +114,14 @@ class Decoder(nnx.Module):
         positions: Array,
         segment_ids: Array | None = None,
         completion_starts: tuple[int, ...] | None = None,
+        key: Array | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         """`[B, T, D]` states after the last norm, all tokens at once; those of a segment stand in their order.
 
         Beside them `load_balancing_loss`, if the model has experts.
         """
         attend = functools.partial(_in_row_order, positions, segment_ids, completion_starts)
-        hidden, _, aux = self._run(tokens, positions, attend, None, read_cache=False)
+        hidden, _, aux = self._run(tokens, positions, attend, None, read_cache=False, key=key)
         return hidden, aux
 
     def prefill(self, tokens: Array, positions: Array, cache: KVCache) -> tuple[Array, KVCache]:
@@ -164,6 +167,7 @@ class Decoder(nnx.Module):
         cache: KVCache | None,
         *,
         read_cache: bool,
+        key: Array | None = None,
     ) -> tuple[Array, Any, dict[str, Array]]:
         """States, caches and what the experts report; `attends` makes the attention that a window leaves."""
         c = self.config
@@ -199,8 +203,9 @@ class Decoder(nnx.Module):
                 rotation, attend = angles, everywhere
             else:
                 rotation, attend = mixed(local)
+            own_key = None if key is None or c.lora is None else jax.random.fold_in(key, number)
             entry = None if cache is None else LayerCache(caches[0], caches[1], number, cache.index)
-            x, entry, report = nnx.merge(graph, state)(x, rotation, attend, entry, read_cache)
+            x, entry, report = nnx.merge(graph, state)(x, rotation, attend, entry, read_cache, own_key)
             caches = None if entry is None else (constrain(entry.k, CACHE_AXES), constrain(entry.v, CACHE_AXES))
             return (x, caches), report
 
@@ -270,6 +275,7 @@ def decoder(
     remat: str = "none",
     value_head: bool = False,
     init_std: float = 0.02,
+    lora: Lora | None = None,
 ) -> Policy:
     """A decoder with rotary positions, grouped attention and a gated MLP or experts, as a `Policy`.
 
@@ -318,6 +324,7 @@ def decoder(
             each layer.
         value_head: whether `heads` gives `value` (zero at first).
         init_std: standard deviation of the initial parameters.
+        lora: adapters of the layers' projections, with `models.Lora`; None for none.
 
     Returns:
         A `Policy`; `params` is a nested dict of arrays.
@@ -375,6 +382,9 @@ def decoder(
         raise ValueError(f"experts_per_token must be between 1 and experts={experts}, got {experts_per_token}")
     if experts and mlp_bias:
         raise ValueError("mlp_bias does not apply to experts, which have none")
+    lora = None if lora is None else lora.checked()
+    if lora is not None and experts and set(lora.targets) & {"gate", "up", "down"}:
+        raise ValueError(f"lora targets {lora.targets} are among the maps of experts, which cannot have adapters")
     config = DecoderConfig(
         vocab_size=vocab_size,
         width=width,
@@ -407,6 +417,7 @@ def decoder(
         remat=remat,
         value_head=value_head,
         init_std=init_std,
+        lora=lora,
     )
 
     def init_cache(batch: int, capacity: int, dtype: DTypeLike | None = None) -> KVCache:

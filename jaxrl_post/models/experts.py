@@ -34,8 +34,9 @@ class Experts(nnx.Module):
         self.up = param(rngs, shape, ("experts", "embed", "mlp"), c, c.init_std)
         self.down = param(rngs, (c.experts, c.mlp_width, c.width), ("experts", "mlp", "embed"), c, out_std)
 
-    def __call__(self, x: Array) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, x: Array, key: Array | None = None) -> tuple[Array, dict[str, Array]]:
         """`[B, T, D]` to `[B, T, D]`, and for each token `chosen` and `probability` `[B, T, E]` of every expert."""
+        del key  # nothing here is random
         c = self.config
         flat = x.reshape(-1, c.width)
         wide = accumulation_dtype(x.dtype)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxrl_post.mesh import LogicalAxes, constrain
+from jaxrl_post.models.lora import Adapter, Lora
 from jaxrl_post.models.rope import Rope, rotate
 from jaxrl_post.types import Array
 
@@ -72,6 +73,7 @@ class DecoderConfig:
     remat: str
     value_head: bool
     init_std: float
+    lora: Lora | None = None
 
 
 class KVCache(NamedTuple):
@@ -123,6 +125,27 @@ def zeros(shape: tuple[int, ...], axes: LogicalAxes, config: DecoderConfig) -> n
     return nnx.Param(jnp.zeros(shape, config.param_dtype), logical_axes=axes)
 
 
+def adapter(
+    name: str,
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    axes: LogicalAxes,
+    config: DecoderConfig,
+    rngs: nnx.Rngs,
+) -> Adapter | None:
+    """The adapter of a projection, if it is to have one."""
+    if config.lora is None or name not in config.lora.targets:
+        return None
+    return Adapter(config, inputs, outputs, axes, rngs=rngs)
+
+
+def adapted(y: Array, adapter: Adapter | None, x: Array, key: Array | None, number: int) -> Array:
+    """`y`, the projection of `x`, and what the adapter adds; `number` tells the dropout of adapters apart."""
+    if adapter is None:
+        return y
+    return y + adapter(x, None if key is None else jax.random.fold_in(key, number))
+
+
 class RMSNorm(nnx.Module):
     """`x / sqrt(mean(x^2) + eps) * (offset + scale)` over the last axis, in float32 or wider.
 
@@ -160,38 +183,52 @@ class Attention(nnx.Module):
         self.value_bias = zeros((c.kv_heads, c.head_dim), ("kv_heads", "head_dim"), c) if biased else None
         self.out_bias = zeros((c.width,), ("embed",), c) if c.attention_bias == "all" else None
         sizes = (c.head_dim, c.head_dim) if per_head else (c.heads * c.head_dim, c.kv_heads * c.head_dim)
+        into: tuple[int, ...] = (c.width,)
+        kv_shape = (c.kv_heads, c.head_dim)
+        self.query_lora = adapter("query", into, (c.heads, c.head_dim), ("embed", "heads", "head_dim"), c, rngs)
+        self.key_lora = adapter("key", into, kv_shape, kv_axes, c, rngs)
+        self.value_lora = adapter("value", into, kv_shape, kv_axes, c, rngs)
+        self.out_lora = adapter("out", (c.heads, c.head_dim), into, ("heads", "head_dim", "embed"), c, rngs)
         self.query_norm = None if c.qk_norm == "none" else RMSNorm(sizes[0], c)
         self.key_norm = None if c.qk_norm == "none" else RMSNorm(sizes[1], c)
 
     def __call__(
-        self, x: Array, rotation: tuple[Array, Array], attend: Attend, cache: LayerCache | None, read_cache: bool
+        self,
+        x: Array,
+        rotation: tuple[Array, Array],
+        attend: Attend,
+        cache: LayerCache | None,
+        read_cache: bool,
+        key: Array | None = None,
     ) -> tuple[Array, LayerCache | None]:
         """`[B, T, D]` to `[B, T, D]`; with `read_cache` over all that the cache holds, else over `x` alone."""
         dtype = x.dtype
-        query, key, value = (
-            _plus(jnp.einsum("btd,dhk->bthk", x, weight[...].astype(dtype)), bias)
-            for weight, bias in (
-                (self.query, self.query_bias),
-                (self.key, self.key_bias),
-                (self.value, self.value_bias),
-            )
+        projections = (
+            (self.query, self.query_bias, self.query_lora),
+            (self.key, self.key_bias, self.key_lora),
+            (self.value, self.value_bias, self.value_lora),
+        )
+        query, keys, value = (
+            adapted(_plus(jnp.einsum("btd,dhk->bthk", x, weight[...].astype(dtype)), bias), lora, x, key, number)
+            for number, (weight, bias, lora) in enumerate(projections)
         )
         if self.query_norm is not None and self.key_norm is not None:
-            query, key = self._normalized(self.query_norm, query), self._normalized(self.key_norm, key)
-        query, key = rotate(query, rotation), rotate(key, rotation)
-        query, key, value = (constrain(a, ("batch", "length", "act_heads", None)) for a in (query, key, value))
+            query, keys = self._normalized(self.query_norm, query), self._normalized(self.key_norm, keys)
+        query, keys = rotate(query, rotation), rotate(keys, rotation)
+        query, keys, value = (constrain(a, ("batch", "length", "act_heads", None)) for a in (query, keys, value))
         if cache is not None:
             # The whole stack is written at [layer, :, index:index+T], which XLA does in place; slicing a layer out,
             # updating it and stacking it again would copy the cache at every token.
             start = (cache.layer, 0, cache.index, 0, 0)
-            k = jax.lax.dynamic_update_slice(cache.k, key[None].astype(cache.k.dtype), start)
+            k = jax.lax.dynamic_update_slice(cache.k, keys[None].astype(cache.k.dtype), start)
             v = jax.lax.dynamic_update_slice(cache.v, value[None].astype(cache.v.dtype), start)
             cache = cache._replace(k=k, v=v)
             if read_cache:
-                key = jax.lax.dynamic_index_in_dim(k, cache.layer, 0, keepdims=False)
+                keys = jax.lax.dynamic_index_in_dim(k, cache.layer, 0, keepdims=False)
                 value = jax.lax.dynamic_index_in_dim(v, cache.layer, 0, keepdims=False)
-        out = attend(query, key, value)
-        return _plus(jnp.einsum("bthk,hkd->btd", out, self.out[...].astype(dtype)), self.out_bias), cache
+        mixed = attend(query, keys, value)
+        out = _plus(jnp.einsum("bthk,hkd->btd", mixed, self.out[...].astype(dtype)), self.out_bias)
+        return adapted(out, self.out_lora, mixed, key, len(projections)), cache
 
     def _normalized(self, norm: RMSNorm, x: Array) -> Array:
         if self.config.qk_norm == "head":
@@ -214,13 +251,17 @@ class MLP(nnx.Module):
         self.gate_bias = zeros((c.mlp_width,), ("mlp",), c) if c.mlp_bias else None
         self.up_bias = zeros((c.mlp_width,), ("mlp",), c) if c.mlp_bias else None
         self.down_bias = zeros((c.width,), ("embed",), c) if c.mlp_bias else None
+        self.gate_lora = adapter("gate", (c.width,), (c.mlp_width,), ("embed", "mlp"), c, rngs)
+        self.up_lora = adapter("up", (c.width,), (c.mlp_width,), ("embed", "mlp"), c, rngs)
+        self.down_lora = adapter("down", (c.mlp_width,), (c.width,), ("mlp", "embed"), c, rngs)
 
-    def __call__(self, x: Array) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, x: Array, key: Array | None = None) -> tuple[Array, dict[str, Array]]:
         """`[B, T, D]` to `[B, T, D]`, and nothing to report."""
         gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
-        opened = ACTIVATIONS[self.activation](_plus(x @ gate, self.gate_bias))
-        inner = constrain(opened * _plus(x @ up, self.up_bias), ("batch", "length", "act_mlp"))
-        return _plus(inner @ down, self.down_bias), {}
+        gated = adapted(_plus(x @ gate, self.gate_bias), self.gate_lora, x, key, 4)
+        raised = adapted(_plus(x @ up, self.up_bias), self.up_lora, x, key, 5)
+        inner = constrain(ACTIVATIONS[self.activation](gated) * raised, ("batch", "length", "act_mlp"))
+        return adapted(_plus(inner @ down, self.down_bias), self.down_lora, inner, key, 6), {}
 
 
 def _plus(x: Array, bias: nnx.Param | None) -> Array:

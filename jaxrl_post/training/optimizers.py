@@ -1,8 +1,59 @@
-"""The Optax chain and the schedule that a configuration asks for."""
+"""What is optimised and by what: the Optax chain and schedule of a configuration, roles, and parts of parameters."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import jax
 import optax
+
+from jaxrl_post.types import Method, Params, PyTree
+
+
+def by_trained_role(
+    optimizer: optax.GradientTransformation | Mapping[str, optax.GradientTransformation], method: Method
+) -> dict[str, optax.GradientTransformation]:
+    """The optimiser of each role that a method trains.
+
+    Args:
+        optimizer: one for all of them, or one for each by role.
+        method: the method.
+
+    Raises:
+        ValueError: if a trained role has none.
+
+    Example:
+        >>> from jaxrl_post import methods
+        >>> slow, fast = optax.sgd(0.1), optax.sgd(1.0)
+        >>> by_trained_role({"policy": slow, "critic": fast}, methods.ppo())["critic"] is fast
+        True
+    """
+    if not isinstance(optimizer, Mapping):
+        return dict.fromkeys(sorted(method.trains), optimizer)
+    if missing := sorted(method.trains - set(optimizer)):
+        raise ValueError(f"the method trains {sorted(method.trains)}; no optimizer was given for {missing}")
+    return {role: optimizer[role] for role in sorted(method.trains)}
+
+
+def parted(params: Params, trainable: PyTree | None) -> tuple[Params, Params]:
+    """The parameters that are trained and the others, each with None in the place of what is in the other.
+
+    Example:
+        >>> parted({"a": 1, "b": 2}, {"a": True, "b": False})
+        ({'a': 1, 'b': None}, {'a': None, 'b': 2})
+    """
+    if trainable is None:
+        return params, jax.tree.map(lambda _: None, params)
+    first, second = (
+        jax.tree.map(lambda x, moves, want=want: x if bool(moves) is want else None, params, trainable)
+        for want in (True, False)
+    )
+    return first, second
+
+
+def whole(trained: Params, still: Params) -> Params:
+    """What `parted` took apart."""
+    return jax.tree.map(lambda a, b: b if a is None else a, trained, still, is_leaf=lambda x: x is None)
 
 
 def make_schedule(

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_post import mesh as mesh_lib
+from jaxrl_post.training.optimizers import by_trained_role, parted
 from jaxrl_post.types import Array, Method, Params, PyTree
 
 
@@ -44,13 +45,15 @@ class TrainState:
 def init(
     params: Mapping[str, Params],
     method: Method,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | Mapping[str, optax.GradientTransformation],
     key: Array,
     *,
     rollouts: PyTree = None,
     num_prompts: int = 0,
     curriculum_state: PyTree = (),
     step: int = 0,
+    trainable: Mapping[str, PyTree] | None = None,
+    borrows: Mapping[str, str] | None = None,
     mesh: Mesh | None = None,
     axes: Mapping[str, PyTree] | None = None,
 ) -> TrainState:
@@ -59,12 +62,14 @@ def init(
     Args:
         params: parameters by role, at least those that the method trains or reads.
         method: from `methods`.
-        optimizer: an Optax transformation, used for each trained role.
+        optimizer: an Optax transformation, used for each trained role, or one for each of them by role.
         key: `jax.random.key(seed)`.
         rollouts: `Rollouts` of `jax.ShapeDtypeStruct`s, for methods that keep a state of the batch's shape.
         num_prompts: size of the data set, for methods that keep a state per prompt.
         curriculum_state: from `Curriculum.init`.
         step: the number of the last step taken before.
+        trainable: as `make_step` is given it.
+        borrows: as `make_step` is given it; the roles that borrow have no parameters.
         mesh: where the state lies; one device if None.
         axes: logical axes by role (`Policy.axes()`); a role that is missing is replicated.
 
@@ -75,8 +80,10 @@ def init(
     Raises:
         ValueError: if a role that the method reads is missing.
     """
-    if missing := sorted(set(method.needs) - set(params)):
-        raise ValueError(f"the method needs parameters for {sorted(method.needs)}; {missing} are missing from params")
+    trainable = trainable or {}
+    if missing := sorted(method.roles - set(borrows or {}) - set(params)):
+        raise ValueError(f"the method needs parameters for {sorted(method.roles)}; {missing} are missing from params")
+    optimizers = by_trained_role(optimizer, method)
     state = TrainState(
         step=jnp.asarray(step, jnp.int32),
         params={role: jax.tree.map(lambda x: jnp.array(x, copy=True), tree) for role, tree in params.items()},
@@ -86,8 +93,9 @@ def init(
         key=jnp.copy(key),
     )
     if mesh is None:
-        return state.replace(opt_state={role: optimizer.init(state.params[role]) for role in sorted(method.trains)})
-    layout = state_shardings(state, method, optimizer, mesh, axes or {})
+        moving = {role: parted(state.params[role], trainable.get(role))[0] for role in optimizers}
+        return state.replace(opt_state={role: one.init(moving[role]) for role, one in optimizers.items()})
+    layout = state_shardings(state, method, optimizers, mesh, axes or {}, trainable)
     placed = state.replace(
         **{
             name: mesh_lib.place(getattr(state, name), getattr(layout, name))
@@ -95,7 +103,9 @@ def init(
         }
     )
     opt_state = {
-        role: jax.jit(optimizer.init, out_shardings=layout.opt_state[role])(placed.params[role])
+        role: jax.jit(optimizers[role].init, out_shardings=layout.opt_state[role])(
+            parted(placed.params[role], trainable.get(role))[0]
+        )
         for role in sorted(method.trains)
     }
     return placed.replace(opt_state=opt_state)
@@ -104,21 +114,24 @@ def init(
 def state_shardings(
     state: TrainState,
     method: Method,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | Mapping[str, optax.GradientTransformation],
     mesh: Mesh,
     axes: Mapping[str, PyTree],
+    trainable: Mapping[str, PyTree] | None = None,
 ) -> TrainState:
     """A `TrainState` of `NamedSharding`s: optimiser moments lie as their parameters do, all else is replicated."""
     replicated: Any = NamedSharding(mesh, PartitionSpec())  # in the place of an array
+    optimizers = by_trained_role(optimizer, method)
     params = {role: mesh_lib.shardings(tree, axes.get(role), mesh) for role, tree in state.params.items()}
     opt_state = {}
     for role in sorted(method.trains):
-        shapes = jax.eval_shape(optimizer.init, state.params[role])
+        moving, _ = parted(state.params[role], (trainable or {}).get(role))
+        shapes = jax.eval_shape(optimizers[role].init, moving)
         opt_state[role] = optax.tree_utils.tree_map_params(
-            optimizer,
+            optimizers[role],
             lambda _, sharding: sharding,
             shapes,
-            params[role],
+            parted(params[role], (trainable or {}).get(role))[0],
             transform_non_params=lambda _: replicated,
         )
     return TrainState(

@@ -14,9 +14,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_post import mesh as mesh_lib
+from jaxrl_post.training.optimizers import by_trained_role
 from jaxrl_post.training.state import TrainState
 from jaxrl_post.training.update import Metrics, Trained, Update, make_update
-from jaxrl_post.types import Array, Method, Params, Rollouts, Score
+from jaxrl_post.types import Array, Method, Params, PyTree, Rollouts, Score
 
 Step = Callable[[TrainState, Rollouts], tuple[TrainState, Metrics]]
 
@@ -24,11 +25,13 @@ Step = Callable[[TrainState, Rollouts], tuple[TrainState, Metrics]]
 def make_step(
     scores: Mapping[str, Score] | Score,
     method: Method,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | Mapping[str, optax.GradientTransformation],
     *,
     micro_batches: int = 1,
     epochs: int = 1,
     refresh: Callable[[dict[str, Params], Array], dict[str, Params]] | None = None,
+    trainable: Mapping[str, PyTree] | None = None,
+    borrows: Mapping[str, str] | None = None,
     mesh: Mesh | None = None,
 ) -> Step:
     """A jitted `step(state, rollouts) -> (state, metrics)` with a donated state.
@@ -43,11 +46,16 @@ def make_step(
     Args:
         scores: a `Score` for each role that the method reads, or one for all of them.
         method: from `methods`.
-        optimizer: an Optax transformation, applied to each trained role's gradient.
+        optimizer: an Optax transformation, applied to each trained role's gradient, or one for each of them by role.
         micro_batches: pieces that the batch is cut into for the forward and backward pass; must divide the number of
             units: the method's, or groups where a score shares their prompts.
         epochs: updates made on the same batch.
         refresh: `(params by role, step) -> params by role`, applied after the update: how frozen roles follow others.
+        trainable: by trained role, a tree of bools like its parameters: those that are False get no gradient, no update
+            and no optimiser state (`models.trainable` for adapters). All are trained of a role that is not named. The
+            same as `training.init` was given.
+        borrows: roles that read the parameters of another role, by a score of their own: `{"reference": "policy"}`,
+            with the score of the model without adapters, is a reference without a copy.
         mesh: where state and batch lie; without one, wherever the state's arrays are.
 
     Returns:
@@ -55,8 +63,10 @@ def make_step(
         clipping by the optimiser), `nonfinite_updates`, `empty_updates`, `updates` (made to the policy, or to the role
         that got most), `sampling/sampling_logp_difference/mean|max` (nats, between what the sampler recorded and what
         training computes, in the first epoch), `gradient_weight/<term>` where a method combines gradients, and what
-        `method.metrics` gives. Of a chain, names that several stages have are `<stage>/<name>`; `loss` and the counts
-        are then also there as sums, `grad_norm` as the root of the sum of squares.
+        `method.metrics` gives; of a probe, `probe/<name>/tokens` (read with it), `probe/<name>/cost` (places that its
+        forward pass has, by those of the batch) and `probe/<name>/valid` (share of its texts). Of a chain, names that
+        several stages have are `<stage>/<name>`; `loss` and the counts are then also there as sums, `grad_norm` as the
+        root of the sum of squares.
 
     Raises:
         ValueError: if a role has no score; at the first call, if the micro-batches do not divide the batch, or the
@@ -76,14 +86,14 @@ def make_step(
         >>> losses_seen == sorted(losses_seen, reverse=True)
         True
     """
-    by_role = dict(scores) if isinstance(scores, Mapping) else dict.fromkeys(method.needs, scores)
-    if missing := sorted(set(method.needs) - set(by_role)):
-        raise ValueError(f"the method reads stats of {sorted(method.needs)}; no score was given for {missing}")
+    by_role = dict(scores) if isinstance(scores, Mapping) else dict.fromkeys(method.roles, scores)
+    if missing := sorted(method.roles - set(by_role)):
+        raise ValueError(f"the method reads stats of {sorted(method.roles)}; no score was given for {missing}")
     if micro_batches < 1 or epochs < 1:
         raise ValueError(f"micro_batches and epochs must be at least 1, got {micro_batches} and {epochs}")
-    stages = stages_of(method)
-    if any(stage.probes is not None for stage in stages.values()):
-        raise ValueError("methods with probes are not supported by this step yet")
+    if trained := sorted(method.trains & set(borrows or {})):
+        raise ValueError(f"a role that is trained cannot borrow its parameters, but {trained} is to")
+    stages, optimizers = stages_of(method), by_trained_role(optimizer, method)
 
     def place(rollouts: Rollouts) -> Rollouts:
         if mesh is None:
@@ -96,9 +106,11 @@ def make_step(
         updates[name] = make_update(
             by_role,
             stage,
-            optimizer,
+            optimizers,
             micro_batches=micro_batches,
             epochs=epochs,
+            trainable=trainable,
+            borrows=borrows,
             compare_sampler=untouched and stage.learns_from == "rollouts" and stage.batch is None,
             place=place,
         )

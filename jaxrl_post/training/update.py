@@ -5,6 +5,7 @@ The order of several methods, refreshed roles, compilation and placement are in 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,8 +14,23 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl_post import losses
+from jaxrl_post.rollout import BUDGET, EXIT
+from jaxrl_post.training.optimizers import parted, whole
 from jaxrl_post.training.splitting import coarsest, split, unsplit_rows
-from jaxrl_post.types import Array, Method, Metric, Params, PyTree, Rollouts, Score, Targets, Term, TokenStats
+from jaxrl_post.types import (
+    ANSWER_TOKENS,
+    PROBE,
+    Array,
+    Method,
+    Metric,
+    Params,
+    PyTree,
+    Rollouts,
+    Score,
+    Targets,
+    Term,
+    TokenStats,
+)
 
 Metrics = dict[str, Array]
 
@@ -39,11 +55,13 @@ Update = Callable[[Trained, Rollouts, Array], tuple[Trained, Metrics]]
 def make_update(
     scores: Mapping[str, Score],
     method: Method,
-    optimizer: optax.GradientTransformation,
+    optimizers: Mapping[str, optax.GradientTransformation],
     *,
     micro_batches: int,
     epochs: int,
     compare_sampler: bool,
+    trainable: Mapping[str, PyTree] | None = None,
+    borrows: Mapping[str, str] | None = None,
     place: Callable[[Rollouts], Rollouts] = lambda rollouts: rollouts,
 ) -> Update:
     """A function `(trained, rollouts, key) -> (trained, metrics)`; see `make_step` for what it does.
@@ -51,23 +69,28 @@ def make_update(
     Args:
         scores: a `Score` for each role that the method reads.
         method: not a chain.
-        optimizer: applied to each trained role's gradient.
+        optimizers: by trained role.
         micro_batches: pieces that the batch is cut into.
         epochs: updates made on the batch.
         compare_sampler: whether the policy is the one that sampled the rollouts, so that log-probs can be compared.
+        trainable: by trained role, which of its parameters are trained, as bools; all where a role is not named.
+        borrows: roles whose scores read the parameters of another role.
         place: lays out rollouts that do not come from outside.
 
     Raises:
         ValueError: when traced, if the method, its scores and the rollouts do not fit together.
     """
 
+    trainable, borrows = trainable or {}, borrows or {}
+
     # A score may want more kept together than the method does, to save work.
-    wanted: list[Any] = [getattr(scores.get(role), "unit", "token") for role in method.needs]
+    wanted: list[Any] = [getattr(scores.get(role), "unit", "token") for role in method.roles]
     method = method._replace(unit=coarsest(method.unit, *wanted))
 
-    def scored(role: str, params: Params, rollouts: Rollouts, key: Array) -> TokenStats:
-        stats = scores[role](params, rollouts, method.needs[role], key)
-        if missing := sorted(field for field in method.needs[role] if getattr(stats, field, None) is None):
+    def scored(role: str, params: Params, rollouts: Rollouts, key: Array, name: str | None = None) -> TokenStats:
+        fields = method.needs[name or role]
+        stats = scores[role](params, rollouts, fields, key)
+        if missing := sorted(field for field in fields if getattr(stats, field, None) is None):
             raise ValueError(f"the method reads {missing} of the role {role!r}, which its score did not give")
         return stats
 
@@ -80,8 +103,25 @@ def make_update(
         stats = jax.lax.map(lambda piece: scored(role, params, piece, key), pieces)
         return jax.lax.stop_gradient(jax.tree.map(lambda x: unsplit_rows(x, group), stats))
 
+    def probe_all(params: dict[str, Params], rollouts: Rollouts, key: Array) -> tuple[dict[str, TokenStats], Metrics]:
+        """Stats of the method's probes, and what they cost."""
+        probes = {} if method.probes is None else dict(method.probes(rollouts))
+        check_probes(method, probes)
+        found, metrics = {}, {}
+        for name, (texts, role) in probes.items():
+            run = functools.partial(scored, role, params[role], key=key, name=PROBE + name)
+            rows = max(rollouts.batch_size // micro_batches, 1)
+            stats = in_pieces(run, place(jax.lax.stop_gradient(texts)), rows)
+            found[PROBE + name] = jax.lax.stop_gradient(stats)
+            tokens = jnp.sum(jnp.where(texts.valid, texts.length, 0))
+            metrics[f"{PROBE}{name}/tokens"] = tokens
+            metrics[f"{PROBE}{name}/cost"] = jnp.asarray(texts.tokens.size / rollouts.tokens.size)
+            metrics[f"{PROBE}{name}/valid"] = jnp.mean(texts.valid.astype(jnp.float32))
+        return found, metrics
+
     def reduced_terms(
         trained: dict[str, Params],
+        still: dict[str, Params],
         piece: tuple[Rollouts, tuple[Targets, dict[str, TokenStats]]],
         denominators: dict[str, Array],
         key: Array,
@@ -90,7 +130,7 @@ def make_update(
         rollouts, (targets, frozen_stats) = piece
         stats = dict(frozen_stats)
         for role, params in trained.items():
-            stats[role] = scored(role, params, rollouts, key)
+            stats[role] = scored(role, whole(params, still[role]), rollouts, key)
         values, metrics = [], {}
         for name, term in method.loss(stats, rollouts, targets).items():
             value = losses.aggregate(
@@ -123,6 +163,7 @@ def make_update(
 
     def gradient(
         trained: dict[str, Params],
+        still: dict[str, Params],
         rollouts: Rollouts,
         targets: Targets,
         frozen_stats: dict[str, TokenStats],
@@ -131,13 +172,13 @@ def make_update(
     ) -> tuple[PyTree, Array, dict[str, Metric]]:
         """`differentiate` of the whole batch: sums over micro-batches."""
         if micro_batches == 1:
-            return differentiate(trained, (rollouts, (targets, frozen_stats)), denominators, key)
+            return differentiate(trained, still, (rollouts, (targets, frozen_stats)), denominators, key)
         pieces = split(rollouts, (targets, frozen_stats), micro_batches, method.unit)
         copies = () if method.combine is None else (len(denominators),)
         zeros = jax.tree.map(lambda x: jnp.zeros((*copies, *x.shape), x.dtype), trained)
 
         def accumulate(total: PyTree, piece) -> tuple[PyTree, tuple[Array, dict[str, Metric]]]:
-            gradients, values, metrics = differentiate(trained, piece, denominators, key)
+            gradients, values, metrics = differentiate(trained, still, piece, denominators, key)
             return jax.tree.map(jnp.add, total, gradients), (values, metrics)
 
         total, (values, metrics) = jax.lax.scan(accumulate, zeros, pieces)
@@ -163,8 +204,10 @@ def make_update(
             rollouts = place(jax.lax.stop_gradient(chosen))
         check_wants(method, rollouts)
         # Stats that neither targets nor frozen roles use are dead code, which the compiler removes.
-        start = {role: score_all(role, given.params[role], rollouts, score_key) for role in sorted(method.needs)}
-        targets, method_state = method.targets(method_state, rollouts, start, target_key)
+        read = {role: given.params[borrows.get(role, role)] for role in sorted(method.roles)}
+        start = {role: score_all(role, params, rollouts, score_key) for role, params in read.items()}
+        probed, probe_metrics = probe_all(read, rollouts, score_key)
+        targets, method_state = method.targets(method_state, rollouts, start | probed, target_key)
         targets = jax.lax.stop_gradient(targets)
         frozen = {role: stats for role, stats in start.items() if role not in method.trains}
         terms = checked(method.loss(start, rollouts, targets), rollouts, micro_batches, method)
@@ -175,7 +218,7 @@ def make_update(
 
         def epoch(carry, _):
             trained, opt_state, method_state = carry
-            gradients, values, metrics = gradient(trained, rollouts, targets, frozen, denominators, score_key)
+            gradients, values, metrics = gradient(trained, still, rollouts, targets, frozen, denominators, score_key)
             gradients, loss, weights, new_method_state = combined(gradients, values, method_state, tuple(terms))
             norm = optax.tree.norm(gradients)
             finite = jnp.isfinite(norm) & jnp.isfinite(loss)
@@ -186,14 +229,16 @@ def make_update(
             metrics["empty_updates"] = Metric.sum(finite & ~anything)
             new_trained, new_opt_state = {}, {}
             for role, params in trained.items():
-                updates, new_opt_state[role] = optimizer.update(gradients[role], opt_state[role], params)
+                updates, new_opt_state[role] = optimizers[role].update(gradients[role], opt_state[role], params)
                 new_trained[role] = optax.apply_updates(params, updates)
             new = (new_trained, new_opt_state, new_method_state)
             return jax.tree.map(lambda n, o: jnp.where(finite & anything, n, o), new, carry), metrics
 
         roles = sorted(method.trains)
+        parts = {role: parted(given.params[role], trainable.get(role)) for role in roles}
+        still = {role: part[1] for role, part in parts.items()}
         carry = (
-            {role: given.params[role] for role in roles},
+            {role: part[0] for role, part in parts.items()},
             {role: given.opt_state[role] for role in roles},
             method_state,
         )
@@ -203,9 +248,10 @@ def make_update(
             carry, stacked = jax.lax.scan(epoch, carry, None, length=epochs)
             metrics = {name: over_epochs(name, metric) for name, metric in stacked.items()}
         trained, opt_state, method_state = carry
+        trained = {role: whole(params, still[role]) for role, params in trained.items()}
         return (
             Trained(given.params | trained, given.opt_state | opt_state, method_state),
-            {name: metric.result() for name, metric in metrics.items()},
+            {name: metric.result() for name, metric in metrics.items()} | probe_metrics,
         )
 
     def over_epochs(name: str, metric: Metric) -> Metric:
@@ -216,6 +262,40 @@ def make_update(
         return Metric(merged.value / epochs, merged.weight, "sum") if name.split("/")[0] == "loss" else merged
 
     return update
+
+
+def in_pieces(run: Callable[[Rollouts], TokenStats], rollouts: Rollouts, rows: int) -> TokenStats:
+    """Stats of all rollouts, of no more than about so many rows at a time; groups stay together.
+
+    Args:
+        run: `rollouts -> stats`.
+        rollouts: any number of groups.
+        rows: most rows of a piece, if a group has no more.
+    """
+    prompts, group = rollouts.num_prompts, rollouts.group_size
+    pieces = next(
+        n for n in range(1, prompts + 1) if prompts % n == 0 and (prompts // n * group <= rows or n == prompts)
+    )
+    if pieces == 1:
+        return run(rollouts)
+    cut, _ = split(rollouts, (), pieces, "group")
+    return jax.tree.map(lambda x: unsplit_rows(x, group), jax.lax.map(run, cut))
+
+
+def check_probes(method: Method, probes: Mapping[str, tuple[Rollouts, str]]) -> None:
+    """Raise ValueError unless the probes are those whose fields the method needs, of roles that it needs."""
+    wanted = {name.removeprefix(PROBE) for name in method.needs if name.startswith(PROBE)}
+    if set(probes) != wanted:
+        raise ValueError(
+            f"the method's probes are {sorted(probes)}, but its needs name {sorted(wanted)}; give the fields of "
+            "each as needs['probe/<name>']"
+        )
+    for name, (_, role) in probes.items():
+        if role not in method.roles:
+            raise ValueError(
+                f"probe {name!r} is scored by the role {role!r}, which is not among the method's needs "
+                f"{sorted(method.roles)}; name it there, with no fields if nothing else is read of it"
+            )
 
 
 def gram(gradients: PyTree) -> Array:
@@ -245,16 +325,21 @@ def check_wants(method: Method, rollouts: Rollouts) -> None:
     for name in sorted(method.wants):
         found = rollouts.extras.get(name)
         if found is None:
-            source = (
-                "the reward of a greedy completion of each prompt, which the loop samples"
-                if name == "greedy_reward"
-                else "one number per prompt, which the loop takes from the data's column of that name"
-            )
+            source = {
+                "greedy_reward": "the reward of a greedy completion of each prompt, which the loop samples",
+                ANSWER_TOKENS: "[P, A], the tokens of the right answer, which the loop takes from the data's answers",
+                BUDGET: "[P, G], the tokens that a prompt asks for, which the loop takes from rollout.budgets",
+                EXIT: "[P, G], where a thought was left, which the loop fills in under rollout.exits",
+            }.get(name, "one number per prompt, which the loop takes from the data's column of that name")
             raise ValueError(f"the method reads rollouts.extras[{name!r}] ({source}), which these rollouts lack")
-        if found.shape != (rollouts.num_prompts,):
+        if name == ANSWER_TOKENS and found.ndim == 2 and found.shape[0] == rollouts.num_prompts:
+            continue
+        of_sequences = name in (BUDGET, EXIT)
+        expected = rollouts.reward.shape if of_sequences else (rollouts.num_prompts,)
+        if found.shape != expected:
+            what = "[P, G] = {}, a number per sequence" if of_sequences else "[P] = {}, a number per prompt"
             raise ValueError(
-                f"rollouts.extras[{name!r}] must be [P] = [{rollouts.num_prompts}], a number per prompt, got shape "
-                f"{found.shape}"
+                f"rollouts.extras[{name!r}] must be {what.format(list(expected))}, got shape {found.shape}"
             )
 
 
