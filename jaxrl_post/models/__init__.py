@@ -2,18 +2,41 @@
 
 from jaxrl_post.models.adapters import from_apply, from_linen, from_nnx
 from jaxrl_post.models.decoder import decoder
+from jaxrl_post.models.export import save_pretrained
+from jaxrl_post.models.families import decoder_keywords
+from jaxrl_post.models.group_divergence import group_divergence, group_fields
 from jaxrl_post.models.layers import KVCache
+from jaxrl_post.models.lora import Lora, merge_adapters, split_adapters, trainable
+from jaxrl_post.models.pretrained import Pretrained, check_vocabulary, from_config, from_pretrained, read_config
+from jaxrl_post.models.quantize import Quantized, quantize
 from jaxrl_post.models.recompute import RecomputeCache, recompute_cache
+from jaxrl_post.models.rope import Rope
 from jaxrl_post.models.scoring import logits, score
 
 __all__ = [
     "KVCache",
+    "Lora",
+    "Pretrained",
+    "Quantized",
     "RecomputeCache",
+    "Rope",
+    "check_vocabulary",
     "decoder",
+    "decoder_keywords",
     "from_apply",
+    "from_config",
     "from_linen",
     "from_nnx",
+    "from_pretrained",
+    "group_divergence",
+    "group_fields",
     "logits",
+    "merge_adapters",
+    "quantize",
+    "read_config",
     "recompute_cache",
+    "save_pretrained",
     "score",
+    "split_adapters",
+    "trainable",
 ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from jaxrl_post.kernels import token_logprob
 from jaxrl_post.kernels.token_logprob.reference import TokenLogprob, stats_of_logits, temper
+from jaxrl_post.models.group_divergence import GROUP_FIELDS, group_fields
 from jaxrl_post.models.shared_prompt import share_prompts
 from jaxrl_post.types import Array, Params, Policy, Rollouts, Score, TokenStats, Unembedding, Unit
 
@@ -69,9 +71,10 @@ def score(
 
     Returns:
         A `Score`: `(params, rollouts, fields, key) -> TokenStats`. Fields are `logp`, `entropy`, `mean_logp`,
-        `sum_p_squared`, `max_prob` and those fields of `TokenStats` that the policy's `heads` gives. Each is `[B, T]`
-        float32 or wider, and 0 at position 0 and beyond the length of the row. With `shared_prompt` it has an attribute
-        `unit = "group"`, which tells the train step to keep groups whole in micro-batches.
+        `sum_p_squared`, `max_prob`, those of `GROUP_FIELDS` (which take all logits of one place of the completions at a
+        time, and groups that are scored whole) and those fields of `TokenStats` that the policy's `heads` gives. Each
+        is `[B, T]` float32 or wider, and 0 at position 0 and beyond the length of the row. With `shared_prompt` it has
+        an attribute `unit = "group"`, which tells the train step to keep groups whole in micro-batches.
 
     Raises:
         ValueError: from the score, if a field is unknown or the policy has no such head, tokens are not `[B, T]`,
@@ -105,6 +108,7 @@ def score(
         # Padding may hold any value, also one that is no row of the embedding.
         tokens = jnp.where(inside, tokens, 0)
         bound = None if max_chosen is None or max_chosen >= length - 1 else max_chosen
+        of_groups, fields = fields & set(GROUP_FIELDS), fields - set(GROUP_FIELDS)
         if shared_prompt is None:
             positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
             hidden, _ = policy.hidden(params, tokens, positions, key=key)
@@ -112,6 +116,10 @@ def score(
                 policy, params, hidden[:, :-1], tokens[:, 1:], fields, temperature, rollouts.mask[:, 1:], bound
             )
             found = {name: jnp.pad(field, ((0, 0), (1, 0))) for name, field in found.items()}
+
+            def state_before(position: Array) -> Array:
+                return jnp.take_along_axis(hidden, jnp.maximum(position - 1, 0)[:, None, None], axis=1)[:, 0]
+
         else:
             rows = share_prompts(rollouts, shared_prompt)
             hidden, _ = policy.hidden(params, rows.tokens, rows.positions, completion_starts=rows.starts, key=key)
@@ -126,6 +134,22 @@ def score(
                 found = {
                     name: jnp.where(scored, x, 0.0) if name in VOCABULARY_FIELDS else x for name, x in found.items()
                 }
+            states = rows.before(hidden) if of_groups else hidden
+
+            def state_before(position: Array) -> Array:
+                place, fits = (jnp.take_along_axis(x, position[:, None], axis=1) for x in (rows.place, rows.fits))
+                place = place.reshape(rollouts.reward.shape)
+                state = jnp.take_along_axis(states, place[..., None], axis=1).reshape(batch, -1)
+                return jnp.where(fits, state, jnp.nan)
+
+        if of_groups:
+            unembedding = policy.unembed(params)
+
+            def log_probs(position: Array) -> Array:
+                return jax.nn.log_softmax(logits(unembedding, state_before(position)) / temperature)
+
+            chosen = jnp.where(inside, rollouts.mask, 0)
+            found |= group_fields(log_probs, chosen, rollouts.valid, of_groups, max_chosen=max_chosen)
 
         def align(field: Array) -> Array:
             field = field.astype(jnp.promote_types(field.dtype, jnp.float32))

@@ -1,0 +1,280 @@
+"""A policy's parameters as a directory that `transformers` and serving engines load."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from jaxrl_post.models.families import FAMILIES, Config, Head, head_of, text_config
+from jaxrl_post.models.lora import is_adapter
+from jaxrl_post.models.pretrained import CONFIG, GENERATION_CONFIG, HasVocabulary, check_vocabulary, flat
+from jaxrl_post.models.safetensors_io import write_checkpoint
+from jaxrl_post.models.weight_names import Path as ParamPath
+from jaxrl_post.models.weight_names import Place, places
+from jaxrl_post.types import Params
+
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+
+
+class SavableTokenizer(HasVocabulary, Protocol):
+    """What is asked of a tokenizer here."""
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write its files into `directory`."""
+        ...
+
+
+def save_pretrained(
+    directory: str | os.PathLike[str],
+    params: Params,
+    config: Mapping[str, Any],
+    *,
+    tokenizer: SavableTokenizer | None = None,
+    generation_config: Mapping[str, Any] | None = None,
+    head: Head | None = None,
+    dtype: DTypeLike | None = None,
+    max_shard_size: int = 5_000_000_000,
+    overwrite: bool = False,
+) -> None:
+    """Write a model as `transformers` saves it.
+
+    The directory appears under its name when it is complete. Into one that exists, with `overwrite`, files are moved
+    one by one, the weights last; files that are not of a model are left alone.
+
+    A value head becomes the classifier of a model with one label: `...ForTokenClassification`, which has a bias, or
+    `...ForSequenceClassification`, which has none. Such a model has no unembedding.
+
+    On several hosts every process must call it, since parameters are gathered; the first one writes.
+
+    Args:
+        directory: to write.
+        params: of a decoder.
+        config: the `config.json` of the model that they come from, `Pretrained.config`.
+        tokenizer: whose files are written too.
+        generation_config: `generation_config.json`; None for one with the stop tokens of `tokenizer` or `config`.
+        head: what to write; None for what `config` names, or a token classification if `config` names a causal language
+            model and there is a value head. With `"causal_lm"` a value head is left out.
+        dtype: of the file; None for that of the parameters.
+        max_shard_size: bytes of tensors in a file.
+        overwrite: whether the directory may hold a model already.
+
+    Raises:
+        ValueError: if the directory holds a model already, the parameters have adapters or are not those of a model of `config`, the
+            tokenizer has more tokens than the embedding has rows, or `head` cannot be written: `transformers` has no
+            such class, there is no value head, or one with a bias that the format has no place for.
+    """
+    target = Path(directory)
+    text = text_config(config)
+    leaves = flat(params)
+    if any(is_adapter(path) for path in leaves):
+        raise ValueError("these parameters have adapters; merge them first, models.merge_adapters(params, lora)")
+    if tokenizer is not None:
+        check_vocabulary(leaves["embedding",].shape[0], tokenizer)
+    head, labels = _head(head, config, leaves)
+    found = places(
+        {path: leaf.shape for path, leaf in leaves.items()},
+        fused=FAMILIES[text["model_type"]].fused,
+        head=head,
+        labels=labels,
+    )
+    _check_sizes(text, leaves)
+    stored = np.dtype(leaves["embedding",].dtype if dtype is None else dtype)
+    written = config_for(config, head=head, labels=labels, dtype=stored.name)
+    exists = target.exists() and any(_is_ours(path.name) for path in target.iterdir())
+    if exists and not overwrite:
+        raise ValueError(f"{target} holds a model already; choose another directory, or pass overwrite=True")
+
+    specs, make = _tensors(found, leaves, None if dtype is None else stored)
+    if jax.process_index() != 0:
+        for name, _, _ in specs:
+            make(name)
+        return
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        write_checkpoint(partial, specs, make, max_shard_size=max_shard_size)
+        _write_json(partial / CONFIG, written)
+        if generation_config is not None:
+            _write_json(partial / GENERATION_CONFIG, generation_config)
+        if tokenizer is not None:
+            tokenizer.save(partial)
+        if not (partial / GENERATION_CONFIG).exists():
+            names = ("bos_token_id", "eos_token_id", "pad_token_id")
+            ids = {name: written[name] for name in names if written.get(name) is not None}
+            _write_json(partial / GENERATION_CONFIG, {"_from_model_config": True, **ids})
+        _publish(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def config_for(config: Config, *, head: Head, labels: int, dtype: str) -> dict[str, Any]:
+    """The `config.json` of a model that is written: that of the model that was read, with its head and dtype.
+
+    Args:
+        config: of the model that was read.
+        head: what is written.
+        labels: of a classification.
+        dtype: name of the parameters' dtype.
+
+    Returns:
+        A `config.json`; of a model that also saw images, that of its language model.
+
+    Raises:
+        ValueError: if `transformers` has no such model.
+
+    Example:
+        >>> config_for({"model_type": "qwen3"}, head="token_classification", labels=1, dtype="float32")["id2label"]
+        {'0': 'LABEL_0'}
+    """
+    text = text_config(config)
+    family = FAMILIES[text["model_type"]]
+    if config.get("model_type") == "gemma3":
+        text = {**{k: v for k, v in family.defaults.items() if v is not None}, **text}
+    if head == "token_classification" and not family.classifies_tokens:
+        raise ValueError(
+            f"transformers has no {family.prefix}ForTokenClassification; write a sequence_classification instead, "
+            "which has no bias"
+        )
+    suffix = {
+        "causal_lm": "ForCausalLM",
+        "sequence_classification": "ForSequenceClassification",
+        "token_classification": "ForTokenClassification",
+    }[head]
+    prefix = family.sequence_prefix if head == "sequence_classification" and family.sequence_prefix else family.prefix
+    text["architectures"] = [prefix + suffix]
+    text["torch_dtype" if "torch_dtype" in text else "dtype"] = dtype
+    text.pop("num_labels", None)
+    if head == "causal_lm":
+        text.pop("id2label", None)
+        text.pop("label2id", None)
+    elif len(text.get("id2label") or ()) != labels:
+        text["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
+        text["label2id"] = {name: int(i) for i, name in text["id2label"].items()}
+    return text
+
+
+def _head(head: Head | None, config: Mapping[str, Any], leaves: Mapping[ParamPath, Any]) -> tuple[Head, int]:
+    named, labels = head_of(config)
+    has_value = ("value_head", "kernel") in leaves
+    if head is None:
+        head = "token_classification" if named == "causal_lm" and has_value else named
+    if head == "causal_lm":
+        if named != "causal_lm":
+            raise ValueError(f"a {config['architectures'][0]} has no unembedding to write a causal_lm with")
+        return head, 0
+    if not has_value:
+        raise ValueError(f"head={head!r} needs a value head, which these parameters have not; use head='causal_lm'")
+    if head == "sequence_classification" and np.any(np.asarray(leaves["value_head", "bias"])):
+        raise ValueError(
+            "a sequence_classification has no bias, and that of this value head is not zero; write a "
+            "token_classification, or set it to zero if values that differ by a constant are alike"
+        )
+    return head, max(labels, 1) if head == named else 1
+
+
+def _check_sizes(text: Mapping[str, Any], leaves: Mapping[ParamPath, Any]) -> None:
+    """Raise ValueError where parameters are plainly those of another configuration."""
+    embedding, query = leaves["embedding",], leaves["layers", "attention", "query"]
+    for name, size in (
+        ("vocab_size", embedding.shape[0]),
+        ("hidden_size", embedding.shape[1]),
+        ("num_hidden_layers", query.shape[0]),
+        ("num_attention_heads", query.shape[2]),
+    ):
+        if text.get(name, size) != size:
+            raise ValueError(f"these parameters have {name} {size}, but config.json says {text[name]}")
+
+
+def _is_ours(name: str) -> bool:
+    return name == CONFIG or _WEIGHTS.fullmatch(name) is not None
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Give a complete directory its name, or move its files into one that exists."""
+    if not target.exists():
+        os.rename(partial, target)
+        return
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    new = {path.name for path in files}
+    # An earlier checkpoint would be mixed with this one: a single file is found before an index.
+    for path in target.iterdir():
+        if _WEIGHTS.fullmatch(path.name) and path.name not in new:
+            path.unlink()
+    for path in sorted(files, key=lambda path: _WEIGHTS.fullmatch(path.name) is not None):
+        place = target / path.relative_to(partial)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, place)
+
+
+Specs = list[tuple[str, tuple[int, ...], np.dtype]]
+
+
+def _tensors(
+    found: Mapping[ParamPath, Place], leaves: Mapping[ParamPath, Any], dtype: np.dtype | None
+) -> tuple[Specs, Callable[[str], np.ndarray]]:
+    """The tensors to write, layer by layer, and what makes one."""
+    parts: dict[str, list[tuple[ParamPath, tuple[int, ...]]]] = {}
+    for path, place in found.items():
+        for index, name in place.tensors():
+            parts.setdefault(name, []).append((path, index))
+
+    def layer(name: str) -> int:
+        path, index = parts[name][0]
+        return index[0] if path[0] == "layers" else -1
+
+    fetched: dict[tuple[ParamPath, int], np.ndarray] = {}
+
+    def fetch(path: ParamPath, index: tuple[int, ...]) -> np.ndarray:
+        leaf = leaves[path]
+        if not index:
+            return _to_host(leaf, None)
+        if (path, index[0]) not in fetched:
+            fetched.clear()  # one layer of one parameter is held, whose experts come one after the other
+            fetched[path, index[0]] = _to_host(leaf, index[0])
+        return fetched[path, index[0]][index[1:]]
+
+    def make(name: str) -> np.ndarray:
+        pieces = [found[path].theirs(fetch(path, index)) for path, index in parts[name]]
+        whole = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return whole if dtype is None else whole.astype(dtype)
+
+    specs: Specs = []
+    for name in sorted(parts, key=layer):  # stable: the parts of a layer keep their order
+        path, _ = parts[name][0]
+        specs.append((name, found[path].shape, np.dtype(leaves[path].dtype) if dtype is None else dtype))
+    return specs, make
+
+
+def _to_host(leaf: Any, layer: int | None) -> np.ndarray:
+    """A parameter or one of its layers, gathered from the devices that hold it."""
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf if layer is None else leaf[layer])
+    out = leaf.sharding
+    if isinstance(out, NamedSharding):
+        out = NamedSharding(out.mesh, PartitionSpec())
+    take = jax.jit(_whole if layer is None else _layer, out_shardings=out)
+    whole = take(leaf) if layer is None else take(leaf, jnp.int32(layer))
+    return np.asarray(whole.addressable_data(0))
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    return x
+
+
+def _layer(x: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)

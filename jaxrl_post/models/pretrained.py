@@ -1,0 +1,399 @@
+"""Hugging Face checkpoints as policies: from a local directory or by hub id, straight into sharded arrays.
+
+Parameters arrive layer by layer: the host holds no more than one layer of one parameter beside what stays, and each
+process reads only what its own devices hold. Writing is in `export.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
+
+from jaxrl_post.kernels.platform import current_device
+from jaxrl_post.mesh import shardings
+from jaxrl_post.models.adapters import nest
+from jaxrl_post.models.decoder import decoder
+from jaxrl_post.models.families import FAMILIES, decoder_keywords, head_of, text_config
+from jaxrl_post.models.lora import is_adapter
+from jaxrl_post.models.safetensors_io import DTYPES, Tensor, open_checkpoint
+from jaxrl_post.models.weight_names import UNUSED_SUFFIXES, Place, places
+from jaxrl_post.models.weight_names import Path as ParamPath
+from jaxrl_post.types import Params, Policy
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+# What a model and its tokenizer need, and no other formats of the same weights.
+_PATTERNS = ("*.json", "*.jinja", "*.safetensors", "*.model", "*.txt")
+_IMAGE_PARTS = ("vision_tower.", "multi_modal_projector.")
+
+
+class HasVocabulary(Protocol):
+    """What is asked of a tokenizer here."""
+
+    @property
+    def vocab_size(self) -> int: ...  # noqa: D102
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A model that was read.
+
+    Attributes:
+        policy: runs it.
+        params: its parameters: arrays, or shapes with shardings if it was read without its weights.
+        config: the `config.json`, which `save_pretrained` wants back.
+        generation_config: the `generation_config.json`, if there is one.
+        directory: that it was read from.
+        new: names of parameters that the checkpoint has not and `Policy.init` made: a value head, adapters.
+    """
+
+    policy: Policy
+    params: Params
+    config: dict[str, Any]
+    generation_config: dict[str, Any] | None
+    directory: Path
+    new: tuple[str, ...] = ()
+
+
+def from_config(
+    config: Mapping[str, Any],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    value_head: bool = False,
+    ignore: Iterable[str] = (),
+    **overrides: Any,
+) -> Policy:
+    """The policy of a Hugging Face configuration.
+
+    Args:
+        config: a `config.json`.
+        dtype: compute dtype.
+        param_dtype: dtype of the parameters.
+        value_head: whether the model gives values; needed for the configuration of a classification.
+        ignore: keys of the configuration that are known to make no difference, though they are not known here.
+        **overrides: keywords of `decoder` that win over the configuration's, such as `remat="full"`.
+
+    Returns:
+        A `Policy`, with parameters drawn at random by its `init`.
+
+    Raises:
+        ValueError: names what the configuration asks for and the decoder lacks.
+
+    Example:
+        >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
+        >>> policy = from_config(dict(model_type="qwen3", num_attention_heads=4, num_key_value_heads=2, **sizes))
+        >>> jax.eval_shape(policy.init, jax.random.key(0))["layers"]["attention"]["key"].shape
+        (2, 16, 2, 128)
+    """
+    keywords = decoder_keywords(config, ignore=ignore)
+    head, _ = head_of(config)
+    if head != "causal_lm":
+        if not value_head:
+            raise ValueError(f"{config['architectures'][0]} gives values and no logits; load it with value_head=True")
+        # Such a checkpoint has no unembedding; sharing the embedding's saves making one up.
+        keywords["tied"] = True
+    return decoder(**{**keywords, "dtype": dtype, "param_dtype": param_dtype, "value_head": value_head, **overrides})
+
+
+def from_pretrained(
+    path_or_id: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
+    value_head: bool = False,
+    tokenizer: HasVocabulary | None = None,
+    abstract: bool = False,
+    key: jax.Array | None = None,
+    revision: str | None = None,
+    ignore: Iterable[str] = (),
+    **overrides: Any,
+) -> Pretrained:
+    """Read a model as `transformers` saves it.
+
+    A `...ForSequenceClassification` with one label and a `...ForTokenClassification` with one or two give a policy
+    whose value head is their classifier: the value is the only label's logit, or the second's minus the first's.
+
+    Args:
+        path_or_id: a directory, or the id of a model on the hub.
+        dtype: compute dtype.
+        param_dtype: dtype of the parameters, whatever that of the file.
+        mesh: that parameters are spread over, as `mesh.RULES` says; None for all on one device.
+        value_head: whether the model gives values. One that the checkpoint lacks starts at zero.
+        tokenizer: the run's, to check that the model has a row for each of its tokens.
+        abstract: leave the weights where they are: `params` is of `jax.ShapeDtypeStruct`, and only `config.json` need
+            be there.
+        key: for parameters that the checkpoint has not, needed for adapters (`lora=models.Lora(...)`).
+        revision: branch, tag or commit on the hub.
+        ignore: keys of the configuration that are known to make no difference, though they are not known here.
+        **overrides: keywords of `decoder` that win over the configuration's, such as `remat="full"`.
+
+    Returns:
+        A `Pretrained`.
+
+    Raises:
+        ValueError: if there is no such model, it asks for what the decoder lacks, files are missing or damaged, or
+            tensors are missing, too many, of another shape or of a quantized dtype (all of them are named).
+
+    Example:
+        >>> import tempfile
+        >>> from jaxrl_post import models
+        >>> config = dict(model_type="qwen3", vocab_size=9, hidden_size=8, intermediate_size=4, num_hidden_layers=2)
+        >>> config |= dict(num_attention_heads=2, num_key_value_heads=1, head_dim=6)
+        >>> policy = models.from_config(config)
+        >>> directory = tempfile.mkdtemp() + "/model"
+        >>> models.save_pretrained(directory, jax.jit(policy.init)(jax.random.key(0)), config)
+        >>> models.from_pretrained(directory).params["embedding"].shape
+        (9, 8)
+    """
+    directory = _local(path_or_id, revision, weights=not abstract)
+    config = read_config(directory)
+    policy = from_config(
+        config, dtype=dtype, param_dtype=param_dtype, value_head=value_head, ignore=ignore, **overrides
+    )
+    shapes = jax.eval_shape(policy.init, jax.random.key(0))
+    if tokenizer is not None:
+        check_vocabulary(shapes["embedding"].shape[0], tokenizer)
+    spread = _spread(policy, shapes, mesh)
+    shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, spread)
+    made = functools.partial(
+        Pretrained, policy, config=config, generation_config=_json(directory / GENERATION_CONFIG), directory=directory
+    )
+    if abstract:
+        return made(params=shapes)
+    leaves = flat(shapes)
+    tensors = open_checkpoint(directory)
+    found = _placed(directory, config, leaves, tensors)
+    new = {path: leaf for path, leaf in leaves.items() if path not in found}
+    if key is None and any(is_adapter(path) for path in new):
+        raise ValueError("adapters start at random: pass key=jax.random.key(...)")
+    params = {path: _read(leaves[path], place, tensors) for path, place in found.items()}
+    params |= _drawn(policy, new, jax.random.key(0) if key is None else key)
+    return made(params=nest(params.items()), new=tuple(".".join(path) for path in new))
+
+
+def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The `config.json` of a directory.
+
+    Raises:
+        ValueError: if it is not there or is damaged.
+    """
+    config = _json(Path(directory) / CONFIG)
+    if config is None:
+        raise ValueError(f"{directory} holds no {CONFIG}, so it is no Hugging Face model")
+    return config
+
+
+def flat(params: Params) -> dict[ParamPath, Any]:
+    """Leaves of a nested dict by their path.
+
+    Example:
+        >>> flat({"layers": {"scale": 1.0}})
+        {('layers', 'scale'): 1.0}
+    """
+    return {
+        tuple(str(getattr(key, "key", key)) for key in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+
+def check_vocabulary(rows: int, tokenizer: HasVocabulary) -> None:
+    """Raise ValueError if a model with an embedding of `rows` tokens lacks some of a tokenizer.
+
+    Fewer tokens than rows are fine: many models pad their embedding.
+
+    Args:
+        rows: of the embedding.
+        tokenizer: with a `vocab_size`.
+    """
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's embedding only {rows} rows; they do not "
+            "belong together, or the embedding was not resized when tokens were added"
+        )
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); copy it again") from error
+
+
+def _local(path_or_id: str | os.PathLike[str], revision: str | None, *, weights: bool) -> Path:
+    """The directory of a model, downloaded if it is named by its hub id."""
+    path, text = Path(path_or_id).expanduser(), str(path_or_id)
+    if path.is_dir():
+        return path
+    if text.startswith((".", "~", os.sep)) or text.count("/") > 1 or path.exists():
+        raise ValueError(f"{text} is no directory; give a model's directory or a hub id like 'owner/name'")
+    from huggingface_hub import snapshot_download
+
+    patterns = [pattern for pattern in _PATTERNS if weights or pattern != "*.safetensors"]
+    try:
+        return Path(snapshot_download(text, revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"there is no directory {text!r} here, and no model could be downloaded by that hub id: {reason}"
+        ) from error
+
+
+def _spread(policy: Policy, shapes: Params, mesh: Mesh | None) -> Params:
+    if mesh is None:
+        return jax.tree.map(lambda _: SingleDeviceSharding(current_device()), shapes)
+    return shardings(shapes, None if policy.axes is None else policy.axes(), mesh)
+
+
+def _placed(
+    directory: Path, config: Mapping[str, Any], leaves: Mapping[ParamPath, Any], tensors: Mapping[str, Tensor]
+) -> dict[ParamPath, Place]:
+    """Where each parameter is among the tensors, all of which are accounted for."""
+    ends = [name for name in tensors if name.endswith("embed_tokens.weight")]
+    prefix = ends[0].removesuffix("embed_tokens.weight") if len(ends) == 1 else "model."
+    # Of a model with images the language model is a part, with a name of its own in front, earlier or later.
+    unembedding = "language_model.lm_head.weight" if prefix == "language_model.model." else "lm_head.weight"
+    head, labels = head_of(config)
+    found = places(
+        {path: leaf.shape for path, leaf in leaves.items() if not is_adapter(path)},
+        fused=FAMILIES[text_config(config)["model_type"]].fused,
+        joined_experts=any(name.endswith("mlp.experts.gate_up_proj") for name in tensors),
+        prefix=prefix,
+        unembedding=unembedding,
+        head=head,
+        labels=labels,
+    )
+    wanted = {name: place.shape for place in found.values() for _, name in place.tensors()}
+    problems = []
+    if missing := [name for name in wanted if name not in tensors]:
+        problems.append(f"{len(missing)} missing: {'; '.join(_grouped(missing))}")
+    wrong = [
+        f"{name} is {list(tensors[name].shape)}, not {list(shape)}"
+        for name, shape in wanted.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if wrong:
+        problems.append(f"{len(wrong)} of a shape that does not fit config.json: {'; '.join(wrong)}")
+    if odd := [name for name in wanted if name in tensors and tensors[name].code not in DTYPES]:
+        codes = sorted({tensors[name].code for name in odd})
+        problems.append(
+            f"{len(odd)} of dtype {', '.join(codes)}, which are not read (only {', '.join(DTYPES)}; a quantized model "
+            f"has to be dequantized first): {'; '.join(_grouped(odd))}"
+        )
+    extra = [name for name in tensors if name not in wanted and not name.endswith(UNUSED_SUFFIXES)]
+    if config.get("model_type") == "gemma3":
+        extra = [name for name in extra if not any(part in name for part in _IMAGE_PARTS)]
+    if unembedding in extra and (head != "causal_lm" or _same(tensors, unembedding, f"{prefix}embed_tokens.weight")):
+        extra.remove(unembedding)
+    if extra:
+        problems.append(f"{len(extra)} that config.json does not speak of: {'; '.join(_grouped(extra))}")
+    if problems:
+        raise ValueError(f"the tensors of {directory} are not those of its config.json. {'. '.join(problems)}")
+    return found
+
+
+def _same(tensors: Mapping[str, Tensor], one: str, other: str) -> bool:
+    """Whether a tied unembedding that was stored all the same is the embedding."""
+    a, b = tensors[one], tensors.get(other)
+    if b is None or (a.code, a.shape) != (b.code, b.shape) or a.code not in DTYPES:
+        return False
+    rows = range(0, a.shape[0], 4096)
+    return all(np.array_equal(a.view()[i : i + 4096], b.view()[i : i + 4096]) for i in rows)
+
+
+def _grouped(names: Iterable[str]) -> Iterator[str]:
+    """Names that differ in their numbers alone as one, with the numbers: `layers.{0-2,5}.mlp.up_proj.weight`."""
+    groups: dict[str, list[tuple[str, ...]]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"\d+", "*", name), []).append(tuple(re.findall(r"\d+", name)))
+    for pattern, numbers in groups.items():
+        columns = [_ranges(sorted({int(n) for n in column})) for column in zip(*numbers, strict=True)]
+        pieces = pattern.split("*")
+        yield pieces[0] + "".join(f"{column}{piece}" for column, piece in zip(columns, pieces[1:], strict=True))
+
+
+def _ranges(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return "{" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) + "}"
+
+
+def _read(leaf: jax.ShapeDtypeStruct, place: Place, tensors: Mapping[str, Tensor]) -> jax.Array:
+    """One parameter, of which the host holds one layer at a time and only what its devices need."""
+    sharding, dtype = leaf.sharding, leaf.dtype
+    assert sharding is not None
+    if not place.lead:
+        return _part(leaf.shape, dtype, sharding, place, (), tensors)
+    without_layers = sharding
+    if isinstance(sharding, NamedSharding):
+        without_layers = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    whole = jax.jit(lambda: jnp.zeros(leaf.shape, dtype), out_shardings=sharding)()
+    put = jax.jit(_put, donate_argnums=0, out_shardings=sharding)
+    for layer in range(place.lead[0]):
+        part = _part(leaf.shape[1:], dtype, without_layers, place, (layer,), tensors)
+        # Wait, or layers would pile up on the host faster than they leave it.
+        whole = jax.block_until_ready(put(whole, part, layer))
+    return whole
+
+
+def _put(whole: jax.Array, part: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(whole, part, layer, 0)
+
+
+def _drawn(policy: Policy, new: Mapping[ParamPath, Any], key: jax.Array) -> dict[ParamPath, jax.Array]:
+    """The parameters that `Policy.init` gives, of which the compiler makes no others."""
+    if not new:
+        return {}
+
+    def init(key: jax.Array) -> list[jax.Array]:
+        made = flat(policy.init(key))
+        return [made[path] for path in new]
+
+    return dict(zip(new, jax.jit(init, out_shardings=[leaf.sharding for leaf in new.values()])(key), strict=True))
+
+
+def _part(
+    shape: tuple[int, ...],
+    dtype: Any,
+    sharding: Sharding,
+    place: Place,
+    lead: tuple[int, ...],
+    tensors: Mapping[str, Tensor],
+) -> jax.Array:
+    """The parameter at an index of its first leading axis, if it has any."""
+
+    def make(index: tuple[slice, ...]) -> np.ndarray:
+        counted = len(place.lead) - len(lead)  # the experts, if they are tensors of their own
+        buffer = np.empty([len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)], dtype)
+        ranges = [range(*s.indices(n)) for s, n in zip(index[:counted], shape[:counted], strict=True)]
+        for slot, number in enumerate(ranges[0] if ranges else [None]):
+            at = lead if number is None else (*lead, number)
+            view = tensors[place.tensor(at)].view()
+            if place.rows is not None:
+                view = view[..., place.rows[0] : place.rows[1], :]
+            target = buffer if number is None else buffer[slot]
+            target[...] = place.ours(view)[index[counted:]]
+        return buffer
+
+    return jax.make_array_from_callback(shape, sharding, make)  # type: ignore[arg-type]
