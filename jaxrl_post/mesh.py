@@ -174,12 +174,12 @@ def shardings(tree: PyTree, axes: PyTree | None, mesh: Mesh, rules: Rules = RULE
     """
     if axes is None:
         return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree)
-    return jax.tree.map(
-        lambda names, leaf: NamedSharding(mesh, spec(names, leaf.shape, dict(mesh.shape), rules)),
-        axes,
-        tree,
-        is_leaf=_names_an_array,
-    )
+
+    def lie(names: LogicalAxes | None, leaf: PyTree) -> PyTree:
+        # What stands in an array's place may be several of its rank, as a quantized weight is.
+        return jax.tree.map(lambda x: NamedSharding(mesh, spec(names, x.shape, dict(mesh.shape), rules)), leaf)
+
+    return jax.tree.map(lie, axes, tree, is_leaf=_names_an_array)
 
 
 def rollout_shardings(rollouts: Rollouts, mesh: Mesh) -> Rollouts:

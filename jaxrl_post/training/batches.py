@@ -13,15 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_post import curation, data
-from jaxrl_post.rollout import SamplingParams
+from jaxrl_post.rollout import BUDGET, EXIT, SamplingParams
 from jaxrl_post.training import setup as setups
 from jaxrl_post.training.sampler import Sampled, Sampler, sampled_metrics
 from jaxrl_post.training.setup import Setup, Stage
 from jaxrl_post.training.state import TrainState
-from jaxrl_post.types import Rollouts
+from jaxrl_post.training.subgroups import make_budgets
+from jaxrl_post.types import ANSWER_TOKENS, Rollouts
 
 GREEDY_REWARD = "greedy_reward"
-"""What a method wants (`Method.wants`) that is sampled; all else that it wants is a column of the data."""
+"""What a method wants (`Method.wants`) that is sampled for it alone."""
+
+NO_COLUMNS = frozenset({GREEDY_REWARD, ANSWER_TOKENS, BUDGET, EXIT})
+"""What a method may want that is not a column of the data."""
 
 
 class TrainingError(ValueError):
@@ -85,9 +89,7 @@ class Batches:
         config, problems = setup.config, setup.problems
         self._setup, self._stage = setup, stage
         warm = stage.name == "warm_start"
-        fits = data.prompt_fits(
-            setup.tokenizer, config.data.max_prompt_length, on_long_prompt=config.data.on_long_prompt
-        )
+        fits = self._prompt_fits()
         # Fresh problems for the method: what the warm start has shown the answers of is left out as well. Files may
         # hold no others.
         shown = frozenset(problem["prompt"] for problem in problems.warm_start)
@@ -115,7 +117,8 @@ class Batches:
                 prompts=stage.batch_size,
                 prompt_length=config.data.max_prompt_length,
             )
-            self._sampler = sampler(setup.sampling(), group_size=rollout.group_size)
+            budgets = make_budgets(config)
+            self._sampler = sampler(setup.sampling(), group_size=rollout.group_size, budgets=budgets, exits=setup.exits)
             self._greedy = sampler(SamplingParams(greedy=True), group_size=1)
             self._select = jax.jit(curation.select_groups, static_argnums=1)
 
@@ -157,6 +160,18 @@ class Batches:
             chosen = self._select(every, config.rollout.prompts) if useful.any() else None
         return Batch(chosen, metrics, sampled, every.batch_size, int(jnp.sum(every.mask)))
 
+    def _prompt_fits(self) -> Callable[[data.Problem], bool]:
+        """Whether a problem's prompt is within the limit, with every sentence about a budget that may follow it."""
+        options, stage = self._setup.config.data, self._stage
+        fits = data.prompt_fits(self._setup.tokenizer, options.max_prompt_length, on_long_prompt=options.on_long_prompt)
+        budgets = make_budgets(self._setup.config) if stage.kind == "rollouts" else None
+        if budgets is None:
+            return fits
+        every = budgets.within(stage.steps)
+        return lambda problem: all(
+            fits({**problem, "prompt": budgets.prompt(problem["prompt"], budget)}) for budget in every
+        )
+
     def _fits(self, prompt_fits: Callable[[data.Problem], bool]) -> Callable[[data.Problem], bool]:
         """Whether a problem's prompt, and the completions that are trained on, are within the limits."""
         config, tokenizer = self._setup.config, self._setup.tokenizer
@@ -195,9 +210,11 @@ class Batches:
         return Batch(rollouts, {"completions/mean_length": tokens / rollouts.batch_size}, None, 0, tokens)
 
     def _columns(self) -> dict[str, jax.Array]:
-        """The columns of numbers that the method wants, `[P]` each."""
+        """What the method wants of the data: columns of numbers, `[P]` each, and the answers' tokens."""
         found = {}
-        for name in sorted(self._stage.method.wants - {GREEDY_REWARD}):
+        if ANSWER_TOKENS in self._stage.method.wants:
+            found[ANSWER_TOKENS] = self._answer_tokens()
+        for name in sorted(self._stage.method.wants - NO_COLUMNS):
             values = [problem.get(name) for problem in self.problems]
             for problem, value in zip(self.problems, values, strict=True):
                 if not isinstance(value, int | float) or not math.isfinite(value):
@@ -207,6 +224,20 @@ class Batches:
                     )
             found[name] = jnp.asarray(values, jnp.float32)
         return found
+
+    def _answer_tokens(self) -> jax.Array:
+        """`[P, N]`: -1 behind the tokens, and everywhere for an answer that is longer than a completion may be."""
+        tokenizer, room = self._setup.tokenizer, self._setup.config.rollout.max_new_tokens
+        found = np.full((len(self.problems), room), -1, np.int32)
+        for row, problem in zip(found, self.problems, strict=True):
+            if not isinstance(problem.get("answer"), str):
+                raise TrainingError(
+                    f"{self._stage.name} reads the right answers, but a problem has no 'answer': "
+                    f"{problem['prompt'][:80]!r}; set data.answer to a template over its columns"
+                )
+            tokens = tokenizer.encode(problem["answer"])
+            row[: len(tokens)] = tokens if len(tokens) <= room else -1
+        return jnp.asarray(found)
 
 
 def with_greedy_reward(rollouts: Rollouts, greedy: Rollouts) -> Rollouts:

@@ -153,6 +153,8 @@ def run_stage(
         micro_batches=stage.micro_batches,
         epochs=stage.epochs,
         refresh=refresh,
+        trainable=setup.trainable(stage),
+        borrows=setup.borrows(stage),
         mesh=setup.mesh,
     )
     while not (cursor.ended or cursor.stage_step >= stage.steps):

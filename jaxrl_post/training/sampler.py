@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_post import data, rewards
-from jaxrl_post.rollout import Prompts, SamplingParams, generate
+from jaxrl_post.rollout import BUDGET, EXIT, Exits, Prompts, SamplingParams
 from jaxrl_post.training.setup import Setup
+from jaxrl_post.training.subgroups import Budgets, sample_groups, subgroup_metrics, with_budgets
 from jaxrl_post.types import FINISH_LENGTH, Array, Params, Policy, Rollouts
 
 
@@ -32,12 +33,16 @@ class Sampled(NamedTuple):
 
 @functools.lru_cache(maxsize=32)
 def compiled_generate(
-    policy: Policy, sampling: SamplingParams, max_new_tokens: int, group_size: int
+    policy: Policy,
+    sampling: SamplingParams,
+    max_new_tokens: int,
+    group_size: int,
+    parts: int = 1,
+    exits: Exits | None = None,
 ) -> Callable[..., Rollouts]:
-    """`generate`, jitted; samplers of the same kind share it, so that training and evaluation compile once."""
-    return jax.jit(
-        functools.partial(generate, policy, sampling=sampling, max_new_tokens=max_new_tokens, group_size=group_size)
-    )
+    """`sample_groups`, jitted; samplers of the same kind share it, so that training and evaluation compile once."""
+    limits = {"max_new_tokens": max_new_tokens, "group_size": group_size, "parts": parts}
+    return jax.jit(functools.partial(sample_groups, policy, sampling=sampling, exits=exits, **limits))
 
 
 class Sampler:
@@ -51,6 +56,8 @@ class Sampler:
         prompts: prompts of one compiled call; a longer list is sampled in several calls.
         prompt_length: longest prompt, tokens.
         rewarded: score the completions with the run's reward functions.
+        budgets: what the members of a group are asked to keep to; None for nothing.
+        exits: makes groups serial; None for completions that are sampled separately.
     """
 
     def __init__(
@@ -63,15 +70,23 @@ class Sampler:
         prompts: int,
         prompt_length: int,
         rewarded: bool = True,
+        budgets: Budgets | None = None,
+        exits: Exits | None = None,
     ):
         self._setup = setup
         self._group_size = group_size
         self._prompts = prompts
         self._prompt_length = prompt_length
         self._rewarded = rewarded
+        self._budgets = budgets
         stops = tuple(setup.tokenizer.eos_ids) + sampling.stop_tokens
         self._generate = compiled_generate(
-            setup.policy, sampling._replace(stop_tokens=stops), max_new_tokens, group_size
+            setup.policy,
+            sampling._replace(stop_tokens=stops),
+            max_new_tokens,
+            group_size,
+            1 if budgets is None else budgets.parts,
+            exits,
         )
 
     def __call__(
@@ -90,34 +105,40 @@ class Sampler:
             problems: `P` problems.
             key: of the random streams.
             first_id: id of the first sequence; the others follow.
-            version: the policy's version, recorded with every token.
+            version: the policy's version, recorded with every token; scheduled budgets are those of this step.
         """
         tokenizer = self._setup.tokenizer
-        encoded = [tokenizer.encode(problem["prompt"]) for problem in problems]
+        budgets = (None,) if self._budgets is None else self._budgets.at(version)
+        texts = [self._text(problem, budget) for problem in problems for budget in budgets]
+        encoded = [tokenizer.encode(text) for text in texts]
+        each = self._group_size // len(budgets)  # completions of one text
         pieces = []
         for start in range(0, len(problems), self._prompts):
-            chunk = encoded[start : start + self._prompts]
-            rows = len(chunk)
-            chunk = chunk + chunk[:1] * (self._prompts - rows)  # filled up to the compiled shape
+            some = problems[start : start + self._prompts]
+            rows = len(some)
+            chunk = encoded[start * len(budgets) : (start + rows) * len(budgets)]
+            chunk = chunk + chunk[:1] * (self._prompts * len(budgets) - len(chunk))  # filled up to the compiled shape
             tokens, length = data.pad_prompts(chunk, self._prompt_length)
-            ids = first_id + start * self._group_size + np.arange(len(chunk) * self._group_size, dtype=np.uint64)
-            prompt_ids = [problem.get("prompt_id", -1) for problem in problems[start : start + rows]]
+            ids = first_id + start * self._group_size + np.arange(len(chunk) * each, dtype=np.uint64)
+            prompt_ids = [problem.get("prompt_id", -1) for problem in some for _ in budgets]
             prompts = Prompts(
                 tokens=jnp.asarray(tokens),
                 length=jnp.asarray(length),
-                prompt_id=jnp.asarray(prompt_ids + [-1] * (self._prompts - rows), jnp.int32),
-                id=jnp.asarray((ids % 2**32).astype(np.uint32).reshape(len(chunk), self._group_size)),
+                prompt_id=jnp.asarray(prompt_ids + [-1] * (len(chunk) - len(prompt_ids)), jnp.int32),
+                id=jnp.asarray((ids % 2**32).astype(np.uint32).reshape(len(chunk), each)),
             )
             with jax.set_mesh(self._setup.mesh):
                 piece = self._generate(params, prompts, key, version=version)
             pieces.append(piece if rows == self._prompts else _first_prompts(piece, rows))
         rollouts = pieces[0] if len(pieces) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *pieces)
-        completions = self._decode(rollouts, [len(prompt) for prompt in encoded])
+        if self._budgets is not None:
+            rollouts = with_budgets(rollouts, budgets)
+        completions = self._decode(rollouts, [len(prompt) for prompt in encoded for _ in range(each)])
         if not self._rewarded:
             return Sampled(rollouts, completions, None)
         scored = rewards.score(
             self._setup.reward_functions,
-            [problem["prompt"] for problem in problems for _ in range(self._group_size)],
+            [text for text in texts for _ in range(each)],
             completions,
             data.columns(problems, repeat=self._group_size),
             on_error=self._setup.config.on_reward_error,
@@ -132,11 +153,13 @@ class Sampler:
         )
         return Sampled(rollouts, completions, scored)
 
+    def _text(self, problem: data.Problem, budget: int | None) -> str:
+        return problem["prompt"] if self._budgets is None else self._budgets.prompt(problem["prompt"], budget)
+
     def _decode(self, rollouts: Rollouts, prompt_lengths: list[int]) -> list[str]:
         tokens, lengths = jax.device_get((rollouts.tokens, rollouts.length))
         texts = []
-        for row, length in enumerate(lengths.reshape(-1)):
-            start = prompt_lengths[row // self._group_size]
+        for row, (start, length) in enumerate(zip(prompt_lengths, lengths.reshape(-1), strict=True)):
             texts.append(self._setup.tokenizer.decode(tokens[row, start:length].tolist()))
         return texts
 
@@ -156,8 +179,8 @@ def sampled_metrics(sampled: Sampled, correct_at: float) -> dict[str, float]:
     Returns:
         `reward` (mean over scored completions), `reward_std` (mean over groups of the unbiased standard deviation),
         `frac_reward_zero_std` (groups whose rewards are all equal), `accuracy`, `rewards/<name>/mean|std`,
-        `rewards/unscored` (fraction), `completions/*` (tokens; `clipped_ratio` is the fraction cut at the limit) and
-        `entropy` (nats per token, of the tempered distribution).
+        `rewards/unscored` (fraction), `completions/*` (tokens; `clipped_ratio` is the fraction cut at the limit),
+        `entropy` (nats per token, of the tempered distribution), and those of `subgroup_metrics`.
     """
     rollouts = sampled.rollouts
     arrays = jax.device_get(
@@ -167,6 +190,7 @@ def sampled_metrics(sampled: Sampled, correct_at: float) -> dict[str, float]:
             "finish": rollouts.finish,
             "reward": rollouts.reward,
             "valid": rollouts.valid,
+            **{name: rollouts.extras[name] for name in (BUDGET, EXIT) if name in rollouts.extras},
         }
     )
     lengths = arrays["mask"].sum(axis=1)
@@ -182,6 +206,7 @@ def sampled_metrics(sampled: Sampled, correct_at: float) -> dict[str, float]:
         metrics["completions/mean_terminated_length"] = float(lengths[ended].mean())
     if sampled.scored is None:
         return metrics
+    metrics |= subgroup_metrics({**arrays, "length": lengths.reshape(arrays["reward"].shape)}, correct_at)
     reward, valid = arrays["reward"].astype(np.float64), arrays["valid"]
     counts = valid.sum(axis=1)
     metrics["rewards/unscored"] = float(1.0 - valid.mean())

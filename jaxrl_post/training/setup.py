@@ -17,13 +17,16 @@ from jax.sharding import Mesh
 
 from jaxrl_post import data, models, rewards
 from jaxrl_post import mesh as mesh_lib
-from jaxrl_post.rollout import Prompts, SamplingParams, generate
-from jaxrl_post.training.config import Config, ConfigError, DataConfig, check_devices
+from jaxrl_post.rollout import Prompts, SamplingParams
+from jaxrl_post.training.config import BASE, Config, ConfigError, DataConfig, check_devices
 from jaxrl_post.training.config.content_checks import reward_names
+from jaxrl_post.training.config.methods_check import tokenizer_of
+from jaxrl_post.training.model_setup import make_models, trainable
 from jaxrl_post.training.roles import Role, check_same_shapes, role_params
 from jaxrl_post.training.stages import Stage, make_method, make_stages
 from jaxrl_post.training.state import TrainState, init, state_shardings
-from jaxrl_post.types import Array, Params, Policy, Rollouts, Score
+from jaxrl_post.training.subgroups import Exits, make_budgets, make_exits, sample_groups, with_budgets
+from jaxrl_post.types import ANSWER_TOKENS, Array, Params, Policy, PyTree, Rollouts, Score
 
 # Parts of the data that must not share problems: each draws from seeds of its own.
 _TRAIN, _WARM_START, _VALIDATION, _HELD_OUT = range(4)
@@ -56,6 +59,7 @@ class Setup:
     tokenizer: data.Tokenizer
     policy: Policy
     critic: Policy
+    base: Policy
     mesh: Mesh
     stages: list[Stage]
 
@@ -87,16 +91,33 @@ class Setup:
         """The model that plays a role: those that give values have a value head."""
         return self.critic if role == "critic" else self.policy
 
+    def borrows(self, stage: Stage) -> dict[str, str]:
+        """The roles that are the policy without its adapters, and read its parameters."""
+        return {role: "policy" for role, given in stage.roles.items() if given.sources == (BASE,)}
+
+    def trainable(self, stage: Stage) -> dict[str, PyTree]:
+        """Which parameters are trained, by role; a role that is not there trains all of them."""
+        found = {role: trainable(self.config.model, self.model(role), self.key) for role in stage.method.trains}
+        return {role: tree for role, tree in found.items() if tree is not None}
+
     def scores(self, stage: Stage) -> dict[str, Score]:
         """A score for each role, at the temperature that completions are sampled with."""
         temperature = self.config.rollout.sampling.temperature if stage.kind == "rollouts" else 1.0
         # Of rollouts only the completions are scored; how long given answers are is not known beforehand.
         bound = self.config.rollout.max_new_tokens if stage.kind == "rollouts" else None
+        if bound is not None and self.exits is not None:
+            bound = self.exits.most_chosen(bound)
         grouped = self.config.training.share_prompts and stage.kind != "completions"
         prompt = self.config.data.max_prompt_length if grouped else None
+        borrowed = self.borrows(stage)
         return {
-            role: models.score(self.model(role), temperature=temperature, max_chosen=bound, shared_prompt=prompt)
-            for role in stage.method.needs
+            role: models.score(
+                self.base if role in borrowed else self.model(role),
+                temperature=temperature,
+                max_chosen=bound,
+                shared_prompt=prompt,
+            )
+            for role in stage.method.roles
         }
 
     def sampling(self) -> SamplingParams:
@@ -104,30 +125,48 @@ class Setup:
         options = self.config.rollout.sampling
         return SamplingParams(options.temperature, options.top_k, options.top_p, options.min_p)
 
+    @functools.cached_property
+    def exits(self) -> Exits | None:
+        """How thoughts are left early while training; None if they are not."""
+        return make_exits(self.config, self.tokenizer)
+
     def rollout_shapes(self, stage: Stage) -> Rollouts:
         """Shapes of what a step of the stage trains on, for methods that keep a state of that shape."""
         config = self.config
         length = config.data.max_prompt_length + config.rollout.max_new_tokens
         if stage.kind == "rollouts":
             count, size = config.rollout.prompts, config.rollout.group_size
+            budgets = make_budgets(config)
+            asked = (None,) if budgets is None else budgets.at(0)
+            parts = len(asked)
             prompts = Prompts(
-                jax.ShapeDtypeStruct((count, config.data.max_prompt_length), jnp.int32),  # type: ignore[arg-type]
-                jax.ShapeDtypeStruct((count,), jnp.int32),  # type: ignore[arg-type]
+                jax.ShapeDtypeStruct((count * parts, config.data.max_prompt_length), jnp.int32),  # type: ignore[arg-type]
+                jax.ShapeDtypeStruct((count * parts,), jnp.int32),  # type: ignore[arg-type]
             )
-            sample = functools.partial(
-                generate,
-                self.policy,
-                sampling=self.sampling(),
-                max_new_tokens=config.rollout.max_new_tokens,
-                group_size=size,
-            )
+
+            def sample(params: Params, prompts: Prompts, key: Array) -> Rollouts:
+                made = sample_groups(
+                    self.policy,
+                    params,
+                    prompts,
+                    key,
+                    sampling=self.sampling(),
+                    max_new_tokens=config.rollout.max_new_tokens,
+                    group_size=size,
+                    parts=parts,
+                    exits=self.exits,
+                )
+                return made if budgets is None else with_budgets(made, asked)
+
             shapes = jax.eval_shape(sample, jax.eval_shape(self.policy.init, self.key), prompts, self.key)
             shapes = shapes.replace(rewards=dict.fromkeys(reward_components(config), shapes.reward))
         else:
             count, size = stage.batch_size, 2 if stage.kind == "pairs" else 1
             shapes = jax.eval_shape(lambda: data.to_rollouts([[0]] * count, [[[0]] * size] * count, length=length))
-        wanted = {name: jax.ShapeDtypeStruct((count,), jnp.float32) for name in stage.method.wants}
-        return shapes.replace(extras={**shapes.extras, **wanted})
+        wanted = {name: jax.ShapeDtypeStruct((count,), jnp.float32) for name in stage.method.wants - {ANSWER_TOKENS}}
+        if ANSWER_TOKENS in stage.method.wants:
+            wanted[ANSWER_TOKENS] = jax.ShapeDtypeStruct((count, config.rollout.max_new_tokens), jnp.int32)
+        return shapes.replace(extras={**wanted, **shapes.extras})
 
     def initial_params(self) -> Params:
         """The policy's parameters before anything is learnt, on the mesh: drawn, or those of other runs."""
@@ -151,26 +190,37 @@ class Setup:
             rollouts=self.rollout_shapes(stage),
             num_prompts=self.num_prompts,
             step=step,
+            trainable=self.trainable(stage),
+            borrows=self.borrows(stage),
             mesh=self.mesh,
             axes=self._axes(stage),
         )
 
     def template(self, stage: Stage) -> TrainState:
         """Shapes and shardings of a stage's state, with nothing allocated but the key."""
-        key, rollouts = self.key, self.rollout_shapes(stage)
+        key, rollouts, chosen = self.key, self.rollout_shapes(stage), self.trainable(stage)
 
         def build() -> TrainState:
             # The parameters of other runs are in the checkpoint by now; only their shapes matter here.
             params = self._role_params(stage, self.policy.init(key), lambda run: self.policy.init(key))
-            return init(params, stage.method, stage.optimizer, key, rollouts=rollouts, num_prompts=self.num_prompts)
+            return init(
+                params,
+                stage.method,
+                stage.optimizer,
+                key,
+                rollouts=rollouts,
+                num_prompts=self.num_prompts,
+                trainable=chosen,
+                borrows=self.borrows(stage),
+            )
 
         shapes = jax.eval_shape(build)
-        layout = state_shardings(shapes, stage.method, stage.optimizer, self.mesh, self._axes(stage))
+        layout = state_shardings(shapes, stage.method, stage.optimizer, self.mesh, self._axes(stage), chosen)
         abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
         return abstract.replace(key=jax.device_put(key, layout.key))
 
     def _axes(self, stage: Stage) -> dict[str, object]:
-        axes = {role: self.model(role).axes for role in stage.method.needs}
+        axes = {role: self.model(role).axes for role in stage.method.roles}
         return {role: None if function is None else function() for role, function in axes.items()}
 
     def load_policy(self, run_dir: str) -> Params:
@@ -203,7 +253,7 @@ class Setup:
             fresh = self.critic.init(jax.random.fold_in(self.key, 3))
             return {name: source.get(name, value) for name, value in fresh.items()}
 
-        roles = {role: stage.roles[role] for role in stage.method.needs if role != "policy"}
+        roles = {role: stage.roles[role] for role in stage.method.roles - {"policy"} - set(self.borrows(stage))}
         return role_params(roles, {"policy": policy_params}, load, adapt)
 
 
@@ -215,20 +265,14 @@ def build(config: Config) -> Setup:
     """
     check_devices(config, jax.device_count())
     tokenizer = make_tokenizer(config)
-    sizes = dataclasses.asdict(config.model)
-    del sizes["path"]
-    policy, critic = (
-        models.decoder(vocab_size=tokenizer.vocab_size, value_head=value_head, **sizes) for value_head in (False, True)
-    )
+    policy, critic, base = make_models(config.model, tokenizer.vocab_size)
     mesh = mesh_lib.make_mesh(**dataclasses.asdict(config.mesh))
-    return Setup(config, tokenizer, policy, critic, mesh, make_stages(config))
+    return Setup(config, tokenizer, policy, critic, base, mesh, make_stages(config))
 
 
 def make_tokenizer(config: Config) -> data.Tokenizer:
     """The character tokenizer of `data.alphabet`, or the one at `data.tokenizer`."""
-    if config.data.tokenizer is not None:
-        return data.load_tokenizer(config.data.tokenizer)
-    return data.CharTokenizer(config.data.alphabet or data.PRINTABLE)
+    return tokenizer_of(config.data)
 
 
 def make_problems(config: Config, tokenizer: data.Tokenizer) -> Problems:
@@ -278,8 +322,9 @@ def make_problems(config: Config, tokenizer: data.Tokenizer) -> Problems:
         train = generated(config.seed, _TRAIN)
         warm_source, validation_source = generated(config.seed, _WARM_START), generated(config.seed, _VALIDATION)
     else:
-        kind = make_method(config).learns_from
-        answers = kind == "completions" or warm is not None
+        method = make_method(config)
+        kind = method.learns_from
+        answers = kind == "completions" or warm is not None or ANSWER_TOKENS in method.wants
         train = warm_source = validation_source = read(options.files, answers=answers, pairs=kind == "pairs")
         held_out = []
         if options.eval_files and held_out_count:

@@ -23,7 +23,7 @@ class Stage:
         name: of the stage, `warm_start` or the method's.
         kind: what a batch is made of: `rollouts` are sampled, `completions` and `pairs` are given by the data.
         method: the method.
-        optimizer: its optimiser.
+        optimizer: its optimiser, or those of the trained roles.
         schedule: the optimiser's learning rate by update.
         steps: most steps of the stage.
         batch_size: prompts that a step draws from the data.
@@ -37,7 +37,7 @@ class Stage:
     name: str
     kind: LearnsFrom
     method: Method
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformation | Mapping[str, optax.GradientTransformation]
     schedule: optax.Schedule
     steps: int
     batch_size: int
@@ -74,12 +74,17 @@ def make_stages(config: Config) -> list[Stage]:
     training, method = config.training, make_method(config)
     updates = training.steps * training.epochs * most_updates(method)
     optimizer, schedule = _optimizer(training.optimizer, updates)
+    own = {
+        role: _optimizer(options.optimizer, updates)[0]
+        for role, options in config.roles.items()
+        if options.optimizer is not None
+    }
     stages.append(
         Stage(
             name=config.method.name,
             kind=method.learns_from,
             method=method,
-            optimizer=optimizer,
+            optimizer={**dict.fromkeys(method.trains, optimizer), **own} if own else optimizer,
             schedule=schedule,
             steps=training.steps,
             batch_size=config.rollout.prompts * config.curriculum.oversample

@@ -5,15 +5,17 @@ import dataclasses
 import re
 import types
 import warnings
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import yaml
 
 from jaxrl_post import methods
-from jaxrl_post.data import PRINTABLE
+from jaxrl_post.data import PRINTABLE, CharTokenizer
 from jaxrl_post.training import config as configs
 from jaxrl_post.training.config import ConfigError, ConfigWarning, yaml_text
+from jaxrl_post.training.stages import make_stages
 
 MINIMAL = {
     "run_dir": "runs/test",
@@ -505,6 +507,11 @@ class Method(NamedTuple):
     trains: frozenset = frozenset({"policy"})
     learns_from: str = "rollouts"
     min_group: int = 1
+    wants: frozenset = frozenset()
+
+    @property
+    def roles(self):
+        return frozenset(self.needs)
 
 
 def _stub(unit="token", fail=None, **facts):
@@ -635,3 +642,47 @@ def test_the_printed_defaults_are_yaml_that_lacks_only_what_is_required():
     values["training"]["steps"] = 10
     values["training"]["optimizer"]["learning_rate"] = 1e-3
     assert configs.from_dict(values) == configs.from_dict(make(method={"name": "grpo"}))
+
+
+def with_tokens(*, delimiters: tuple[tuple[int, ...], ...] = (), steps: Mapping[str, Any] | None = None) -> Method:
+    del delimiters, steps
+    return Method({"policy": frozenset()})
+
+
+def test_a_text_among_a_methods_keywords_stands_for_its_token_ids(tmp_path):
+    namespace = types.SimpleNamespace(with_tokens=with_tokens)
+    method = {
+        "name": "with_tokens",
+        "delimiters": [{"text": "ab"}, [7]],
+        "steps": {"name": "delimiter", "delimiters": [{"text": "b"}]},
+    }
+    config = configs.from_dict(
+        make(method=method, data__alphabet="ab", data__max_prompt_length=11), namespace=namespace
+    )
+    ids = CharTokenizer("ab").encode("ab")
+    assert config.method.keywords["delimiters"] == (tuple(ids), (7,))
+    assert config.method.keywords["steps"]["delimiters"] == [ids[1:]]
+    path = tmp_path / "run.yaml"
+    path.write_text(configs.dump(config))
+    assert configs.load(path, namespace=namespace) == config
+
+
+@pytest.mark.parametrize(("text", "words"), [("z", "z"), ("", "at least one token"), (3, "at least one token")])
+def test_a_text_that_cannot_be_encoded_is_a_problem_of_its_key(text, words):
+    namespace = types.SimpleNamespace(with_tokens=with_tokens)
+    method = {"name": "with_tokens", "delimiters": [{"text": text}]}
+    with pytest.raises(ConfigError) as caught:
+        configs.from_dict(make(method=method, data__alphabet="ab"), namespace=namespace)
+    assert any("method.delimiters.0.text" in problem and words in problem for problem in caught.value.problems)
+
+
+def test_a_role_that_is_trained_may_have_an_optimizer_and_one_that_is_not_may_not():
+    own = {"name": "sgd", "learning_rate": 0.5, "b1": 0.0}
+    config = configs.from_dict(make(method={"name": "ppo"}, roles={"critic": {"optimizer": own}}))
+    (stage,) = make_stages(config)
+    assert sorted(stage.optimizer) == ["critic", "policy"]
+    assert stage.optimizer["critic"] is not stage.optimizer["policy"]
+    problems = problems_of(method={"name": "grpo", "beta": 0.1}, roles={"reference": {"optimizer": own}})
+    assert any("roles.reference.optimizer" in problem and "does not train" in problem for problem in problems)
+    problems = problems_of(method={"name": "ppo"}, roles={"critic": {"optimizer": {**own, "b2": 0.9}}})
+    assert any("roles.critic.optimizer.b2" in problem for problem in problems)

@@ -18,14 +18,18 @@ from jaxrl_post.training.config import checks, parsing, yaml_text
 from jaxrl_post.training.config.checks import check_devices
 from jaxrl_post.training.config.document import defaults, document
 from jaxrl_post.training.config.errors import ConfigError, ConfigWarning, Problems
-from jaxrl_post.training.config.methods_check import check_method
+from jaxrl_post.training.config.methods_check import check_method, encode_texts
 from jaxrl_post.training.config.overrides import check_evaluation_overrides, override
 from jaxrl_post.training.config.schema import (
+    BASE,
+    BudgetScheduleConfig,
     Config,
     CurriculumConfig,
     DataConfig,
     EvalConfig,
+    ExitsConfig,
     LoggingConfig,
+    LoraConfig,
     MeshConfig,
     MethodConfig,
     ModelConfig,
@@ -39,13 +43,17 @@ from jaxrl_post.training.config.schema import (
 )
 
 __all__ = [
+    "BASE",
+    "BudgetScheduleConfig",
     "Config",
     "ConfigError",
     "ConfigWarning",
     "CurriculumConfig",
     "DataConfig",
     "EvalConfig",
+    "ExitsConfig",
     "LoggingConfig",
+    "LoraConfig",
     "MeshConfig",
     "MethodConfig",
     "ModelConfig",
@@ -179,17 +187,18 @@ def _build(values: Any, source: str, problems: Problems, namespace: Any, check_f
     config: Config = parsing.parse_section(Config, values, "", problems)
     made = None
     if problems.ok("method") and config.method is not None:
-        method, made = check_method(config.method, problems, namespace)
+        method = encode_texts(config.method, config.data, problems)
+        method, made = check_method(method, problems, namespace)
         config = dataclasses.replace(config, method=method)
     checks.check(config, made, problems, check_files)
     if problems.messages or made is None:
         raise ConfigError(problems.messages, source)
     for text in problems.warnings:
         warnings.warn(text, ConfigWarning, stacklevel=3)
-    return _resolve(config, made.needs)
+    return _resolve(config, made.roles, made.trains)
 
 
-def _resolve(config: Config, needs: Mapping[str, Any]) -> Config:
+def _resolve(config: Config, roles: frozenset[str], trained: frozenset[str]) -> Config:
     model, data = config.model, config.data
     model = dataclasses.replace(
         model,
@@ -199,5 +208,6 @@ def _resolve(config: Config, needs: Mapping[str, Any]) -> Config:
     )
     if data.alphabet is None and data.tokenizer is None:
         data = dataclasses.replace(data, alphabet=PRINTABLE)
-    missing = {role: RoleConfig() for role in sorted(needs) if role != "policy" and "/" not in role}
+    source = "policy" if model.lora is None else BASE
+    missing = {role: RoleConfig(source="policy" if role in trained else source) for role in sorted(roles - {"policy"})}
     return dataclasses.replace(config, model=model, data=data, roles={**missing, **config.roles})

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from jaxrl_post.models.lora import Lora
 from jaxrl_post.training.config import content_checks
 from jaxrl_post.training.config.content_checks import refuse_unused
 from jaxrl_post.training.config.errors import ConfigError, Problems
 from jaxrl_post.training.config.role_checks import check_roles
 from jaxrl_post.training.config.schema import Config, OptimizerConfig, yaml_key
+from jaxrl_post.training.config.subgroup_checks import check_subgroups
 from jaxrl_post.training.splitting import coarsest
 from jaxrl_post.types import Method
 
@@ -32,6 +34,7 @@ def check(config: Config, made: Method | None, problems: Problems, check_files: 
         _source(config, made, problems)
         if made.learns_from == "rollouts":
             _groups(config, made, problems)
+            check_subgroups(config, made, problems)
     _mesh(config, problems)
     if config.eval is not None and problems.ok("eval.k", "eval.samples") and config.eval.k > config.eval.samples:
         problems.add(
@@ -43,6 +46,9 @@ def check(config: Config, made: Method | None, problems: Problems, check_files: 
         _optimizer(
             training.optimizer, "training.optimizer", training.steps * training.epochs if known else None, problems
         )
+        for role, options in (config.roles or {}).items():
+            if options is not None and options.optimizer is not None:
+                _optimizer(options.optimizer, f"roles.{role}.optimizer", None, problems)
     _warm_start(config, problems)
     if check_files:
         content_checks.check_files_exist(config, problems)
@@ -59,6 +65,15 @@ def _model(config: Config, problems: Problems) -> None:
         problems.add(
             "model.path", "loading a model is not available yet; leave it out and give width, layers, ...", model.path
         )
+    if model.quantize not in (None, "none") and model.lora is None:
+        problems.add(
+            "model.quantize", "freezes the projections, and without model.lora they are what is trained", model.quantize
+        )
+    if model.lora is not None:
+        try:
+            Lora(**dataclasses.asdict(model.lora)).checked()
+        except (ValueError, TypeError) as error:
+            problems.add("model.lora", str(error))
     if not problems.ok("model.width", "model.heads", "model.kv_heads", "model.head_dim"):
         return
     if model.kv_heads is not None and model.heads % model.kv_heads:
@@ -95,7 +110,8 @@ def _source(config: Config, made: Method, problems: Problems) -> None:
     if made.learns_from != "rollouts":
         why = f"method {name} samples no completions to train on"
         if rollout is not None:
-            refuse_unused(rollout, "rollout", ("group_size", "prompts"), why, problems)
+            names = ("group_size", "prompts", "budgets", "budget_prompt", "exits")
+            refuse_unused(rollout, "rollout", names, why, problems)
         if config.curriculum is not None:
             refuse_unused(config.curriculum, "curriculum", ("oversample",), why, problems)
     elif config.training is not None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxrl_post.data import PRINTABLE, CharTokenizer, Tokenizer, load_tokenizer
 from jaxrl_post.training.config.errors import Problems, nearest
 from jaxrl_post.training.config.parsing import BAD, coerce, type_name
-from jaxrl_post.training.config.schema import MethodConfig
+from jaxrl_post.training.config.schema import DataConfig, MethodConfig
 from jaxrl_post.types import Method
 
 
@@ -60,6 +61,36 @@ def keyword_types(function: Callable[..., Any]) -> dict[str, Any]:
         guess = Any if default is parameter.empty or default is None else type(default)
         result[name] = hints.get(name, guess)
     return result
+
+
+def encode_texts(method: MethodConfig, data: DataConfig | None, problems: Problems) -> MethodConfig:
+    """The method with the token ids of each `{text: "..."}` among its keywords in its place."""
+
+    def encode(value: Any, key: str) -> Any:
+        if isinstance(value, Mapping) and set(value) == {"text"}:
+            if not isinstance(value["text"], str) or not value["text"]:
+                problems.add(f"{key}.text", "must be a text of at least one token", value["text"])
+                return []
+            if data is None:
+                return []  # what is wrong with it has been said
+            try:
+                return list(map(int, tokenizer_of(data).encode(value["text"])))
+            except (ValueError, OSError) as error:
+                problems.add(f"{key}.text", str(error))
+                return []
+        if isinstance(value, Mapping):
+            return {name: encode(item, f"{key}.{name}") for name, item in value.items()}
+        return [encode(item, f"{key}.{i}") for i, item in enumerate(value)] if isinstance(value, list) else value
+
+    keywords = {name: encode(value, f"method.{name}") for name, value in method.keywords.items()}
+    return dataclasses.replace(method, keywords=keywords)
+
+
+def tokenizer_of(options: DataConfig) -> Tokenizer:
+    """The character tokenizer of `alphabet`, or the one at `tokenizer`."""
+    if options.tokenizer is not None:
+        return load_tokenizer(options.tokenizer)
+    return CharTokenizer(options.alphabet or PRINTABLE)
 
 
 def check_method(method: MethodConfig, problems: Problems, namespace: Any = None) -> tuple[MethodConfig, Method | None]:

@@ -90,6 +90,10 @@ def coerce(value: Any, hint: Any, path: str, problems: Problems) -> Any:
         rest = [member for member in alternatives if member is not type(None)]
         if len(rest) == 1:
             return coerce(value, rest[0], path, problems)
+        # Where only one alternative has the value's form, what is wrong inside the value can be said in full.
+        same_form = [member for member in rest if type_name(member).split()[0] == _form(value)]
+        if len(same_form) == 1:
+            return coerce(value, same_form[0], path, problems)
         # A type that YAML cannot hold (an array) would accept anything; it must not hide what the others refuse.
         for member in [member for member in rest if type_name(member) != "anything"] or rest:
             result = coerce(value, member, path, Problems())
@@ -126,6 +130,11 @@ def coerce(value: Any, hint: Any, path: str, problems: Problems) -> Any:
             result[key] = coerce(item, inner, join(path, key), problems)
         return BAD if any(item is BAD for item in result.values()) else result
     return _scalar(value, hint, path, problems)
+
+
+def _form(value: Any) -> str:
+    """`list` or `mapping`, the first word of the `type_name` of what could hold the value; empty for a scalar."""
+    return "mapping" if isinstance(value, Mapping) else "list" if isinstance(value, list | tuple) else ""
 
 
 def _scalar(value: Any, hint: Any, path: str, problems: Problems) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jaxrl_post.training.config.content_checks import refuse_unused
 from jaxrl_post.training.config.errors import Problems, nearest
-from jaxrl_post.training.config.schema import Config, RoleConfig
+from jaxrl_post.training.config.schema import BASE, Config, RoleConfig
 from jaxrl_post.types import Method
 
 
@@ -20,7 +20,7 @@ def check_roles(config: Config, made: Method, problems: Problems, check_files: b
         check_files: whether the directories of other runs must be there.
     """
     name, roles = config.method.name, config.roles or {}
-    needed = sorted(role for role in made.needs if role != "policy" and "/" not in role)
+    needed = sorted(made.roles - {"policy"})
     for role, options in roles.items():
         key = f"roles.{role}"
         if options is None or not problems.ok(key):
@@ -38,6 +38,11 @@ def check_roles(config: Config, made: Method, problems: Problems, check_files: b
             have = f"; {nearest(role, needed)}" if needed else "; it needs no role beside the policy: remove it"
             problems.add(key, f"{settings} does not read this role{have}")
             continue
+        if options.optimizer is not None and role not in made.trains:
+            problems.add(f"{key}.optimizer", f"does not apply: method {name} does not train this role; leave it out")
+        if options.sources == (BASE,):
+            _check_base(config, role, made, key, problems)
+            continue
         others = [other for other in ("policy", *needed) if other != role]
         runs = _check_sources(options, key, others, problems, check_files)
         _check_weights(options, key, problems)
@@ -53,6 +58,16 @@ def check_roles(config: Config, made: Method, problems: Problems, check_files: b
         else:
             refuse_unused(options, key, ("every", "mix"), "refresh is frozen", problems)
     _check_circles({role: options for role, options in roles.items() if options is not None}, problems)
+
+
+def _check_base(config: Config, role: str, made: Method, key: str, problems: Problems) -> None:
+    if config.model is not None and config.model.lora is None:
+        problems.add(f"{key}.from", "base is the model without its adapters, and model.lora gives it none", BASE)
+    if role in made.trains:
+        problems.add(
+            f"{key}.from", f"method {config.method.name} trains this role, so it needs weights of its own", BASE
+        )
+    refuse_unused(config.roles[role], key, ("weights", "refresh", "every", "mix"), "base never changes", problems)
 
 
 def _check_sources(

@@ -13,6 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+BASE = "base"
+"""Source of a role that is the policy's model without its adapters."""
+
 
 def option(
     help: str,
@@ -54,10 +57,30 @@ def yaml_key(field: dataclasses.Field[Any]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters, which are trained alone while the model stays as it is."""
+
+    rank: int = option("rows of A and columns of B", minimum=1)
+    alpha: float = option("what the adapters add is multiplied by alpha / rank", 16.0, above=0)
+    targets: tuple[str, ...] = option(
+        "projections with an adapter: query, key, value, out, gate, up, down, or q_proj, k_proj, ...",
+        ("query", "value"),
+    )
+    dropout: float = option("share of an adapter's inputs that is zeroed in training", 0.0, minimum=0, below=1)
+    rank_stabilized: bool = option("multiply by alpha / sqrt(rank) instead", False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The decoder that is built and trained."""
 
-    path: str | None = option("checkpoint directory or hub id to start from; null builds the decoder below", None)
+    path: str | None = option(
+        "directory or hub id of a Hugging Face checkpoint to start from, whose sizes hold; null builds the decoder "
+        "below",
+        None,
+    )
+    lora: LoraConfig | None = option("adapters, which alone are trained; null: all parameters are", None)
+    quantize: Literal["none", "int8", "nf4"] = option("bits of the frozen projections under adapters", "none")
     width: int = option("size of the residual stream (D)", 128, minimum=1)
     layers: int = option("number of blocks", 2, minimum=1)
     heads: int = option("query heads of a block", 4, minimum=1)
@@ -131,6 +154,34 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BudgetScheduleConfig:
+    """One token budget for all completions, which shrinks in stages: start * decay ** (step // every)."""
+
+    start: int = option("budget of the first step, tokens", minimum=1)
+    decay: float = option("what a reduction leaves of the budget", 0.7, above=0, maximum=1)
+    every: int = option("steps between reductions", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitsConfig:
+    """Serial groups: one trajectory of a prompt, and answers from random places at which its thought is ended early."""
+
+    count: int = option("exits of a thought; rollout.group_size is one more, for the trajectory itself", minimum=1)
+    text: str = option(
+        "ends the thought at an exit",
+        "Time is limited, stop thinking and start answering.\n</think>\n\n",
+    )
+    end: str | None = option("where a thought ends by itself; null: all of the completion is thought", "</think>")
+    max_new_tokens: int | None = option(
+        "longest answer after an exit, tokens; null: rollout.max_new_tokens", None, minimum=1
+    )
+    whole: bool = option(
+        "train the thought before an exit and text with its answer, so that exits are learned; false: the answer alone",
+        True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """The completions sampled at each step."""
 
@@ -138,35 +189,26 @@ class RolloutConfig:
     prompts: int = option("prompts per step that are trained on (P)", 32, minimum=1)
     max_new_tokens: int = option("longest completion, tokens", minimum=1)
     sampling: SamplingConfig = option("how a token is drawn", factory=SamplingConfig)
+    budgets: tuple[int | None, ...] | BudgetScheduleConfig | None = option(
+        "token budgets that the completions of a prompt are asked to keep to: a list, whose items (null: no budget) "
+        "get equal shares of the group, or a schedule, one budget for all; null: none. Evaluation names none",
+        None,
+    )
+    budget_prompt: str = option(
+        "what a budget adds to the prompt", " I will answer the question with {budget} tokens.\n"
+    )
+    exits: ExitsConfig | None = option("early exits from one thought in place of separate completions", None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """The training method. In YAML the keywords stand beside the name: `{name: grpo, clip_high: 0.28}`."""
+    """The training method. In YAML the keywords stand beside the name: `{name: grpo, clip_high: 0.28}`.
+
+    Where a keyword holds token ids, `{text: "..."}` stands for those of a text.
+    """
 
     name: str = option("a function of jaxrl_post.methods; its keywords stand beside it", "grpo")
     keywords: dict[str, Any] = option("keywords of that function", factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoleConfig:
-    """A model beside the policy, e.g. the reference: where its parameters come from, and whether they are renewed."""
-
-    source: str | tuple[str, ...] = option(
-        "whose parameters it starts (and is renewed) from: policy, another role, or the directory of another run, "
-        "whose newest policy is meant; a list is averaged",
-        "policy",
-        key="from",
-    )
-    weights: tuple[float, ...] | None = option("of the average, one for each of from; null: equal ones", None)
-    refresh: Literal["frozen", "every"] = option("frozen, or every: renewed every n steps", "frozen")
-    every: int | None = option("steps between renewals (refresh: every)", None, minimum=1)
-    mix: float = option("a renewal gives mix * source + (1 - mix) * old (refresh: every)", 1.0, above=0, maximum=1)
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """`source` as a tuple, of one where it is one name; empty where it could not be read."""
-        return (self.source,) if isinstance(self.source, str) else tuple(self.source or ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +231,29 @@ class OptimizerConfig:
     eps: float = option("added to the root of the mean square (adam, adamw)", 1e-8, above=0)
     weight_decay: float = option("decoupled weight decay (adamw)", 0.0, minimum=0)
     max_grad_norm: float | None = option("gradients are scaled down to this global norm; null: never", 1.0, above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleConfig:
+    """A model beside the policy, e.g. the reference: where its parameters come from, and whether they are renewed."""
+
+    source: str | tuple[str, ...] = option(
+        "whose parameters it starts (and is renewed) from: policy, another role, or the directory of another run, "
+        "whose newest policy is meant; a list is averaged; base: the policy without its adapters, whose weights it "
+        "shares (the default where model.lora is given)",
+        "policy",
+        key="from",
+    )
+    weights: tuple[float, ...] | None = option("of the average, one for each of from; null: equal ones", None)
+    refresh: Literal["frozen", "every"] = option("frozen, or every: renewed every n steps", "frozen")
+    every: int | None = option("steps between renewals (refresh: every)", None, minimum=1)
+    mix: float = option("a renewal gives mix * source + (1 - mix) * old (refresh: every)", 1.0, above=0, maximum=1)
+    optimizer: OptimizerConfig | None = option("of a role that the method trains; null: training.optimizer", None)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """`source` as a tuple, of one where it is one name; empty where it could not be read."""
+        return (self.source,) if isinstance(self.source, str) else tuple(self.source or ())
 
 
 @dataclass(frozen=True, kw_only=True)
