@@ -1,8 +1,9 @@
-"""Problems, tokenizers, resumable streams of batches, and padding."""
+"""Problems and the files they come from, tokenizers and chats, resumable streams of batches, and padding."""
 
 from jaxrl_post.data.batching import pad_prompts, to_rollouts
+from jaxrl_post.data.chat import continue_chat, encode_completion, encode_prompt, extend_prompt
+from jaxrl_post.data.choices import InvertedQuestion, invert_question, negate_question
 from jaxrl_post.data.problems import (
-    JsonlSource,
     Problem,
     ReasoningGymSource,
     Source,
@@ -11,26 +12,48 @@ from jaxrl_post.data.problems import (
     held_out,
     spaced_seed,
 )
+from jaxrl_post.data.rows import ArrowRows, JoinedRows, JsonlRows, Rows, open_rows
+from jaxrl_post.data.schemas import RowType, as_messages, detect, show_messages, to_problem
+from jaxrl_post.data.sources import FileSource, JsonlSource, open_source
 from jaxrl_post.data.stream import ProblemStream, prompt_fits, stream
 from jaxrl_post.data.tokenizer import PRINTABLE, CharTokenizer, HFTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
     "PRINTABLE",
+    "ArrowRows",
     "CharTokenizer",
+    "FileSource",
     "HFTokenizer",
+    "InvertedQuestion",
+    "JoinedRows",
+    "JsonlRows",
     "JsonlSource",
     "Problem",
     "ProblemStream",
     "ReasoningGymSource",
+    "RowType",
+    "Rows",
     "Source",
     "Tokenizer",
+    "as_messages",
     "check_disjoint",
     "columns",
+    "continue_chat",
+    "detect",
+    "encode_completion",
+    "encode_prompt",
+    "extend_prompt",
     "held_out",
+    "invert_question",
     "load_tokenizer",
+    "negate_question",
+    "open_rows",
+    "open_source",
     "pad_prompts",
     "prompt_fits",
+    "show_messages",
     "spaced_seed",
     "stream",
+    "to_problem",
     "to_rollouts",
 ]

@@ -1,20 +1,19 @@
-"""Where problems come from: generators of verifiable tasks and JSONL files.
+"""Problems, generators of verifiable tasks, and what is held out; files are read in `sources`.
 
 A problem is a dict of columns. `prompt` is always there and is a string; `answer` usually is; `prompt_id` is the
-problem's position in its source. Every further column is kept, so that a reward function can ask for it by name.
+problem's position in its source. A conversation has its messages in `prompt_messages`, and `prompt` shows them as text;
+`chat` makes tokens of either. Every further column is kept, so that a reward function can ask for it by name.
 Order, repetition and batches are the business of `stream`.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
-import os
-import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias
+
+from jaxrl_post.data.templates import render
 
 Problem: TypeAlias = dict[str, Any]
 """The columns of one problem: `prompt: str`, `prompt_id: int`, usually `answer: str`, and whatever rewards need."""
@@ -94,9 +93,12 @@ class ReasoningGymSource:
                 f"task {self.task!r} could not generate problem {index}: {error}; change its options"
             ) from error
         keys = {**entry["metadata"], "question": entry["question"], "answer": entry["answer"]}
-        where = f"task {self.task!r}"
-        prompt = _render(self._prompt, keys, where, "prompt", self._lowercase)
-        answer = _render(self._answer, keys, where, "answer", self._lowercase)
+        try:
+            prompt, answer = render(self._prompt, keys, "prompt"), render(self._answer, keys, "answer")
+        except ValueError as error:
+            raise ValueError(f"task {self.task!r}: {error}") from error
+        if self._lowercase:
+            prompt, answer = prompt.lower(), answer.lower()
         if self._lowercase and isinstance(entry["answer"], str):
             # A scorer that compares letters must not punish the case that we took away.
             entry = {**entry, "answer": entry["answer"].lower()}
@@ -105,64 +107,6 @@ class ReasoningGymSource:
     def score_answer(self, answer: str | None, entry: Mapping[str, Any]) -> float:
         """The task's own score of an answer to a problem, usually in `[0, 1]`; many tasks give partial credit."""
         return self._dataset.score_answer(answer, entry)
-
-
-class JsonlSource:
-    r"""Problems from JSONL files: one JSON object per line, blank lines skipped, all read at once.
-
-    Args:
-        paths: a file or several, read in order.
-        prompt: template over the columns of a line. Lists are joined by commas, or by the text after a colon.
-        answer: template of the column `answer`; None leaves the line's own column, if it has one.
-        chosen: template of the preferred completion; None leaves the line's own column, if it has one.
-        rejected: template of the other completion; None leaves the line's own column, if it has one.
-        lowercase: lower-case whatever is made by a template.
-
-    Raises:
-        ValueError: names file and line: a missing or empty file, a line that is not a JSON object, a column that a
-            template asks for and the line lacks.
-
-    Example:
-        >>> import pathlib, tempfile
-        >>> path = pathlib.Path(tempfile.mkdtemp()) / "sums.jsonl"
-        >>> _ = path.write_text('{"question": "12+7=", "answer": 19}\n')
-        >>> JsonlSource(path, prompt="{question}", answer="{answer}")[0]
-        {'question': '12+7=', 'answer': '19', 'prompt': '12+7=', 'prompt_id': 0}
-    """
-
-    def __init__(
-        self,
-        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-        *,
-        prompt: str = "{prompt}",
-        answer: str | None = None,
-        chosen: str | None = None,
-        rejected: str | None = None,
-        lowercase: bool = False,
-    ):
-        files = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-        if not files:
-            raise ValueError("at least one JSONL file is needed, got none")
-        made = {"prompt": prompt, "answer": answer, "chosen": chosen, "rejected": rejected}
-        templates = {column: template for column, template in made.items() if template is not None}
-        self._problems: list[Problem] = []
-        for file in files:
-            for where, row in _json_lines(Path(file)):
-                if "prompt_id" in row:
-                    raise ValueError(f"{where}: the column 'prompt_id' is set by the library; rename it")
-                rendered = {
-                    column: _render(template, row, where, column, lowercase) for column, template in templates.items()
-                }
-                self._problems.append({**row, **rendered, "prompt_id": len(self._problems)})
-        self.columns: tuple[str, ...] = tuple(dict.fromkeys(key for problem in self._problems for key in problem))
-
-    def __len__(self) -> int:
-        return len(self._problems)
-
-    def __getitem__(self, index: int) -> Problem:
-        if not 0 <= index < len(self._problems):
-            raise IndexError(f"problem {index} of {len(self._problems)}")
-        return dict(self._problems[index])
 
 
 def spaced_seed(seed: int, part: int, *, size: int, parts: int = 8) -> int:
@@ -275,50 +219,6 @@ def columns(problems: Sequence[Problem], *, repeat: int = 1) -> dict[str, list[A
         raise ValueError(f"repeat must be at least 1, got {repeat}")
     names = dict.fromkeys(key for problem in problems for key in problem if key != "prompt")
     return {name: [problem.get(name) for problem in problems for _ in range(repeat)] for name in names}
-
-
-class _Template(string.Formatter):
-    def format_field(self, value: Any, format_spec: str) -> str:
-        # Python's brackets and quotes around a list are noise in a prompt.
-        if isinstance(value, list | tuple):
-            return (format_spec or ",").join(str(item) for item in value)
-        return super().format_field(value, format_spec)
-
-
-def _render(template: str, keys: Mapping[str, Any], where: str, column: str, lowercase: bool) -> str:
-    try:
-        text = _Template().vformat(template, (), keys)
-    except (KeyError, AttributeError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{where}: the {column} template {template!r} cannot be filled ({type(error).__name__}: {error}); its keys "
-            f"are {', '.join(sorted(keys)) or 'none'} (a brace that is meant as text is written twice)"
-        ) from error
-    return text.lower() if lowercase else text
-
-
-def _json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    except OSError as error:
-        raise ValueError(f"data file {path} cannot be read: {error.strerror or error}; check the path") from error
-    rows = []
-    # Only newlines end a line: JSON strings may hold the other characters that str.splitlines breaks at.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected a JSON object with one key per column, got {type(row).__name__}")
-        rows.append((where, row))
-    if not rows:
-        raise ValueError(f"data file {path} is empty: expected one JSON object per line")
-    return rows
 
 
 def _create_dataset(task: str, seed: int, size: int, options: dict[str, Any]) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrl_post.data.chat import encode_prompt
 from jaxrl_post.data.problems import Problem, Source
 from jaxrl_post.data.tokenizer import Tokenizer
 
@@ -236,7 +237,7 @@ def prompt_fits(tokenizer: Tokenizer, max_tokens: int, *, on_long_prompt: str = 
         raise ValueError(f"on_long_prompt must be 'filter' or 'error', got {on_long_prompt!r}")
 
     def keep(problem: Problem) -> bool:
-        length = len(tokenizer.encode(problem["prompt"]))
+        length = len(encode_prompt(tokenizer, problem))
         if length > max_tokens and on_long_prompt == "error":
             raise ValueError(
                 f"the prompt {problem['prompt'][:80]!r} has {length} tokens, more than max_prompt_length={max_tokens}; "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -164,9 +164,9 @@ class CharTokenizer:
 class HFTokenizer:
     """A tokenizer of `transformers` behind the `Tokenizer` protocol.
 
-    Nothing is added around a text: a chat template or a start token belongs in the text itself. Every stop token of the
-    tokenizer and of the generation config beside it counts as an end. Where there is no pad token, the first stop token
-    pads; masks are made from lengths, so that changes no loss.
+    Nothing is added around a text: a start token belongs in the text itself, and a chat template puts it there. Every
+    stop token of the tokenizer and of the generation config beside it counts as an end. Where there is no pad token,
+    the first stop token pads; masks are made from lengths, so that changes no loss.
 
     Args:
         tokenizer: what `transformers.AutoTokenizer.from_pretrained` returned.
@@ -219,6 +219,58 @@ class HFTokenizer:
         dropped = {self._pad_id, *self._eos_ids}
         kept = [token for token in map(int, ids) if token not in dropped]
         return self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def token_text(self, token: int) -> str:
+        """The text of one token, special tokens included."""
+        return self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        **options: Any,
+    ) -> str:
+        """Messages as text, by the tokenizer's chat template.
+
+        Args:
+            messages: dicts with `role` and `content`.
+            tools: descriptions of functions that may be called.
+            add_generation_prompt: whether the beginning of the assistant's turn is added.
+            continue_final_message: whether the last message is left open.
+            **options: further variables of the template, e.g. `enable_thinking`.
+
+        Returns:
+            The text, whose special tokens `encode` recognises; a start token is in it if the template wants one.
+
+        Raises:
+            ImportError: if jinja2 is not installed.
+            ValueError: if there is no chat template, or it refuses the messages.
+        """
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                "the data holds messages, but the tokenizer has no chat template; take the tokenizer of a chat model, "
+                "or set its chat_template (chat_template.jinja beside its files)"
+            )
+        try:
+            return self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=None if tools is None else [dict(tool) for tool in tools],
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+                **options,
+            )
+        except ImportError as error:
+            raise ImportError("chat templates need jinja2: pip install jinja2") from error
+        # Jinja's errors have no base in common with Python's own, and templates raise what they like.
+        except Exception as error:
+            roles = ", ".join(str(message.get("role")) for message in messages)
+            raise ValueError(
+                f"the chat template refuses the messages ({type(error).__name__}: {error}); their roles are {roles}"
+            ) from error
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the tokenizer's own files, and a generation config with the stop tokens if there is none yet."""

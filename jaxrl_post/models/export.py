@@ -70,9 +70,9 @@ def save_pretrained(
         overwrite: whether the directory may hold a model already.
 
     Raises:
-        ValueError: if the directory holds a model already, the parameters have adapters or are not those of a model of `config`, the
-            tokenizer has more tokens than the embedding has rows, or `head` cannot be written: `transformers` has no
-            such class, there is no value head, or one with a bias that the format has no place for.
+        ValueError: if the directory holds a model already, the parameters have adapters or are not those of a model of
+            `config`, the tokenizer has more tokens than the embedding has rows, or `head` cannot be written:
+            `transformers` has no such class, there is no value head, or it has a bias and the format none.
     """
     target = Path(directory)
     text = text_config(config)

@@ -21,7 +21,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from jaxrl_post.kernels.platform import current_device
 from jaxrl_post.mesh import shardings
 from jaxrl_post.models.adapters import nest
 from jaxrl_post.models.decoder import decoder
@@ -256,7 +255,9 @@ def _local(path_or_id: str | os.PathLike[str], revision: str | None, *, weights:
 
 def _spread(policy: Policy, shapes: Params, mesh: Mesh | None) -> Params:
     if mesh is None:
-        return jax.tree.map(lambda _: SingleDeviceSharding(current_device()), shapes)
+        default = getattr(jax.config, "jax_default_device", None)
+        device = default if isinstance(default, jax.Device) else jax.devices(default)[0]
+        return jax.tree.map(lambda _: SingleDeviceSharding(device), shapes)
     return shardings(shapes, None if policy.axes is None else policy.axes(), mesh)
 
 

@@ -1,19 +1,14 @@
-"""Generated and stored problems, and what is held out of them."""
+"""Generated problems, and what is held out of them."""
 
 import sys
 
 import pytest
 
-from jaxrl_post.data import JsonlSource, ReasoningGymSource, check_disjoint, columns, held_out, spaced_seed
+from jaxrl_post.data import ReasoningGymSource, check_disjoint, columns, held_out, spaced_seed
 
 
 def spelling(seed=0, size=50, **options):
     return ReasoningGymSource("spell_backward", seed=seed, size=size, prompt="{word}>", **options)
-
-
-def write(path, text):
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 # reasoning-gym
@@ -105,69 +100,6 @@ def test_without_reasoning_gym_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ImportError, match=r'pip install "jaxrl-post\[tasks\]"'):
         spelling()
-
-
-# JSONL
-
-
-def test_lines_of_several_files_become_problems_with_all_their_columns(tmp_path):
-    first = write(tmp_path / "a.jsonl", '\ufeff{"q": "1+1", "a": 2, "level": 3}\n\n')
-    second = write(tmp_path / "b.jsonl", '{"q": "Zwei\u2028", "a": [1, 2]}')
-    source = JsonlSource([first, str(second)], prompt="{q}=", answer="{a}", lowercase=True)
-    assert source[0] == {"q": "1+1", "a": 2, "level": 3, "prompt": "1+1=", "answer": "2", "prompt_id": 0}
-    assert source[1] == {"q": "Zwei\u2028", "a": [1, 2], "prompt": "zwei\u2028=", "answer": "1,2", "prompt_id": 1}
-    assert len(source) == 2
-    assert set(source.columns) == {"q", "a", "level", "prompt", "answer", "prompt_id"}
-
-
-def test_preference_pairs_are_made_by_templates(tmp_path):
-    path = write(tmp_path / "pairs.jsonl", '{"prompt": "hi", "good": "hello", "bad": "no"}\n')
-    source = JsonlSource(path, chosen="{good}!", rejected="{bad}")
-    assert (source[0]["chosen"], source[0]["rejected"], "answer" in source[0]) == ("hello!", "no", False)
-
-
-def test_changing_a_problem_does_not_change_the_source(tmp_path):
-    source = JsonlSource(write(tmp_path / "a.jsonl", '{"prompt": "p"}'))
-    source[0]["prompt"] = "changed"
-    assert source[0]["prompt"] == "p"
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere.jsonl cannot be read: No such file"):
-        JsonlSource(tmp_path / "nowhere.jsonl")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", r"bad.jsonl is empty"),
-        ("\n  \n", r"bad.jsonl is empty"),
-        ('{"prompt": "a"}\n{"prompt": ', r"bad.jsonl, line 2: not valid JSON"),
-        ('{"prompt": "a"}\n\n[1]', r"bad.jsonl, line 3: expected a JSON object .* got list"),
-        ('{"prompt": "a"}\n{"text": "b"}', r"bad.jsonl, line 2: the prompt template '\{prompt\}'.*its keys are text"),
-        ('{"prompt": "a", "prompt_id": 3}', r"bad.jsonl, line 1: the column 'prompt_id' is set by the library"),
-    ],
-)
-def test_what_is_wrong_with_a_file_is_named_with_its_line(tmp_path, text, message):
-    with pytest.raises(ValueError, match=message):
-        JsonlSource(write(tmp_path / "bad.jsonl", text))
-
-
-def test_a_missing_answer_column_is_named_when_an_answer_is_asked_for(tmp_path):
-    path = write(tmp_path / "bad.jsonl", '{"prompt": "a"}')
-    with pytest.raises(ValueError, match=r"bad.jsonl, line 1: the answer template '\{answer\}' cannot be filled"):
-        JsonlSource(path, answer="{answer}")
-
-
-def test_a_file_that_is_not_text_is_named(tmp_path):
-    (tmp_path / "bad.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"bad.jsonl is not UTF-8"):
-        JsonlSource(tmp_path / "bad.jsonl")
-
-
-def test_no_file_at_all_is_refused():
-    with pytest.raises(ValueError, match="at least one JSONL file"):
-        JsonlSource([])
 
 
 # held-out problems and columns
