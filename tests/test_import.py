@@ -11,7 +11,19 @@ import pytest
 
 import jaxrl_post
 
-OPTIONAL = ("transformers", "reasoning_gym", "matplotlib", "orbax", "grain", "rich", "tensorboardX", "wandb", "flax")
+OPTIONAL = (
+    "transformers",
+    "reasoning_gym",
+    "matplotlib",
+    "orbax",
+    "grain",
+    "rich",
+    "tensorboardX",
+    "wandb",
+    "flax",
+    "pyarrow",
+    "jinja2",
+)
 
 
 def python(code: str) -> object:

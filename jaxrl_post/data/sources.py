@@ -106,6 +106,8 @@ class FileSource:
         if "prompt_id" in row:
             raise ValueError("the column 'prompt_id' is set by the library; rename it")
         mapped = {**row, **{name: self._mapped(name, template, row) for name, template in self._templates.items()}}
+        if mapped.get("prompt") is None and mapped.get("question") is not None and "chosen" in mapped:
+            mapped["prompt"] = mapped["question"]  # which the prompt of a pair may be called too
         if self.row_type is None:
             found = detect(mapped, kind=self._kind)
             problem = to_problem(mapped, found.kind)

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxrl_post import curation, data
 from jaxrl_post.rollout import BUDGET, EXIT, SamplingParams
-from jaxrl_post.training import setup as setups
+from jaxrl_post.training.problem_setup import answer_column, completion_fits
 from jaxrl_post.training.sampler import Sampled, Sampler, sampled_metrics
 from jaxrl_post.training.setup import Setup, Stage
 from jaxrl_post.training.state import TrainState
@@ -100,7 +100,8 @@ class Batches:
                 f"{stage.name} trains on {stage.batch_size} different problems a step, but there are only "
                 f"{len(source)}; make the batch smaller or give more problems"
             )
-        self._names = {"rollouts": (), "completions": ("answer",), "pairs": ("chosen", "rejected")}[stage.kind]
+        given = answer_column(problems.train)
+        self._names = {"rollouts": (), "completions": (given,), "pairs": ("chosen", "rejected")}[stage.kind]
         self._stream = data.stream(
             source, batch_size=stage.batch_size, seed=config.seed, exclude=exclude, keep=self._fits(fits)
         )
@@ -133,6 +134,8 @@ class Batches:
         batch = self._sample(state, cursor) if self._stage.kind == "rollouts" else self._given()
         if filtered := self._stream.counts["filtered"]:
             batch.metrics["data/filtered_problems"] = float(filtered)
+        if skipped := getattr(self._setup.problems.train, "skipped", 0):
+            batch.metrics["data/skipped_rows"] = float(skipped)
         return batch
 
     def _sample(self, state: TrainState, cursor: Cursor) -> Batch:
@@ -168,9 +171,7 @@ class Batches:
         if budgets is None:
             return fits
         every = budgets.within(stage.steps)
-        return lambda problem: all(
-            fits({**problem, "prompt": budgets.prompt(problem["prompt"], budget)}) for budget in every
-        )
+        return lambda problem: all(fits(data.extend_prompt(problem, budgets.prompt("", budget))) for budget in every)
 
     def _fits(self, prompt_fits: Callable[[data.Problem], bool]) -> Callable[[data.Problem], bool]:
         """Whether a problem's prompt, and the completions that are trained on, are within the limits."""
@@ -184,7 +185,7 @@ class Batches:
                         f"{self._stage.name} trains on given completions, but a problem has no {name!r}: "
                         f"{problem['prompt'][:80]!r}; set data.{name} to a template over its columns"
                     )
-            long = [name for name in self._names if not setups.completion_fits(tokenizer, problem[name], limit)]
+            long = [name for name in self._names if not completion_fits(tokenizer, problem, name, limit)]
             if long and config.data.on_long_prompt == "error":
                 raise TrainingError(
                     f"the {long[0]} {problem[long[0]][:80]!r} and its stop token are more than "
@@ -197,10 +198,11 @@ class Batches:
 
     def _given(self) -> Batch:
         tokenizer = self._setup.tokenizer
-        stop = [tokenizer.eos_ids[0]]
-        completions = [[[*tokenizer.encode(problem[name]), *stop] for name in self._names] for problem in self.problems]
+        completions = [
+            [data.encode_completion(tokenizer, problem, name) for name in self._names] for problem in self.problems
+        ]
         rollouts = data.to_rollouts(
-            [tokenizer.encode(problem["prompt"]) for problem in self.problems],
+            [data.encode_prompt(tokenizer, problem) for problem in self.problems],
             completions,
             length=self._length,
             prompt_id=[problem["prompt_id"] for problem in self.problems],

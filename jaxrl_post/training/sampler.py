@@ -109,8 +109,8 @@ class Sampler:
         """
         tokenizer = self._setup.tokenizer
         budgets = (None,) if self._budgets is None else self._budgets.at(version)
-        texts = [self._text(problem, budget) for problem in problems for budget in budgets]
-        encoded = [tokenizer.encode(text) for text in texts]
+        asked = [self._asked(problem, budget) for problem in problems for budget in budgets]
+        encoded = [data.encode_prompt(tokenizer, problem) for problem in asked]
         each = self._group_size // len(budgets)  # completions of one text
         pieces = []
         for start in range(0, len(problems), self._prompts):
@@ -138,7 +138,7 @@ class Sampler:
             return Sampled(rollouts, completions, None)
         scored = rewards.score(
             self._setup.reward_functions,
-            [text for text in texts for _ in range(each)],
+            [problem["prompt"] for problem in asked for _ in range(each)],
             completions,
             data.columns(problems, repeat=self._group_size),
             on_error=self._setup.config.on_reward_error,
@@ -153,8 +153,8 @@ class Sampler:
         )
         return Sampled(rollouts, completions, scored)
 
-    def _text(self, problem: data.Problem, budget: int | None) -> str:
-        return problem["prompt"] if self._budgets is None else self._budgets.prompt(problem["prompt"], budget)
+    def _asked(self, problem: data.Problem, budget: int | None) -> data.Problem:
+        return problem if self._budgets is None else data.extend_prompt(problem, self._budgets.prompt("", budget))
 
     def _decode(self, rollouts: Rollouts, prompt_lengths: list[int]) -> list[str]:
         tokens, lengths = jax.device_get((rollouts.tokens, rollouts.length))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,37 +17,16 @@ from jax.sharding import Mesh
 from jaxrl_post import data, models, rewards
 from jaxrl_post import mesh as mesh_lib
 from jaxrl_post.rollout import Prompts, SamplingParams
-from jaxrl_post.training.config import BASE, Config, ConfigError, DataConfig, check_devices
+from jaxrl_post.training.config import BASE, Config, ConfigError, check_devices
 from jaxrl_post.training.config.content_checks import reward_names
 from jaxrl_post.training.config.methods_check import tokenizer_of
 from jaxrl_post.training.model_setup import make_models, trainable
+from jaxrl_post.training.problem_setup import Problems, make_problems
 from jaxrl_post.training.roles import Role, check_same_shapes, role_params
-from jaxrl_post.training.stages import Stage, make_method, make_stages
+from jaxrl_post.training.stages import Stage, make_stages
 from jaxrl_post.training.state import TrainState, init, state_shardings
 from jaxrl_post.training.subgroups import Exits, make_budgets, make_exits, sample_groups, with_budgets
 from jaxrl_post.types import ANSWER_TOKENS, Array, Params, Policy, PyTree, Rollouts, Score
-
-# Parts of the data that must not share problems: each draws from seeds of its own.
-_TRAIN, _WARM_START, _VALIDATION, _HELD_OUT = range(4)
-_HELD_OUT_SEED = 0  # the same problems whatever the run's seed, so that runs can be compared
-
-
-class Problems(NamedTuple):
-    """The problems of a run.
-
-    Attributes:
-        train: what the method trains on.
-        warm_start: the worked examples of the supervised stage.
-        validation: decides when the supervised stage is over.
-        held_out: what accuracy is measured on.
-        exclude: prompts that training must not see: those of `validation` and `held_out`.
-    """
-
-    train: data.Source
-    warm_start: list[data.Problem]
-    validation: list[data.Problem]
-    held_out: list[data.Problem]
-    exclude: frozenset[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,75 +251,6 @@ def build(config: Config) -> Setup:
 def make_tokenizer(config: Config) -> data.Tokenizer:
     """The character tokenizer of `data.alphabet`, or the one at `data.tokenizer`."""
     return tokenizer_of(config.data)
-
-
-def make_problems(config: Config, tokenizer: data.Tokenizer) -> Problems:
-    """Sources of the run's problems; held-out ones differ in content from all that training sees."""
-    options = config.data
-    fits = data.prompt_fits(tokenizer, options.max_prompt_length, on_long_prompt=options.on_long_prompt)
-
-    def answer_fits(problem: data.Problem) -> bool:
-        return fits(problem) and completion_fits(tokenizer, problem["answer"], config.rollout.max_new_tokens)
-
-    def generated(seed: int, part: int) -> data.Source:
-        assert options.task is not None
-        return data.ReasoningGymSource(
-            options.task,
-            seed=data.spaced_seed(seed, part, size=options.size),
-            size=options.size,
-            prompt=options.prompt,
-            answer=options.answer,
-            lowercase=options.lowercase,
-            options=options.task_options,
-        )
-
-    def read(files: tuple[str, ...], *, answers: bool, pairs: bool) -> data.Source:
-        source = functools.partial(
-            data.JsonlSource,
-            list(files),
-            prompt=options.prompt,
-            chosen=options.chosen if pairs else None,
-            rejected=options.rejected if pairs else None,
-            lowercase=options.lowercase,
-        )
-        compared = any(reward.name == "exact_match" for reward in config.rewards)
-        if answers or compared or options.answer != DataConfig.answer:
-            return source(answer=options.answer)
-        # Nothing is known to need answers, so files may lack them; a reward of the user's that reads them gets the text
-        # of the template, as always, where there are any.
-        plain = source()
-        return source(answer=options.answer) if all("answer" in plain[i] for i in range(len(plain))) else plain
-
-    def some(source: data.Source, count: int, exclude: frozenset[str]) -> list[data.Problem]:
-        return data.held_out(source, count, exclude=exclude, keep=fits) if count else []
-
-    warm = config.warm_start
-    held_out_count = config.eval.problems
-    if options.task is not None:
-        held_out = some(generated(_HELD_OUT_SEED, _HELD_OUT), held_out_count, frozenset())
-        train = generated(config.seed, _TRAIN)
-        warm_source, validation_source = generated(config.seed, _WARM_START), generated(config.seed, _VALIDATION)
-    else:
-        method = make_method(config)
-        kind = method.learns_from
-        answers = kind == "completions" or warm is not None or ANSWER_TOKENS in method.wants
-        train = warm_source = validation_source = read(options.files, answers=answers, pairs=kind == "pairs")
-        held_out = []
-        if options.eval_files and held_out_count:
-            source = read(options.eval_files, answers=False, pairs=False)
-            held_out = some(source, min(held_out_count, len({p["prompt"] for p in source})), frozenset())
-    exclude = frozenset(problem["prompt"] for problem in held_out)
-    wants_check = warm is not None and warm.until is not None
-    validation = some(validation_source, warm.check_problems, exclude) if warm is not None and wants_check else []
-    exclude |= {problem["prompt"] for problem in validation}
-    examples = data.held_out(warm_source, warm.examples, exclude=exclude, keep=answer_fits) if warm is not None else []
-    data.check_disjoint((problem["prompt"] for problem in examples), exclude)
-    return Problems(train, examples, validation, held_out, exclude)
-
-
-def completion_fits(tokenizer: data.Tokenizer, text: str, max_new_tokens: int) -> bool:
-    """Whether a completion and its stop token are within the limit."""
-    return len(tokenizer.encode(str(text))) < max_new_tokens
 
 
 def make_rewards(config: Config, train: Callable[[], data.Source]) -> list[rewards.RewardFunction]:

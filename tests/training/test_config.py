@@ -633,7 +633,7 @@ def test_every_field_has_a_meaning_and_stands_in_the_printed_reference():
 def test_the_printed_defaults_are_yaml_that_lacks_only_what_is_required():
     values, duplicates = yaml_text.read(configs.defaults(), "defaults")
     assert duplicates == []
-    assert values["data"]["prompt"] == "{question}"
+    assert values["data"]["prompt"] is None
     assert values["training"]["optimizer"]["eps"] == 1e-8
     values["run_dir"] = "runs/test"
     values["data"].update(task="spell_backward", max_prompt_length=11)

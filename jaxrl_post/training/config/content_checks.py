@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import importlib.util
 import inspect
 import string
@@ -54,15 +55,14 @@ def check_data(config: Config, made: Method | None, problems: Problems) -> None:
         return
     if problems.ok("data.task", "data.files"):
         if data.task is None and not data.files:
-            problems.add("data", "nothing to train on; give data.task (a generator) or data.files (JSONL)")
+            problems.add("data", "nothing to train on; give data.task (a generator) or data.files")
         elif data.task is not None and data.files:
             problems.add("data.files", "exactly one of data.task and data.files can be given; remove one", data.files)
         elif data.files:
             refuse_unused(data, "data", ("task_options", "size"), "data.files is given, nothing is generated", problems)
         else:
-            refuse_unused(
-                data, "data", ("eval_files",), "held-out problems come from the generator of data.task", problems
-            )
+            names = ("eval_files", "kind", "split", "columns", "on_bad_row")
+            refuse_unused(data, "data", names, "data.task is given, whose generator makes all problems", problems)
     if problems.ok("data.alphabet", "data.tokenizer"):
         if data.alphabet is not None and data.tokenizer is not None:
             problems.add(
@@ -77,7 +77,7 @@ def check_data(config: Config, made: Method | None, problems: Problems) -> None:
             elif twice:
                 problems.add("data.alphabet", f"holds {''.join(twice)!r} more than once; list each once", data.alphabet)
     for name in ("prompt", "answer", "chosen", "rejected"):
-        if problems.ok(f"data.{name}"):
+        if problems.ok(f"data.{name}") and getattr(data, name) is not None:
             _template(getattr(data, name), f"data.{name}", problems)
     if made is not None:
         if made.learns_from != "pairs":
@@ -131,7 +131,7 @@ def check_files_exist(config: Config, problems: Problems) -> None:
     for name in ("files", "eval_files"):
         if data is not None and problems.ok(f"data.{name}"):
             for index, file in enumerate(getattr(data, name)):
-                if not Path(file).is_file():
+                if not Path(file).exists() and not glob.glob(file):
                     problems.add(
                         f"data.{name}.{index}", f"no such file (looked from {Path.cwd()}); correct the path", file
                     )

@@ -106,12 +106,22 @@ class DataConfig:
 
     task: str | None = option("name of a reasoning-gym task that generates problems", None)
     task_options: dict[str, Any] = option("options of the task's generator", factory=dict)
-    files: tuple[str, ...] = option("JSONL files with one problem per line", factory=tuple)
-    eval_files: tuple[str, ...] = option("JSONL files with the held-out problems", factory=tuple)
-    prompt: str = option("template of the prompt over the problem's columns", "{question}")
-    answer: str = option("template of the answer (supervised training and rewards)", "{answer}")
-    chosen: str = option("template of the preferred completion (preference methods)", "{chosen}")
-    rejected: str = option("template of the other completion (preference methods)", "{rejected}")
+    files: tuple[str, ...] = option(
+        "JSONL, Parquet or Arrow files (or globs), or directories of a saved data set; rows in the layouts of TRL or "
+        "verl, or any with templates",
+        factory=tuple,
+    )
+    eval_files: tuple[str, ...] = option("the same with the held-out problems", factory=tuple)
+    kind: str | None = option("layout of the rows; null: told from the first one", None)
+    split: str | None = option("part of a data set directory that has several, e.g. train", None)
+    columns: dict[str, str] = option("further columns from templates, e.g. {level: '{extra_info.level}'}", factory=dict)
+    on_bad_row: Literal["error", "skip"] = option("a malformed row is an error, or skipped and counted", "error")
+    prompt: str | None = option(
+        "template of the prompt over the problem's columns; null: {question}, or what the files' layout says", None
+    )
+    answer: str | None = option("template of the answer (supervised training and rewards); null: likewise", None)
+    chosen: str | None = option("template of the preferred completion (preference methods); null: likewise", None)
+    rejected: str | None = option("template of the other completion (preference methods); null: likewise", None)
     lowercase: bool = option("lower-case prompts and answers", False)
     alphabet: str | None = option(
         "characters of the character tokenizer; null without a tokenizer: printable ASCII and newline", None

@@ -1,0 +1,113 @@
+"""The problems of a run: from a generator or from files, cut into parts that share none."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jaxrl_post import data
+from jaxrl_post.training.config import Config, ConfigError
+from jaxrl_post.training.stages import make_method
+from jaxrl_post.types import ANSWER_TOKENS
+
+# Parts of the data that must not share problems: each draws from seeds of its own.
+_TRAIN, _WARM_START, _VALIDATION, _HELD_OUT = range(4)
+_HELD_OUT_SEED = 0  # the same problems whatever the run's seed, so that runs can be compared
+
+
+class Problems(NamedTuple):
+    """The problems of a run.
+
+    Attributes:
+        train: what the method trains on.
+        warm_start: the worked examples of the supervised stage.
+        validation: decides when the supervised stage is over.
+        held_out: what accuracy is measured on.
+        exclude: prompts that training must not see: those of `validation` and `held_out`.
+    """
+
+    train: data.Source
+    warm_start: list[data.Problem]
+    validation: list[data.Problem]
+    held_out: list[data.Problem]
+    exclude: frozenset[str]
+
+
+def make_problems(config: Config, tokenizer: data.Tokenizer) -> Problems:
+    """Sources of the run's problems; held-out ones differ in content from all that training sees."""
+    options = config.data
+    fits = data.prompt_fits(tokenizer, options.max_prompt_length, on_long_prompt=options.on_long_prompt)
+
+    def answer_fits(problem: data.Problem) -> bool:
+        name = answer_column(train)
+        return fits(problem) and completion_fits(tokenizer, problem, name, config.rollout.max_new_tokens)
+
+    def generated(seed: int, part: int) -> data.Source:
+        assert options.task is not None
+        return data.ReasoningGymSource(
+            options.task,
+            seed=data.spaced_seed(seed, part, size=options.size),
+            size=options.size,
+            prompt=options.prompt or "{question}",
+            answer=options.answer or "{answer}",
+            lowercase=options.lowercase,
+            options=options.task_options,
+        )
+
+    def read(files: tuple[str, ...], *, supervised: bool, pairs: bool, split: str | None = None) -> data.FileSource:
+        names = ("prompt", "answer", *(("chosen", "rejected") if pairs else ()))
+        templates = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+        columns = {name: text for name, text in options.columns.items() if pairs or name not in ("chosen", "rejected")}
+        compared = any(reward.name == "exact_match" for reward in config.rewards)
+        need = {"chosen", "rejected"} if pairs else set()
+        if compared or "answer" in templates or ANSWER_TOKENS in make_method(config).wants:
+            need.add("answer")
+        source = data.open_source(
+            files,
+            columns={**templates, **columns},
+            kind=options.kind,
+            require=need,
+            split=split,
+            lowercase=options.lowercase,
+            on_bad_row=options.on_bad_row,
+        )
+        if supervised and answer_column(source) not in source.columns:
+            raise ConfigError([f"data.files: rows have no {answer_column(source)!r} to train on; give data.answer"])
+        return source
+
+    def some(source: data.Source, count: int, exclude: frozenset[str]) -> list[data.Problem]:
+        return data.held_out(source, count, exclude=exclude, keep=fits) if count else []
+
+    warm = config.warm_start
+    held_out_count = config.eval.problems
+    if options.task is not None:
+        held_out = some(generated(_HELD_OUT_SEED, _HELD_OUT), held_out_count, frozenset())
+        train = generated(config.seed, _TRAIN)
+        warm_source, validation_source = generated(config.seed, _WARM_START), generated(config.seed, _VALIDATION)
+    else:
+        kind = make_method(config).learns_from
+        supervised = kind == "completions" or warm is not None
+        train = warm_source = validation_source = read(
+            options.files, supervised=supervised, pairs=kind == "pairs", split=options.split
+        )
+        held_out = []
+        if options.eval_files and held_out_count:
+            source = read(options.eval_files, supervised=False, pairs=False)
+            held_out = some(source, min(held_out_count, len({p["prompt"] for p in source})), frozenset())
+    exclude = frozenset(problem["prompt"] for problem in held_out)
+    wants_check = warm is not None and warm.until is not None
+    validation = some(validation_source, warm.check_problems, exclude) if warm is not None and wants_check else []
+    exclude |= {problem["prompt"] for problem in validation}
+    examples = data.held_out(warm_source, warm.examples, exclude=exclude, keep=answer_fits) if warm is not None else []
+    data.check_disjoint((problem["prompt"] for problem in examples), exclude)
+    return Problems(train, examples, validation, held_out, exclude)
+
+
+def answer_column(source: data.Source) -> str:
+    """The column that supervised training learns from: `completion` where the data's layout has it, else `answer`."""
+    row_type = getattr(source, "row_type", None)
+    return "completion" if row_type is not None and row_type.kind in ("completion", "conversation") else "answer"
+
+
+def completion_fits(tokenizer: data.Tokenizer, problem: data.Problem, name: str, limit: int) -> bool:
+    """Whether a given completion and its stop token are within the limit of new tokens."""
+    return len(data.encode_completion(tokenizer, problem, name)) <= limit
