@@ -31,6 +31,9 @@ LearnsFrom: TypeAlias = Literal["rollouts", "completions", "pairs"]
 # Absent fields are None, but a method that declares in `needs` what it reads may rely on what it finds.
 _ABSENT: Any = None
 
+ANSWER_TOKENS = "answer_tokens"  # of `Method.wants`
+PROBE = "probe/"  # how the names of probes begin in `Method.needs` and in stats
+
 FINISH_NONE = 0  # still running, or not a sampled sequence
 FINISH_STOP = 1  # ended by a stop token, which is the last token of the sequence and inside its mask
 FINISH_LENGTH = 2  # cut at the limit of new tokens
@@ -116,6 +119,9 @@ class TokenStats:
         sum_p_squared: sum over the vocabulary of the squared probabilities.
         max_prob: the largest probability of the distribution.
         logsumexp: log of the sum of the exponentiated logits, at the temperature of `logp`: the normaliser of `logp`.
+        group_divergence: how much the distributions differ from which the completions of the token's group chose at its
+            place, nats; without gradient, 0 at tokens that no policy chose. A method that reads it has `unit="group"`.
+        group_log_divergence: the same by another measure, see `models.group_divergence`.
     """
 
     logp: Array = _ABSENT
@@ -125,6 +131,8 @@ class TokenStats:
     sum_p_squared: Array = _ABSENT
     max_prob: Array = _ABSENT
     logsumexp: Array = _ABSENT
+    group_divergence: Array = _ABSENT
+    group_log_divergence: Array = _ABSENT
 
     def replace(self, **changes: Any) -> TokenStats:
         """A copy with some fields changed."""
@@ -284,16 +292,20 @@ class Method(NamedTuple):
         targets: `(state, rollouts, stats, key) -> (Targets, state)`: whole batch, no gradient, stats of the start of
             the step. Stats that it does not use are not computed.
         loss: `(stats, rollouts, targets) -> dict[str, Term]`: differentiated, never reduced.
-        needs: the fields that are read of each role's stats, e.g. `{"policy": frozenset({"logp"})}`.
+        needs: the fields that are read of each role's stats, e.g. `{"policy": frozenset({"logp"})}`; of a role that
+            scores nothing but probes, none.
         trains: the roles whose parameters are updated.
         unit: the smallest piece a micro-batch may not split. Below `group`, `loss` may be given groups of one.
-        probes: `rollouts -> {name: (Rollouts, role)}`: extra forward passes, which arrive as `stats["probe/<name>"]`.
+        probes: `rollouts -> {name: (Rollouts, role)}`: other texts that a role scores once, at the start of the step.
+            `needs["probe/<name>"]` says which fields; they arrive in `targets` as `stats["probe/<name>"]`, of the
+            probe's shape, and what the loss needs of them goes on in `Targets.extras`. See `methods.probing`.
         metrics: `(stats, rollouts, targets) -> dict[str, Metric]`: diagnostics of one (micro-)batch, without gradient.
         learns_from: what the sequences are: `rollouts` the policy samples, `completions` the data gives (`G = 1`), or
             `pairs` of which column 0 is preferred (`G = 2`).
         min_group: the smallest group that gives any advantage.
         wants: names in `rollouts.extras` that are read and that sampling alone does not give: `greedy_reward` `[P]`,
-            the reward of a greedy completion of each prompt; any other name is a column of numbers of the data.
+            the reward of a greedy completion of each prompt; `answer_tokens` `[P, A]` int32, the tokens of the data's
+            answer, -1 behind them; any other name is a column of numbers of the data.
         batch: `(state, rollouts) -> (rollouts, state)`: what is trained on instead of the step's rollouts, e.g. those
             of the step before, kept in the state. It comes before `targets`, and gives rollouts of the same shapes.
         combine: `(state, gram[N, N], names) -> (weights[N], state)`: the update follows `sum_i weights_i g_i`, where
@@ -317,6 +329,11 @@ class Method(NamedTuple):
     batch: Callable[[PyTree, Rollouts], tuple[Rollouts, PyTree]] | None = None
     combine: Callable[[PyTree, Array, tuple[str, ...]], tuple[Array, PyTree]] | None = None
     stages: Mapping[str, Method] = {}
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """The roles that it reads or trains."""
+        return frozenset(name for name in self.needs if not name.startswith(PROBE)) | self.trains
 
 
 class Curriculum(NamedTuple):

@@ -1,7 +1,10 @@
 """How much credit each sequence or token gets: pure functions from rewards to advantages."""
 
 from jaxrl_post.advantages.agents import dr_mas, gigpo, hierarchical_grpo, rae
+from jaxrl_post.advantages.asymmetric import dads_kl_weight, stcr_factor
 from jaxrl_post.advantages.beta_normalization import bnpo
+from jaxrl_post.advantages.collaborative import agent_weights, comam, ndcg
+from jaxrl_post.advantages.entropy_bonus import egpo
 from jaxrl_post.advantages.group import (
     dr_grpo,
     gpg,
@@ -15,12 +18,24 @@ from jaxrl_post.advantages.group import (
     rloo,
 )
 from jaxrl_post.advantages.improvement import attribution, improvement_signal
-from jaxrl_post.advantages.keyed import grpo_by_key, second_moment_factor
+from jaxrl_post.advantages.keyed import grpo_by_key, mean_by_key, rloo_by_key, second_moment_factor
 from jaxrl_post.advantages.layout import as_groups, from_turns, is_last, on_last_token, per_token, to_turns
 from jaxrl_post.advantages.multi_objective import gdpo, log_tamed
+from jaxrl_post.advantages.progress import answer_belief, belief_gain, igpo, turn_rewards, with_progress
 from jaxrl_post.advantages.prompt_level import answer_entropy, copo_weight, global_advantage, uniform_weight
 from jaxrl_post.advantages.risk import mixed_value_at_risk, riskpo, update_quantiles
 from jaxrl_post.advantages.selection import effective_positive_share, red_drop, signed, within_sigma
+from jaxrl_post.advantages.step_groups import prompt_of, random_blocks, srgpo, two_level
+from jaxrl_post.advantages.steps import (
+    segment_by_delimiter,
+    segment_by_entropy,
+    segment_by_length,
+    step_end,
+    step_exists,
+    step_returns,
+    step_sum,
+)
+from jaxrl_post.advantages.subgroups import hbpo
 from jaxrl_post.advantages.temporal import (
     decoupled_gae,
     gae,
@@ -30,17 +45,24 @@ from jaxrl_post.advantages.temporal import (
     reinforce_plus_plus_baseline,
 )
 from jaxrl_post.advantages.token_baseline import otb
+from jaxrl_post.advantages.trajectory_graph import history_keys, salt, step_fingerprints
 
 __all__ = [
+    "agent_weights",
+    "answer_belief",
     "answer_entropy",
     "as_groups",
     "attribution",
+    "belief_gain",
     "bnpo",
+    "comam",
     "copo_weight",
+    "dads_kl_weight",
     "decoupled_gae",
     "dr_grpo",
     "dr_mas",
     "effective_positive_share",
+    "egpo",
     "from_turns",
     "gae",
     "gdpo",
@@ -49,21 +71,28 @@ __all__ = [
     "gpg",
     "grpo",
     "grpo_by_key",
+    "hbpo",
     "hierarchical_grpo",
+    "history_keys",
+    "igpo",
     "improvement_signal",
     "is_last",
     "length_adaptive_lam",
     "log_tamed",
     "maxrl",
     "mc_grpo",
+    "mean_by_key",
     "mixed_value_at_risk",
+    "ndcg",
     "on_last_token",
     "opd",
     "opo",
     "otb",
     "pass_at_k",
     "per_token",
+    "prompt_of",
     "rae",
+    "random_blocks",
     "red_drop",
     "reinforce",
     "reinforce_plus_plus",
@@ -71,10 +100,25 @@ __all__ = [
     "remax",
     "riskpo",
     "rloo",
+    "rloo_by_key",
+    "salt",
     "second_moment_factor",
+    "segment_by_delimiter",
+    "segment_by_entropy",
+    "segment_by_length",
     "signed",
+    "srgpo",
+    "stcr_factor",
+    "step_end",
+    "step_exists",
+    "step_fingerprints",
+    "step_returns",
+    "step_sum",
     "to_turns",
+    "turn_rewards",
+    "two_level",
     "uniform_weight",
     "update_quantiles",
+    "with_progress",
     "within_sigma",
 ]

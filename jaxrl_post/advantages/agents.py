@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_post import masked
-from jaxrl_post.advantages.group import grpo
 from jaxrl_post.advantages.keyed import grpo_by_key
 from jaxrl_post.advantages.layout import check_rewards, on_last_token
+from jaxrl_post.advantages.step_groups import prompt_of, two_level
 from jaxrl_post.advantages.temporal import reinforce_plus_plus
 from jaxrl_post.types import Array
 
@@ -245,8 +245,15 @@ def gigpo(
         masked.check_like("step_rewards", jnp.asarray(step_rewards), "exists", exists)
         per_step = jnp.asarray(step_rewards).reshape(rows)
     returns = reinforce_plus_plus(per_step, counts.reshape(rows), gamma=gamma, whiten=False)
-    prompt = jnp.broadcast_to(jnp.arange(rewards.shape[0])[:, None, None], state.shape)
-    scale = {"normalize_std": normalize_std, "ddof": ddof, "eps": eps}
-    step = grpo_by_key(returns.reshape(exists.shape), (prompt, state), counts, **scale)
-    episode = grpo(rewards, valid, **scale)[:, :, None]
-    return jnp.where(counts, episode_weight * episode + step_weight * step, 0.0)
+    return two_level(
+        rewards,
+        returns.reshape(exists.shape),
+        (prompt_of(state), state),
+        counts,
+        valid,
+        episode_weight=episode_weight,
+        step_weight=step_weight,
+        normalize_std=normalize_std,
+        ddof=ddof,
+        eps=eps,
+    )

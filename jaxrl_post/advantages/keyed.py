@@ -99,6 +99,73 @@ def grpo_by_key(
     return (divide_by_spread(centered, spread, eps) if normalize_std else centered).reshape(shape)
 
 
+def mean_by_key(
+    x: Array, keys: Array | Sequence[Array], valid: Array | None = None, *, once_per: Array | None = None
+) -> Array:
+    r"""The mean over each element's group, at the element: $\bar x_{k(i)}$.
+
+    Args:
+        x: any shape, float.
+        keys: integers of `x`'s shape, or several of them: elements that agree in all of them are a group.
+        valid: `x`'s shape, bool, False where the element does not count; None for all.
+        once_per: integers of `x`'s shape: elements of a group that agree in it too weigh as one of them, e.g. the
+            visits of one trajectory to a state; None weighs every element alike.
+
+    Returns:
+        `x`'s shape, float32 or wider; 0 where not valid.
+
+    Raises:
+        ValueError: as `grpo_by_key`.
+
+    Example:
+        >>> x, key = jnp.array([1.0, 1.0, -2.0, 5.0]), jnp.array([0, 0, 0, 1])
+        >>> mean_by_key(x, key).tolist()
+        [0.0, 0.0, 0.0, 5.0]
+        >>> mean_by_key(x, key, once_per=jnp.array([0, 0, 1, 1])).tolist()
+        [-0.5, -0.5, -0.5, 5.0]
+    """
+    shape = jnp.shape(x)
+    flat, counts, ids = _prepare(x, keys, valid)
+    weight = counts.astype(flat.dtype)
+    if once_per is not None:
+        several = list(keys) if isinstance(keys, tuple | list) else [jnp.asarray(keys)]
+        _, _, visits = _prepare(x, [*several, once_per], valid)
+        weight = weight / jnp.maximum(_sum(weight, visits), 1)
+    total = _sum(weight, ids)
+    some = jnp.where(total > 0, total, 1.0)
+    first = _sum(weight * flat, ids) / some
+    # The second pass removes the rounding of the first, as in `masked.mean`: equal numbers have that number as mean.
+    mean = first + jax.lax.stop_gradient(_sum(weight * (flat - first), ids) / some)
+    return jnp.where(counts, mean, 0.0).reshape(shape)
+
+
+def rloo_by_key(rewards: Array, keys: Array | Sequence[Array], valid: Array | None = None) -> Array:
+    r"""Leave-one-out over groups that keys define, $A_i = r_i - \mathrm{mean}_{j \neq i} r_j$, $j$ of the group of $i$.
+
+    Args:
+        rewards: any shape, float; one element per turn, trajectory or step.
+        keys: integers of `rewards`' shape, or several of them: elements that agree in all of them are a group.
+        valid: `rewards`' shape, bool, False where the element does not count; None for all.
+
+    Returns:
+        `rewards`' shape, float32 or wider; 0 where not valid, and in a group with one valid element.
+
+    Raises:
+        ValueError: as `grpo_by_key`.
+
+    Example:
+        >>> rloo_by_key(jnp.array([1.0, 3.0, 5.0, 9.0]), jnp.array([7, 7, 7, 2])).tolist()
+        [-3.0, 0.0, 3.0, 0.0]
+
+    Reference: Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs
+    (arXiv 2402.14740).
+    """
+    shape = jnp.shape(rewards)
+    rewards, valid, ids = _prepare(rewards, keys, valid)
+    centered, _, count = _moments(rewards, valid, ids, ddof=0)
+    return (centered * count / jnp.maximum(count - 1, 1)).reshape(shape)
+
+
 def second_moment_factor(
     rewards: Array, group: Array, part: Array, valid: Array | None = None, *, ddof: int = 0
 ) -> Array:

@@ -3,10 +3,27 @@
 from jaxrl_post.losses.aggregation import aggregate, denominator
 from jaxrl_post.losses.consistency import a2po, copg, flowrl, gvpo, opmd, optimal_value
 from jaxrl_post.losses.constrained import barrier_weights, log_barrier, ratio_barrier
+from jaxrl_post.losses.covariance import (
+    EntropyLaw,
+    clip_cov,
+    clip_cov_tokens,
+    entropy_change,
+    fit_entropy_law,
+    kl_cov,
+    kl_cov_tokens,
+    token_covariance,
+)
+from jaxrl_post.losses.decoupled_reward import drpo, length_weights
 from jaxrl_post.losses.discriminative import disco, kl_hinge, likelihood_ratio_score, log_likelihood_score
 from jaxrl_post.losses.divergence_policy_gradient import divergence_reward, f_dpg, log_partition, running_log_partition
-from jaxrl_post.losses.entropy import adaptive_entropy_coefficient, top_entropy_mask
+from jaxrl_post.losses.entropy import (
+    adaptive_entropy_coefficient,
+    entropy_change_by_percentile,
+    entropy_overlap,
+    top_entropy_mask,
+)
 from jaxrl_post.losses.first_token import first_token_weights
+from jaxrl_post.losses.forward_kl import forward_kl, reweighted_logp
 from jaxrl_post.losses.kl import KLEstimator, adaptive_kl_coefficient, kl
 from jaxrl_post.losses.mismatch import (
     effective_sample_size,
@@ -26,15 +43,28 @@ from jaxrl_post.losses.policy import (
     ppo,
     reinforce,
 )
+from jaxrl_post.losses.position_weights import position_weights
 from jaxrl_post.losses.preference import dpo, implicit_reward
-from jaxrl_post.losses.sequence_ratio import gmpo, gspo, sequence_log_ratio, vespo, vespo_weight
+from jaxrl_post.losses.process import success_bce
+from jaxrl_post.losses.sequence_ratio import (
+    gmpo,
+    gspo,
+    sequence_log_ratio,
+    step_log_ratio,
+    step_ppo,
+    vespo,
+    vespo_weight,
+)
 from jaxrl_post.losses.supervised import nll, positive_mask
 from jaxrl_post.losses.surrogates import cispo, divergence_mask, dppo, sapo
+from jaxrl_post.losses.token_regularization import simpo, t_reg, token_regularization, token_reward
+from jaxrl_post.losses.trajectory_dpo import preference_pairs, trajectory_dpo
 from jaxrl_post.losses.trust import decoupled_ppo, proximal_logp, second_moment_mask
 from jaxrl_post.losses.value import value, value_clip_fraction
 from jaxrl_post.losses.value_consistency import rover, rover_target, soft_q_multi_step, soft_q_single_step
 
 __all__ = [
+    "EntropyLaw",
     "KLEstimator",
     "a2po",
     "adaptive_entropy_coefficient",
@@ -42,6 +72,8 @@ __all__ = [
     "aggregate",
     "barrier_weights",
     "cispo",
+    "clip_cov",
+    "clip_cov_tokens",
     "clipped_high",
     "clipped_low",
     "clipped_region",
@@ -54,10 +86,16 @@ __all__ = [
     "dpo",
     "dppo",
     "dro",
+    "drpo",
     "effective_sample_size",
+    "entropy_change",
+    "entropy_change_by_percentile",
+    "entropy_overlap",
     "f_dpg",
     "first_token_weights",
+    "fit_entropy_law",
     "flowrl",
+    "forward_kl",
     "gmpo",
     "gspo",
     "gvpo",
@@ -65,7 +103,10 @@ __all__ = [
     "importance_ratio",
     "importance_weights",
     "kl",
+    "kl_cov",
+    "kl_cov_tokens",
     "kl_hinge",
+    "length_weights",
     "likelihood_ratio_score",
     "log_barrier",
     "log_likelihood_score",
@@ -78,25 +119,37 @@ __all__ = [
     "optimal_value",
     "p3o_joint",
     "p3o_separate",
+    "position_weights",
     "positive_mask",
     "ppg",
     "ppo",
+    "preference_pairs",
     "proximal_logp",
     "ratio_barrier",
     "rec",
     "rec_mask",
     "reinforce",
     "rejection_mask",
+    "reweighted_logp",
     "rover",
     "rover_target",
     "running_log_partition",
     "sapo",
     "second_moment_mask",
     "sequence_log_ratio",
+    "simpo",
     "soft_q_multi_step",
     "soft_q_single_step",
+    "step_log_ratio",
+    "step_ppo",
+    "success_bce",
+    "t_reg",
+    "token_covariance",
+    "token_regularization",
+    "token_reward",
     "top_entropy_mask",
     "topr",
+    "trajectory_dpo",
     "value",
     "value_clip_fraction",
     "vespo",

@@ -1,4 +1,5 @@
-r"""Surrogates whose importance weight belongs to the whole sequence: GSPO, GMPO and VESPO.
+r"""Surrogates whose importance weight belongs to more than a token: GSPO, GMPO and VESPO to the sequence, step-PPO to
+a step of it.
 
 All give one number per token, so that token advantages and every aggregation apply. A weight $s$ of the sequence meets
 the gradient of a token as $s_t = \mathrm{sg}(s) \exp(\log\pi_t - \mathrm{sg}(\log\pi_t))$: it has the value of $s$,
@@ -106,6 +107,107 @@ def gspo(
     times = 1.0 if normalize_length else masked.sum(mask, mask != 0, _TOKENS, keepdims=True)
     ratio = _carry(ratio, times * logp)
     return jnp.maximum(-ratio * advantages, -jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages)
+
+
+def step_log_ratio(logp: Array, old_logp: Array, mask: Array, step: Array, *, normalize_length: bool = True) -> Array:
+    r"""Log of the importance ratio of each token's step: mean over its tokens of $\log\pi - \log\pi_{old}$, or sum.
+
+    `sequence_log_ratio` by segment: with one step per sequence it is the same number at every token.
+
+    Args:
+        logp: `[B, T]` float, nats; log-prob of the token under the trained policy.
+        old_logp: `[B, T]`, nats; log-prob under the policy at the start of the step. A constant.
+        mask: `[B, T]`; 1 where the token counts.
+        step: `[B, T]` int, the step of the token, in [0, T). A counted token outside of it is a step of its own.
+        normalize_length: mean over tokens; False for the sum.
+
+    Returns:
+        `[B, T]`, float32 or wider, nats, within +-20; 0 where the mask is.
+
+    Raises:
+        ValueError: if the arrays are not `[B, T]` of one shape.
+
+    Example:
+        >>> logp, step = jnp.array([[0.2, 0.4, 0.5, 9.0]]), jnp.array([[0, 0, 1, -1]])
+        >>> found = step_log_ratio(logp, 0 * logp, step >= 0, step)
+        >>> [round(d, 4) for d in found[0].tolist()]
+        [0.3, 0.3, 0.5, 0.0]
+
+    Reference: Online Process Reward Leanring for Agentic Reinforcement Learning (arXiv 2509.19199).
+    """
+    logp, old_logp, mask = as_tokens(logp, old_logp, mask)
+    total = _over_step(mask * (logp - old_logp), mask, step)
+    if normalize_length:
+        total = total / jnp.maximum(_over_step(mask, mask, step), 1)
+    return jnp.clip(total, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def step_ppo(
+    logp: Array,
+    old_logp: Array,
+    advantages: Array,
+    mask: Array,
+    step: Array,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    normalize_length: bool = True,
+) -> Array:
+    r"""PPO's clipped surrogate with the ratio of the token's step, in the token form of `gspo`.
+
+    $$s_k = \exp(\mathrm{mean}_{t \in k}\, d_t), \qquad
+    s_t = \mathrm{sg}(s_{k(t)}) \exp(\log\pi_t - \mathrm{sg}(\log\pi_t)), \qquad
+    \ell_t = -\min(s_t A_t,\ \mathrm{clip}(s_t, 1 - \epsilon_{low}, 1 + \epsilon_{high})\, A_t)$$
+
+    With one advantage per step, the mean over a step's tokens has value and gradient of the step form
+    $-\min(s A, \mathrm{clip}(s) A)$: a step is taken or clipped as a whole, its neighbours are not.
+
+    Args:
+        logp: `[B, T]` float, nats; log-prob of the token under the trained policy.
+        old_logp: `[B, T]`, nats; log-prob under the policy at the start of the step. A constant.
+        advantages: `[B, T]`, of the step or of each token. A constant.
+        mask: `[B, T]`; 1 where the token counts.
+        step: `[B, T]` int, the step of the token, in [0, T). A counted token outside of it is a step of its own.
+        clip_low: $\epsilon_{low}$, distance of the lower bound from 1.
+        clip_high: $\epsilon_{high}$, distance of the upper bound from 1.
+        normalize_length: False for the product of the ratios of the step's tokens, $s_k = \exp(\sum_t d_t)$, the
+            probability of the whole action; the mean over the step's tokens still has the gradient of the step form.
+
+    Returns:
+        `[B, T]`, float32 or wider: the loss of each token.
+
+    Raises:
+        ValueError: if the arrays are not `[B, T]` of one shape, or a clip distance is negative.
+
+    Example:
+        >>> logp, step = jnp.array([[0.2, 0.4, 0.0]]), jnp.array([[0, 0, 1]])
+        >>> ones = jnp.ones((1, 3))
+        >>> [round(x, 4) for x in step_ppo(logp, 0 * logp, ones, ones, step)[0].tolist()]
+        [-1.2, -1.2, -1.0]
+
+    Reference: Online Process Reward Leanring for Agentic Reinforcement Learning (arXiv 2509.19199).
+    """
+    check_at_least("clip_low", clip_low, 0, "a distance from 1, e.g. 0.2")
+    check_at_least("clip_high", clip_high, 0, "a distance from 1, e.g. 0.2")
+    logp, old_logp, mask = as_tokens(logp, old_logp, mask)
+    advantages = as_constant("advantages", advantages, logp)
+    ratio = jnp.exp(step_log_ratio(logp, old_logp, mask, step, normalize_length=normalize_length))
+    # The gradient of a sum is as many times that of the mean as there are tokens.
+    times = 1.0 if normalize_length else _over_step(mask, mask, step)
+    ratio = _carry(ratio, times * logp)
+    return jnp.maximum(-ratio * advantages, -jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages)
+
+
+def _over_step(x: Array, mask: Array, step: Array) -> Array:
+    """The sum of `x` `[B, T]` over the counted tokens of each token's step, `[B, T]`; 0 where the mask is."""
+    step = jnp.asarray(step)
+    masked.check_like("step", step, "logp", x)
+    length = x.shape[_TOKENS]
+    counts, known = mask != 0, (step >= 0) & (step < length)
+    place = jnp.where(known, step, length + jnp.arange(length))
+    rows = jnp.arange(x.shape[0])[:, None]
+    totals = jnp.zeros((x.shape[0], 2 * length), x.dtype).at[rows, place].add(jnp.where(counts, x, 0.0))
+    return jnp.where(counts, jnp.take_along_axis(totals, place, axis=_TOKENS), 0.0)
 
 
 def gmpo(

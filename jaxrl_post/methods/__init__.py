@@ -7,6 +7,8 @@ from jaxrl_post.methods.consistency import a2po, copg, flowrl, gvpo, kimi, p3o
 from jaxrl_post.methods.constrained import c_morl
 from jaxrl_post.methods.credit import Advantage, Credit, Signals
 from jaxrl_post.methods.divergence import disco, f_dpg
+from jaxrl_post.methods.exploration import clip_cov, egpo, high_entropy_tokens, kl_cov, rapo
+from jaxrl_post.methods.exploration_bonus import novelty_bonus
 from jaxrl_post.methods.grounding import gui_g1
 from jaxrl_post.methods.group_methods import (
     dr_grpo,
@@ -20,17 +22,22 @@ from jaxrl_post.methods.group_methods import (
     rloo,
 )
 from jaxrl_post.methods.improvement import pipo, policy_improvement
+from jaxrl_post.methods.length_control import asymmetric_po, curriculum_grpo, drpo, hapo
 from jaxrl_post.methods.multi_objective import gradient_weighting, hypervolume_weighting
 from jaxrl_post.methods.multi_reward import bnpo, copo, gdpo, paco_grpo, riskpo
 from jaxrl_post.methods.off_policy import nsr, rec, stable_reinforce, topr
 from jaxrl_post.methods.policy_gradient import grpo, mc_grpo, policy_gradient, reinforce
-from jaxrl_post.methods.preference import dpo
+from jaxrl_post.methods.preference import dpo, simpo
+from jaxrl_post.methods.progress import grpo_vps, igpo, pav
 from jaxrl_post.methods.records import Record, catalog
 from jaxrl_post.methods.self_critical import scst, subpo
 from jaxrl_post.methods.soft_q import rlprompt, rover
+from jaxrl_post.methods.steps import oprl, ppr_renorm, salt, srgpo, trajectory_preference
+from jaxrl_post.methods.subgroups import hbpo, s_grpo
 from jaxrl_post.methods.supervised import sft
 from jaxrl_post.methods.surrogates import cispo, dapo, decoupled_ppo, dppo, dro, gmpo, gspo, luspo, m2po, sapo, vespo
 from jaxrl_post.methods.token_methods import opd, otb, vapo
+from jaxrl_post.methods.token_rewards import comam, rto, t_reg, tw_grpo
 from jaxrl_post.methods.truncated import t_ppo
 from jaxrl_post.types import Method
 
@@ -41,13 +48,17 @@ __all__ = [
     "Record",
     "Signals",
     "a2po",
+    "asymmetric_po",
     "bnpo",
     "c_morl",
     "catalog",
     "chain",
     "cispo",
+    "clip_cov",
+    "comam",
     "copg",
     "copo",
+    "curriculum_grpo",
     "dapo",
     "decoupled_ppo",
     "disco",
@@ -56,6 +67,8 @@ __all__ = [
     "dr_grpo",
     "dr_mas",
     "dro",
+    "drpo",
+    "egpo",
     "f_dpg",
     "flowrl",
     "gdpo",
@@ -64,28 +77,39 @@ __all__ = [
     "gpg",
     "gradient_weighting",
     "grpo",
+    "grpo_vps",
     "gspo",
     "gui_g1",
     "gvpo",
+    "hapo",
+    "hbpo",
     "hierarchical_grpo",
+    "high_entropy_tokens",
     "hypervolume_weighting",
+    "igpo",
     "kimi",
+    "kl_cov",
     "luspo",
     "m2po",
     "maxrl",
     "mc_grpo",
+    "novelty_bonus",
     "nsr",
     "opd",
     "opo",
+    "oprl",
     "otb",
     "p3o",
     "paco_grpo",
     "pass_at_k",
+    "pav",
     "pipo",
     "policy_gradient",
     "policy_improvement",
     "ppo",
+    "ppr_renorm",
     "rae",
+    "rapo",
     "rec",
     "reinforce",
     "reinforce_plus_plus",
@@ -95,13 +119,21 @@ __all__ = [
     "rloo",
     "rlprompt",
     "rover",
+    "rto",
+    "s_grpo",
+    "salt",
     "sapo",
     "scst",
     "sft",
+    "simpo",
+    "srgpo",
     "stable_reinforce",
     "subpo",
     "t_ppo",
+    "t_reg",
     "topr",
+    "trajectory_preference",
+    "tw_grpo",
     "vapo",
     "vespo",
 ]

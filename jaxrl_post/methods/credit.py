@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxrl_post import advantages
-from jaxrl_post.methods import makers
+from jaxrl_post.methods import makers, step_credit
 from jaxrl_post.methods.choices import Choice, call_by_name, choose, inputs
 from jaxrl_post.methods.signals import Advantage, Credit, Signals, stateless
 
@@ -42,6 +42,8 @@ MAKERS: dict[str, Callable[..., Advantage]] = {
     "otb": makers.otb,
     "rae": makers.rae,
     "riskpo": makers.riskpo,
+    "salt": step_credit.salt,
+    "srgpo": step_credit.srgpo,
 }
 """Functions that return an `Advantage`, because it has a state or reads more than rewards."""
 

@@ -25,6 +25,7 @@ def disco(
     tau: float | None = None,
     beta: float = 1e3,
     delta: float = 1e-4,
+    kl_estimator: discriminative.HingeEstimator = "k1",
     correct_above: float = 0.5,
     old_logp: OldLogp = "recompute",
 ) -> Method:
@@ -41,6 +42,7 @@ def disco(
             10 (log-likelihoods) or 1 (ratios).
         beta: strength of the trust region.
         delta: its radius, nats per token.
+        kl_estimator: of the trust region, see `losses.kl_hinge`.
         correct_above: an answer whose reward is above this is right.
         old_logp: see `policy_gradient`; the trust region is around the policy of the step's start.
 
@@ -57,6 +59,7 @@ def disco(
     Reference: DisCO: Reinforcing Large Reasoning Models with Discriminative Constrained Optimization, arXiv 2505.12366.
     """
     checks.one_of("score", score, ScoreKind)
+    checks.one_of("kl_estimator", kl_estimator, discriminative.HingeEstimator)
     checks.one_of("old_logp", old_logp, OldLogp)
     checks.within("tau", tau, 1e-6)
     checks.within("beta", beta, 0)
@@ -76,9 +79,11 @@ def disco(
         else:
             scores = discriminative.likelihood_ratio_score(logp, targets.old_logp, mask)
         scores = scores.reshape(rollouts.reward.shape)
-        value = discriminative.disco(scores, rollouts.reward > correct_above, rollouts.valid, tau=temperature)
+        right, weights = rollouts.reward > correct_above, targets.extras.get("weights")
+        value = discriminative.disco(scores, right, rollouts.valid, tau=temperature, weights=weights)
         prompts = jnp.any(rollouts.valid, axis=1).astype(jnp.float32)
-        penalty = discriminative.kl_hinge(logp, targets.old_logp, mask, beta=beta, delta=delta)
+        hinge = {"beta": beta, "delta": delta, "estimator": kl_estimator}
+        penalty = discriminative.kl_hinge(logp, targets.old_logp, mask, **hinge)
         return {"disco": Term(value, prompts, "token_mean"), "kl_hinge": Term(penalty, mask, "token_mean")}
 
     def metrics(stats: Stats, rollouts: Rollouts, targets: Targets) -> dict[str, Metric]:

@@ -11,7 +11,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxrl_post import advantages
+from jaxrl_post import advantages, rewards
 from jaxrl_post.advantages.risk import BundleCredit
 from jaxrl_post.methods import checks
 from jaxrl_post.methods.signals import Advantage, Credit, Signals, stateless
@@ -229,7 +229,8 @@ def copo(
 
     def apply(s: Signals) -> Credit:
         if blend == "entropy":
-            answer = s.rollouts.extras["answer"] if "answer" in s.rollouts.extras else _fingerprint(s)
+            answer = s.rollouts.extras.get("answer")
+            answer = rewards.fingerprint(s.rollouts.tokens, s.mask) if answer is None else answer
             answer = answer.reshape(s.reward.shape)
             options = {} if base is None else {"base": base}
             weight = advantages.copo_weight(advantages.answer_entropy(answer, s.valid, **options), gamma=gamma, rho=rho)
@@ -261,14 +262,6 @@ def _role(s: Signals) -> Array:
     agent = s.extra("agent", "it names [B, T] the agent of every token")
     first, _ = advantages.to_turns(agent, jnp.zeros_like(agent), s.mask, num_turns=1)
     return first.reshape(s.reward.shape)
-
-
-def _fingerprint(s: Signals) -> Array:
-    """`[B]` uint32: the same for completions of the same tokens, and hardly ever for others."""
-    acts = s.mask != 0
-    place = jnp.cumsum(acts, axis=1)
-    powers = jnp.cumprod(jnp.full(acts.shape[1] + 1, 0x9E3779B1, jnp.uint32))  # modulo 2^32, as is the sum
-    return jnp.sum(jnp.where(acts, (s.rollouts.tokens.astype(jnp.uint32) + 1) * powers[place], 0), axis=1)
 
 
 def _components(s: Signals, weights: Mapping[str, float] | None) -> tuple[Array, Array]:

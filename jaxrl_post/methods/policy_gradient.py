@@ -275,6 +275,7 @@ def policy_gradient(
         metrics=metrics,
         min_group=credit.min_group,
         wants=credit.wants,
+        probes=credit.probes,
     )
 
 

@@ -21,6 +21,7 @@ LOSSES: dict[str, Callable[..., Array]] = {
     "rec": losses.rec,
     "reinforce": losses.reinforce,
     "sapo": losses.sapo,
+    "step_ppo": losses.step_ppo,
     "topr": losses.topr,
     "vespo": losses.vespo,
 }
@@ -35,12 +36,13 @@ READ: dict[str, Callable[[Stats, Rollouts, Targets], Any]] = {
     "mask": lambda stats, rollouts, targets: targets.mask,
     "sampler_logp": lambda stats, rollouts, targets: rollouts.extras.get("sampler_logp", rollouts.logp),
     "extras": lambda stats, rollouts, targets: targets.extras,
+    "step": lambda stats, rollouts, targets: targets.extras.get("step", rollouts.step),
 }
 """What a surrogate loss may read, by the name of its argument."""
 
-_WHOLE_SEQUENCE = frozenset({"mask", "extras"})
+_WHOLE_SEQUENCE = frozenset({"mask", "extras", "step"})
 
-_CLIPS_ANOTHER_RATIO = (losses.cispo, losses.gmpo, losses.gspo, losses.rec)
+_CLIPS_ANOTHER_RATIO = (losses.cispo, losses.gmpo, losses.gspo, losses.rec, losses.step_ppo)
 """Their `clip_low` and `clip_high` do not say which tokens lose their gradient, as those of `losses.ppo` do."""
 
 

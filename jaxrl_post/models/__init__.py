@@ -7,8 +7,9 @@ from jaxrl_post.models.families import decoder_keywords
 from jaxrl_post.models.group_divergence import group_divergence, group_fields
 from jaxrl_post.models.layers import KVCache
 from jaxrl_post.models.lora import Lora, merge_adapters, split_adapters, trainable
+from jaxrl_post.models.peft import load_adapters, read_adapter_config, save_adapters
 from jaxrl_post.models.pretrained import Pretrained, check_vocabulary, from_config, from_pretrained, read_config
-from jaxrl_post.models.quantize import Quantized, quantize
+from jaxrl_post.models.quantize import Quantized, dequantize, quantize
 from jaxrl_post.models.recompute import RecomputeCache, recompute_cache
 from jaxrl_post.models.rope import Rope
 from jaxrl_post.models.scoring import logits, score
@@ -23,6 +24,7 @@ __all__ = [
     "check_vocabulary",
     "decoder",
     "decoder_keywords",
+    "dequantize",
     "from_apply",
     "from_config",
     "from_linen",
@@ -30,11 +32,14 @@ __all__ = [
     "from_pretrained",
     "group_divergence",
     "group_fields",
+    "load_adapters",
     "logits",
     "merge_adapters",
     "quantize",
+    "read_adapter_config",
     "read_config",
     "recompute_cache",
+    "save_adapters",
     "save_pretrained",
     "score",
     "split_adapters",

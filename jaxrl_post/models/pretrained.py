@@ -352,9 +352,10 @@ def _read(leaf: jax.ShapeDtypeStruct, place: Place, tensors: Mapping[str, Tensor
     whole = jax.jit(lambda: jnp.zeros(leaf.shape, dtype), out_shardings=sharding)()
     put = jax.jit(_put, donate_argnums=0, out_shardings=sharding)
     for layer in range(place.lead[0]):
-        part = _part(leaf.shape[1:], dtype, without_layers, place, (layer,), tensors)
-        # Wait, or layers would pile up on the host faster than they leave it.
-        whole = jax.block_until_ready(put(whole, part, layer))
+        # Wait, and hold no reference, or layers would pile up on the host.
+        whole = jax.block_until_ready(
+            put(whole, _part(leaf.shape[1:], dtype, without_layers, place, (layer,), tensors), layer)
+        )
     return whole
 
 

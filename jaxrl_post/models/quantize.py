@@ -170,3 +170,17 @@ def quantize(params: Params, *, kind: QuantizeKind = "int8", block: int = 64) ->
         return made
 
     return {**params, "layers": inside(params["layers"])}
+
+
+def dequantize(params: Params) -> Params:
+    """Parameters with arrays again in the place of `Quantized` ones, in the dtype that these were made of.
+
+    Example:
+        >>> dequantize({"up": quantize_array(jnp.array([0.5, -1.0]))})["up"].dtype.name
+        'float32'
+    """
+    return jax.tree.map(
+        lambda x: x.astype(x.dtype) if isinstance(x, Quantized) else x,
+        params,
+        is_leaf=lambda x: isinstance(x, Quantized),
+    )

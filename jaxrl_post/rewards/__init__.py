@@ -2,52 +2,104 @@
 
 from jaxrl_post.rewards.adapters import from_verifiers, from_verl
 from jaxrl_post.rewards.boxes import box_edges, box_grounding, box_hit, box_iou, box_reward, difficulty_weights
+from jaxrl_post.rewards.budget import budget_cosine, budget_level
+from jaxrl_post.rewards.choices import partial_choice, partial_choice_reward, set_overlap
 from jaxrl_post.rewards.consistency import consistency_reward
+from jaxrl_post.rewards.dense import rto
+from jaxrl_post.rewards.early_exit import exit_decay
+from jaxrl_post.rewards.function_calls import Call, ast_equal, function_call_reward, function_calls, parse_calls
 from jaxrl_post.rewards.length import cosine_length, soft_overlong, stop_properly
+from jaxrl_post.rewards.length_history import budget_schedule, history_length, target_length
 from jaxrl_post.rewards.loading import load
+from jaxrl_post.rewards.novelty import (
+    RunningMoments,
+    combine_bonuses,
+    count_bonus,
+    elliptical_bonus,
+    elliptical_bonus_of_group,
+    fingerprint,
+    noveld_bonus,
+    rnd_bonus,
+    token_embedding,
+)
+from jaxrl_post.rewards.provers import beam_score, bok_value, effective_reward, prover_advantage, prover_quality
 from jaxrl_post.rewards.relative_length import group_length
+from jaxrl_post.rewards.renorm import on_step_ends, renorm
 from jaxrl_post.rewards.scaling import gap_reward, rescale, zscore_by_input
 from jaxrl_post.rewards.scoring import Reward, RewardError, RewardFunction, RowErrors, Scored, score
 from jaxrl_post.rewards.similarity import Matching, greedy_matching, matching_reward
 from jaxrl_post.rewards.submodular import coverage, distinct_ngrams, facility_location, information_gain, marginal_gains
 from jaxrl_post.rewards.verifiable import exact_match, task_score, task_solved, thresholded
+from jaxrl_post.rewards.word_overlap import word_f1
 from jaxrl_post.rewards.yes_no import yes_probability
 
 __all__ = [
+    "Call",
     "Matching",
     "Reward",
     "RewardError",
     "RewardFunction",
     "RowErrors",
+    "RunningMoments",
     "Scored",
+    "ast_equal",
+    "beam_score",
+    "bok_value",
     "box_edges",
     "box_grounding",
     "box_hit",
     "box_iou",
     "box_reward",
+    "budget_cosine",
+    "budget_level",
+    "budget_schedule",
+    "combine_bonuses",
     "consistency_reward",
     "cosine_length",
+    "count_bonus",
     "coverage",
     "difficulty_weights",
     "distinct_ngrams",
+    "effective_reward",
+    "elliptical_bonus",
+    "elliptical_bonus_of_group",
     "exact_match",
+    "exit_decay",
     "facility_location",
+    "fingerprint",
     "from_verifiers",
     "from_verl",
+    "function_call_reward",
+    "function_calls",
     "gap_reward",
     "greedy_matching",
     "group_length",
+    "history_length",
     "information_gain",
     "load",
     "marginal_gains",
     "matching_reward",
+    "noveld_bonus",
+    "on_step_ends",
+    "parse_calls",
+    "partial_choice",
+    "partial_choice_reward",
+    "prover_advantage",
+    "prover_quality",
+    "renorm",
     "rescale",
+    "rnd_bonus",
+    "rto",
     "score",
+    "set_overlap",
     "soft_overlong",
     "stop_properly",
+    "target_length",
     "task_score",
     "task_solved",
     "thresholded",
+    "token_embedding",
+    "word_f1",
     "yes_probability",
     "zscore_by_input",
 ]

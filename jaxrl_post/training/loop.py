@@ -24,6 +24,7 @@ from jaxrl_post.training.checkpoint import Checkpointer
 from jaxrl_post.training.config import Config
 from jaxrl_post.training.evaluate import Evaluator
 from jaxrl_post.training.interrupt import stop_requests
+from jaxrl_post.training.model_setup import export
 from jaxrl_post.training.plot import plot
 from jaxrl_post.training.progress import Progress
 from jaxrl_post.training.roles import Refresh, make_refresh
@@ -112,6 +113,9 @@ def run_stages(setup: Setup, resume: bool, stop_requested: Callable[[], bool]) -
                         cursor, stage=index + 1, stage_step=0, ended=False, data=None, updates=0, nonfinite=0, empty=0
                     )
             checkpoints.wait()
+            if config.model.export is not None and state is not None:
+                export(setup.models, config.model, setup.tokenizer, state.params["policy"], config.model.export)
+                progress.message(f"the policy is in {config.model.export}, as a Hugging Face checkpoint")
         plot([directory], directory / "curves.png")
 
 

@@ -1,17 +1,20 @@
-"""From the configuration's `model` to policies: with adapters or without, with a value head, on few bits."""
+"""From the configuration's `model` to policies: drawn or read, with adapters or without, with a value head."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
+from jaxrl_post import mesh as mesh_lib
 from jaxrl_post import models
+from jaxrl_post.data import Tokenizer
 from jaxrl_post.training.config import ModelConfig
+from jaxrl_post.training.config.schema import NOT_SIZES
 from jaxrl_post.types import Array, Params, Policy, PyTree
-
-_NOT_SIZES = ("path", "lora", "quantize")
 
 
 class Models(NamedTuple):
@@ -21,37 +24,105 @@ class Models(NamedTuple):
         policy: what is trained and sampled from.
         critic: the same with a value head.
         base: the policy without its adapters, which reads the policy's parameters; the policy itself if it has none.
+        source: the checkpoint that it starts from, without its weights; None if it is drawn.
+        load: `(key, mesh) -> params`, the policy's first parameters.
     """
 
     policy: Policy
     critic: Policy
     base: Policy
+    source: models.Pretrained | None
+    load: Callable[[Array, Mesh], Params]
 
 
-def make_models(model: ModelConfig, vocab_size: int) -> Models:
+def make_models(model: ModelConfig, tokenizer: Tokenizer) -> Models:
     """The models that the configuration describes.
 
     Args:
         model: the section of the configuration.
-        vocab_size: of the tokenizer.
+        tokenizer: the run's.
+
+    Raises:
+        ValueError: if there is no such checkpoint, the decoder lacks what it asks for, or the tokenizer has more tokens
+            than it.
     """
-    sizes = {name: value for name, value in dataclasses.asdict(model).items() if name not in _NOT_SIZES}
-    lora = None if model.lora is None else models.Lora(**dataclasses.asdict(model.lora))
+    lora = lora_of(model)
+    sizes = {name: value for name, value in dataclasses.asdict(model).items() if name not in NOT_SIZES}
+    source = None if model.path is None else models.from_pretrained(model.path, abstract=True, tokenizer=tokenizer)
 
     def made(lora: models.Lora | None, value_head: bool = False) -> Policy:
-        policy = models.decoder(vocab_size=vocab_size, lora=lora, value_head=value_head, **sizes)
-        if model.quantize == "none":
-            return policy
+        options: dict[str, Any] = {
+            "dtype": model.dtype,
+            "param_dtype": model.param_dtype,
+            "remat": model.remat,
+            "lora": lora,
+            "value_head": value_head,
+        }
+        if source is not None:
+            policy = models.from_config(source.config, **options)
+        else:
+            policy = models.decoder(vocab_size=tokenizer.vocab_size, **sizes, **options)
+        return policy if model.quantize == "none" else policy._replace(init=lambda key: few_bits(policy.init(key)))
 
-        def init(key: Array) -> Params:
-            return models.quantize(policy.init(key), kind=model.quantize)  # type: ignore[arg-type]
+    def few_bits(params: Params) -> Params:
+        return params if model.quantize == "none" else models.quantize(params, kind=model.quantize)
 
-        return policy._replace(init=init)
+    def load(key: Array, mesh: Mesh) -> Params:
+        if model.path is not None:
+            return few_bits(
+                models.from_pretrained(
+                    model.path,
+                    dtype=model.dtype,
+                    param_dtype=model.param_dtype,
+                    mesh=mesh,
+                    lora=lora,
+                    key=key,
+                ).params
+            )
+        shapes = jax.eval_shape(policy.init, key)
+        layout = mesh_lib.shardings(shapes, None if policy.axes is None else policy.axes(), mesh)
+        with jax.set_mesh(mesh):
+            return jax.jit(policy.init, out_shardings=layout)(key)
 
     policy = made(lora)
-    return Models(policy, made(lora, value_head=True), policy if lora is None else made(None))
+    base = policy if lora is None else made(None)
+    return Models(policy, made(lora, value_head=True), base, source, load)
+
+
+def lora_of(model: ModelConfig) -> models.Lora | None:
+    """The adapters that the configuration gives the model."""
+    return None if model.lora is None else models.Lora(**dataclasses.asdict(model.lora)).checked()
 
 
 def trainable(model: ModelConfig, policy: Policy, key: Array) -> PyTree | None:
     """Which of a model's parameters are trained; None for all."""
     return None if model.lora is None else models.trainable(jax.eval_shape(policy.init, key))
+
+
+def export(made: Models, model: ModelConfig, tokenizer: Any, params: Params, directory: str) -> None:
+    """Write a policy as a Hugging Face checkpoint, and its adapters, if it has any, in PEFT's format beside it.
+
+    Args:
+        made: the run's models.
+        model: the section of the configuration.
+        tokenizer: whose files are written too.
+        params: of the policy.
+        directory: receives the model with the adapters merged into it; they alone go to `adapter` inside.
+
+    Raises:
+        ValueError: if the model does not come from a checkpoint, whose `config.json` says what it is.
+    """
+    if made.source is None:
+        raise ValueError(
+            "this model was built here and has no config.json; only models that started from a Hugging Face checkpoint "
+            "(model.path) can be written as one"
+        )
+    lora = lora_of(model)
+    whole = models.dequantize(params if lora is None else models.merge_adapters(params, lora))
+    source = made.source
+    models.save_pretrained(
+        directory, whole, source.config, tokenizer=tokenizer, generation_config=source.generation_config, overwrite=True
+    )
+    if lora is not None:
+        base, kind = str(model.path), source.config["model_type"]
+        models.save_adapters(f"{directory}/adapter", params, lora, base=base, model_type=kind)

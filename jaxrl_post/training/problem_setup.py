@@ -65,7 +65,7 @@ def make_problems(config: Config, tokenizer: data.Tokenizer) -> Problems:
             files,
             columns={**templates, **columns},
             kind=options.kind,
-            require=need,
+            require=sorted(need),
             split=split,
             lowercase=options.lowercase,
             on_bad_row=options.on_bad_row,

@@ -20,7 +20,7 @@ from jaxrl_post.rollout import Prompts, SamplingParams
 from jaxrl_post.training.config import BASE, Config, ConfigError, check_devices
 from jaxrl_post.training.config.content_checks import reward_names
 from jaxrl_post.training.config.methods_check import tokenizer_of
-from jaxrl_post.training.model_setup import make_models, trainable
+from jaxrl_post.training.model_setup import Models, make_models, trainable
 from jaxrl_post.training.problem_setup import Problems, make_problems
 from jaxrl_post.training.roles import Role, check_same_shapes, role_params
 from jaxrl_post.training.stages import Stage, make_stages
@@ -35,11 +35,14 @@ class Setup:
 
     config: Config
     tokenizer: data.Tokenizer
-    policy: Policy
-    critic: Policy
-    base: Policy
+    models: Models
     mesh: Mesh
     stages: list[Stage]
+
+    @property
+    def policy(self) -> Policy:
+        """The model that is trained."""
+        return self.models.policy
 
     @functools.cached_property
     def problems(self) -> Problems:
@@ -67,7 +70,7 @@ class Setup:
 
     def model(self, role: str) -> Policy:
         """The model that plays a role: those that give values have a value head."""
-        return self.critic if role == "critic" else self.policy
+        return self.models.critic if role == "critic" else self.policy
 
     def borrows(self, stage: Stage) -> dict[str, str]:
         """The roles that are the policy without its adapters, and read its parameters."""
@@ -90,7 +93,7 @@ class Setup:
         borrowed = self.borrows(stage)
         return {
             role: models.score(
-                self.base if role in borrowed else self.model(role),
+                self.models.base if role in borrowed else self.model(role),
                 temperature=temperature,
                 max_chosen=bound,
                 shared_prompt=prompt,
@@ -147,16 +150,11 @@ class Setup:
         return shapes.replace(extras={**wanted, **shapes.extras})
 
     def initial_params(self) -> Params:
-        """The policy's parameters before anything is learnt, on the mesh: drawn, or those of other runs."""
+        """The policy's parameters before anything is learnt, on the mesh: drawn, read, or those of other runs."""
         if (given := self.config.roles.get("policy")) is not None:
             role = {"policy": Role(given.sources, given.weights)}
             return role_params(role, {}, self.load_policy)["policy"]
-        key = jax.random.fold_in(self.key, 1)
-        shapes = jax.eval_shape(self.policy.init, key)
-        axes = None if self.policy.axes is None else self.policy.axes()
-        layout = mesh_lib.shardings(shapes, axes, self.mesh)
-        with jax.set_mesh(self.mesh):
-            return jax.jit(self.policy.init, out_shardings=layout)(key)
+        return self.models.load(jax.random.fold_in(self.key, 1), self.mesh)
 
     def begin(self, stage: Stage, policy_params: Params, *, step: int) -> TrainState:
         """The state before a stage's first step: each role gets its parameters."""
@@ -228,7 +226,7 @@ class Setup:
             if role != "critic":
                 return source
             # What the policy does not have (the value head) is drawn anew.
-            fresh = self.critic.init(jax.random.fold_in(self.key, 3))
+            fresh = self.models.critic.init(jax.random.fold_in(self.key, 3))
             return {name: source.get(name, value) for name, value in fresh.items()}
 
         roles = {role: stage.roles[role] for role in stage.method.roles - {"policy"} - set(self.borrows(stage))}
@@ -243,9 +241,9 @@ def build(config: Config) -> Setup:
     """
     check_devices(config, jax.device_count())
     tokenizer = make_tokenizer(config)
-    policy, critic, base = make_models(config.model, tokenizer.vocab_size)
+    made = make_models(config.model, tokenizer)
     mesh = mesh_lib.make_mesh(**dataclasses.asdict(config.mesh))
-    return Setup(config, tokenizer, policy, critic, base, mesh, make_stages(config))
+    return Setup(config, tokenizer, made, mesh, make_stages(config))
 
 
 def make_tokenizer(config: Config) -> data.Tokenizer:

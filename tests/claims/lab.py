@@ -19,8 +19,8 @@ import numpy as np
 import optax
 from scipy import stats as scipy_stats
 
-from jaxrl_post import methods, training
-from jaxrl_post.types import FINISH_STOP, Array, Method, Rollouts, TokenStats
+from jaxrl_post import methods, models, training
+from jaxrl_post.types import FINISH_STOP, Array, Method, Rollouts, Score, TokenStats
 
 Judge = Callable[[Rollouts, Array], Rollouts]
 """`(rollouts, key) -> rollouts` with `reward` (and `rewards`, `extras`, `valid`, ...) filled in."""
@@ -103,7 +103,12 @@ def score(params: Array, rollouts: Rollouts, fields: frozenset[str], key: Array)
         "logsumexp": lambda: jax.nn.logsumexp(logits[prompt, nodes], axis=-1),
         "value": lambda: params["value"][prompt, nodes],
     }
-    return TokenStats(**{name: jnp.pad(found[name](), ((0, 0), (1, 0))) for name in fields})
+    of_groups = {"group_divergence", "group_log_divergence"} & fields
+    result = {name: jnp.pad(found[name](), ((0, 0), (1, 0))) for name in fields - of_groups}
+    if of_groups:
+        at = lambda t: jnp.take_along_axis(log_p, jnp.maximum(t - 1, 0)[:, None, None], axis=1)[:, 0]  # noqa: E731
+        result |= models.group_fields(at, rollouts.mask, rollouts.valid, of_groups)
+    return TokenStats(**result)
 
 
 def sample(task: Task, params: Array, key: Array, group_size: int, *, temperature: float = 1.0) -> Rollouts:
@@ -159,6 +164,7 @@ def train(
     roles: Callable[[Array], dict[str, Any]] | None = None,
     prepare: Judge | None = None,
     observe: Callable[[Array], Any] | None = None,
+    score: Score = score,
 ) -> Trained:
     """Train a method on a task with the library's own step.
 
@@ -176,11 +182,12 @@ def train(
         roles: `params -> parameters by role` beyond `policy`; a role not given is the initial policy.
         prepare: `(rollouts, key) -> rollouts` after sampling, e.g. what the sampler recorded.
         observe: `params -> anything`, after each step.
+        score: of all roles, e.g. one that also reads a method's probes.
     """
     optimizer = optax.sgd(optimizer) if isinstance(optimizer, float | int) else optimizer
     start = task.params()
     given = {"policy": start} | (roles(start) if roles else {})
-    by_role = {role: given.get(role, start) for role in {*method.needs, "policy"} if "/" not in role}
+    by_role = {role: given.get(role, start) for role in method.roles | {"policy"}}
     shapes = jax.eval_shape(lambda: sample(task, start, jax.random.key(0), group_size))
     state = training.init(by_role, method, optimizer, key, rollouts=shapes, num_prompts=task.prompts)
     step = training.make_step(score, method, optimizer, epochs=epochs)

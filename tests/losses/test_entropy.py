@@ -3,7 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_post.losses.entropy import adaptive_entropy_coefficient, top_entropy_mask
+from jaxrl_post.losses.entropy import (
+    adaptive_entropy_coefficient,
+    entropy_change_by_percentile,
+    entropy_overlap,
+    top_entropy_mask,
+)
 
 
 def test_the_tokens_of_highest_entropy_are_kept_over_the_whole_batch():
@@ -23,6 +28,46 @@ def test_the_kept_share_and_threshold_agree_with_numpy_quantiles(fraction):
     threshold = np.quantile(entropy[mask], 1 - fraction)
     np.testing.assert_array_equal(kept, (entropy >= threshold) & mask)
     assert abs(kept.sum() - fraction * mask.sum()) <= 1
+
+
+def test_of_ten_entropies_the_two_highest_pass_the_interpolated_quantile_of_072():
+    entropy = jnp.arange(10)[None] / 10
+    assert top_entropy_mask(entropy, jnp.ones((1, 10)), fraction=0.2).tolist() == [[0.0] * 8 + [1.0] * 2]
+
+
+def test_with_a_quantile_of_its_own_every_sequence_keeps_its_share():
+    entropy = jnp.array([[0.0, 0.1, 0.2, 0.3], [5.0, 6.0, 7.0, 8.0], [1.0, 2.0, 9.0, 9.0]])
+    mask = jnp.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]])
+    kept = top_entropy_mask(entropy, mask, fraction=0.5, level="sequence")
+    assert kept.tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [0, 1, 0, 0]]
+    assert top_entropy_mask(entropy, mask, fraction=0.5).tolist() == [[0] * 4, [1] * 4, [0, 1, 0, 0]]
+
+
+def test_the_overlap_is_the_share_of_chosen_tokens_that_the_other_model_chooses_too():
+    rng = np.random.default_rng(1)
+    entropy, other, mask = rng.random((6, 30)), rng.random((6, 30)), rng.random((6, 30)) < 0.7
+    other = np.where(rng.random((6, 30)) < 0.5, entropy, other)
+    found = jax.jit(entropy_overlap)(entropy, other, mask)
+    one, two = ((x >= np.quantile(x[mask], 0.8)) & mask for x in (entropy, other))
+    np.testing.assert_allclose(found, (one & two).sum() / one.sum(), rtol=1e-6)
+    assert 0.3 < float(found) < 0.9
+    assert float(entropy_overlap(entropy, entropy, mask)) == 1
+    assert float(entropy_overlap(entropy, other, mask & False)) == 0
+
+
+def test_the_change_by_percentile_is_that_of_a_loop_over_sorted_tokens():
+    rng = np.random.default_rng(2)
+    before, mask = rng.random((5, 40)), rng.random((5, 40)) < 0.6
+    now = before + rng.normal(size=(5, 40))
+    change, count = jax.jit(entropy_change_by_percentile, static_argnames="bins")(now, before, mask, bins=7)
+    order = np.argsort(before[mask])
+    parts = np.arange(order.size) * 7 // order.size
+    for part in range(7):
+        members = order[parts == part]
+        np.testing.assert_allclose(change[part], np.mean((now - before)[mask][members]), rtol=1e-4, atol=1e-6)
+        assert int(count[part]) == members.size
+    change, count = entropy_change_by_percentile(now, before, mask & False, bins=3)
+    assert change.tolist() == count.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_equal_entropies_keep_every_token_and_an_empty_mask_none():
@@ -45,6 +90,10 @@ def test_a_share_outside_zero_and_one_is_refused(fraction):
         top_entropy_mask(jnp.ones((1, 2)), jnp.ones((1, 2)), fraction=fraction)
     with pytest.raises(ValueError, match="mask must have the shape of entropy"):
         top_entropy_mask(jnp.ones((1, 2)), jnp.ones((2, 2)))
+    with pytest.raises(ValueError, match='level must be "batch" or "sequence"'):
+        top_entropy_mask(jnp.ones((1, 2)), jnp.ones((1, 2)), level="group")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="bins must be at least 1"):
+        entropy_change_by_percentile(jnp.ones((1, 2)), jnp.ones((1, 2)), jnp.ones((1, 2)), bins=0)
 
 
 @pytest.mark.parametrize(

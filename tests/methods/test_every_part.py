@@ -145,7 +145,9 @@ def loss_inputs(dtype=jnp.float32, seed=0, rows=4):
         "entropy": rng.uniform(0.1, 2, (rows, T)),
         "advantages": rng.normal(0, 1, (rows, 1)) * mask,
     }
-    return {name: jnp.asarray(x, dtype) for name, x in fields.items()} | {"mask": jnp.asarray(mask), "extras": {}}
+    step = jnp.asarray(np.broadcast_to(np.arange(T) // 2, (rows, T)))
+    whole = {"mask": jnp.asarray(mask), "step": step, "extras": {}}
+    return {name: jnp.asarray(x, dtype) for name, x in fields.items()} | whole
 
 
 LOSSES = sorted(surrogate.LOSSES)

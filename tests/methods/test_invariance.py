@@ -33,9 +33,9 @@ def rollouts(group_size):
 
 def updated(method, batch, **options):
     params = {}
-    for number, role in enumerate(sorted(method.needs)):
+    for number, role in enumerate(sorted(method.roles)):
         logits = table(10 + number)
-        params[role] = {"logits": logits, "value": logits[..., 0]} if "value" in method.needs[role] else logits
+        params[role] = {"logits": logits, "value": logits[..., 0]} if "value" in method.needs.get(role, ()) else logits
     params = {"policy": table(10), **params}
     state = training.init(
         params, method, optax.sgd(0.1), jax.random.key(5), rollouts=jax.eval_shape(lambda: batch), num_prompts=4,

@@ -62,6 +62,10 @@ def with_extras(batch):
             "answer": jnp.asarray(rng.integers(0, 3, batch.reward.shape), jnp.int32),
             "episode": jnp.broadcast_to(jnp.arange(group_size, dtype=jnp.int32) // 2, batch.reward.shape),
             "state": jnp.where(batch.mask > 0, jnp.asarray(rng.integers(0, 3, (rows, 1)), jnp.int32), -1),
+            "answer_tokens": jnp.asarray([[2, 2, -1], [1, -1, -1], [2, 1, 1]], jnp.int32)[jnp.arange(prompts) % 3],
+            "budget": jnp.broadcast_to(jnp.resize(jnp.array([2.0, 0.0]), group_size), batch.reward.shape),
+            "entropy": jnp.asarray(rng.random((rows, length)), jnp.float32) * batch.mask,
+            "exit": jnp.broadcast_to(jnp.arange(group_size, dtype=jnp.int32), batch.reward.shape),
             "prompt_weight": jnp.linspace(0.5, 1.5, prompts),
         },
     )
@@ -82,7 +86,7 @@ def named_as_in(config, batch):
 
 def moved(method, batch):
     """Parameters of the policy before and after two steps of gradient descent."""
-    policies = {role: tiny.policy(value_head=role == "critic") for role in method.needs if "/" not in role}
+    policies = {role: tiny.policy(value_head=role == "critic") for role in method.roles}
     keys = {role: jax.random.key(ROLES.index(role) if role in ROLES else 9) for role in policies}
     params = {role: policy.init(keys[role]) for role, policy in policies.items()}
     optimizer = optax.sgd(0.05)

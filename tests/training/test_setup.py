@@ -104,7 +104,7 @@ def test_rows_in_a_layout_of_the_field_need_no_templates(tmp_path):
     verl = [{**row, "reward_model": {"style": "rule", "ground_truth": "2"}}]
     columns = {"level": "{extra_info.level}"}
     made = problems(tmp_path, verl, data={"columns": columns}, rewards=[{"name": "exact_match"}])
-    assert (made.train[0]["answer"], made.train[0]["level"]) == ("2", "3")
+    assert (made.train[0]["answer"], made.train[0]["level"]) == ("2", 3)
 
 
 def test_a_malformed_row_ends_the_set_up_or_is_counted(tmp_path):

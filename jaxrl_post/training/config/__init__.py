@@ -185,6 +185,9 @@ def _build(values: Any, source: str, problems: Problems, namespace: Any, check_f
     if not isinstance(values, Mapping):
         raise ConfigError([*problems.messages, "must be a mapping of sections (run_dir, data, training, ...)"], source)
     config: Config = parsing.parse_section(Config, values, "", problems)
+    model, data = config.model, config.data
+    if model is not None and data is not None and model.path and data.tokenizer is None and data.alphabet is None:
+        config = dataclasses.replace(config, data=dataclasses.replace(data, tokenizer=model.path))
     made = None
     if problems.ok("method") and config.method is not None:
         method = encode_texts(config.method, config.data, problems)
@@ -200,12 +203,13 @@ def _build(values: Any, source: str, problems: Problems, namespace: Any, check_f
 
 def _resolve(config: Config, roles: frozenset[str], trained: frozenset[str]) -> Config:
     model, data = config.model, config.data
-    model = dataclasses.replace(
-        model,
-        kv_heads=model.heads if model.kv_heads is None else model.kv_heads,
-        head_dim=model.width // model.heads if model.head_dim is None else model.head_dim,
-        mlp_width=4 * model.width if model.mlp_width is None else model.mlp_width,
-    )
+    if model.path is None:
+        model = dataclasses.replace(
+            model,
+            kv_heads=model.heads if model.kv_heads is None else model.kv_heads,
+            head_dim=model.width // model.heads if model.head_dim is None else model.head_dim,
+            mlp_width=4 * model.width if model.mlp_width is None else model.mlp_width,
+        )
     if data.alphabet is None and data.tokenizer is None:
         data = dataclasses.replace(data, alphabet=PRINTABLE)
     source = "policy" if model.lora is None else BASE

@@ -10,7 +10,7 @@ from jaxrl_post.training.config import content_checks
 from jaxrl_post.training.config.content_checks import refuse_unused
 from jaxrl_post.training.config.errors import ConfigError, Problems
 from jaxrl_post.training.config.role_checks import check_roles
-from jaxrl_post.training.config.schema import Config, OptimizerConfig, yaml_key
+from jaxrl_post.training.config.schema import NOT_SIZES, Config, OptimizerConfig, yaml_key
 from jaxrl_post.training.config.subgroup_checks import check_subgroups
 from jaxrl_post.training.splitting import coarsest
 from jaxrl_post.types import Method
@@ -62,9 +62,10 @@ def _model(config: Config, problems: Problems) -> None:
     if model is None:
         return
     if model.path is not None:
-        problems.add(
-            "model.path", "loading a model is not available yet; leave it out and give width, layers, ...", model.path
-        )
+        names = [field.name for field in dataclasses.fields(model) if field.name not in NOT_SIZES]
+        refuse_unused(model, "model", names, "the checkpoint of model.path has sizes of its own", problems)
+    elif model.export is not None:
+        problems.add("model.export", "needs model.path, whose config.json describes what is written", model.export)
     if model.quantize not in (None, "none") and model.lora is None:
         problems.add(
             "model.quantize", "freezes the projections, and without model.lora they are what is trained", model.quantize

@@ -13,6 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+NOT_SIZES = ("path", "lora", "quantize", "dtype", "param_dtype", "remat", "export")
+"""Options of a model that a checkpoint leaves open."""
+
 BASE = "base"
 """Source of a role that is the policy's model without its adapters."""
 
@@ -81,6 +84,9 @@ class ModelConfig:
     )
     lora: LoraConfig | None = option("adapters, which alone are trained; null: all parameters are", None)
     quantize: Literal["none", "int8", "nf4"] = option("bits of the frozen projections under adapters", "none")
+    export: str | None = option(
+        "directory that receives the trained policy as a Hugging Face checkpoint (model.path), and its adapters", None
+    )
     width: int = option("size of the residual stream (D)", 128, minimum=1)
     layers: int = option("number of blocks", 2, minimum=1)
     heads: int = option("query heads of a block", 4, minimum=1)

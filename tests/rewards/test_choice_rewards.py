@@ -1,0 +1,46 @@
+import pytest
+
+from jaxrl_post import rewards
+
+
+@pytest.mark.parametrize(
+    ("chosen", "right", "expected"),
+    [
+        ("A", "AC", 0.5),
+        ("AC", "AC", 1.0),
+        ("AB", "AC", 0.0),  # a wrong one among them
+        ("", "AC", 0.0),
+        ("ABCD", "AC", 0.0),
+        ("", "", 1.0),
+        ("A", "", 0.0),
+    ],
+)
+def test_a_choice_earns_its_share_of_the_right_options_unless_a_wrong_one_is_in_it(chosen, right, expected):
+    assert rewards.partial_choice_reward(chosen, right) == expected
+
+
+def test_choices_are_read_from_the_last_marked_answer_or_the_whole_text():
+    completions = ["<answer>B</answer> no, <answer>a; C</answer>", "a c", "<ANSWER>\nA\n</ANSWER>", "no idea", "C"]
+    found = rewards.partial_choice([""] * 5, completions, answer=["A,C", "A, C", ("a", "c"), "A", None])
+    assert found == [1.0, 1.0, 0.5, 0.0, None]
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "alpha", "reward"),
+    [
+        ({1, 2, 9}, {1, 2, 3, 4}, 0.8, 0.48),  # 0.8 * 2 / 4 + 0.2 * 2 / 5
+        ({1, 2, 9}, {1, 2, 3, 4}, 0.2, 0.42),
+        ({1, 2}, {1, 2}, 0.8, 1.0),
+        (set(), {1}, 0.8, 0.0),
+        ({3}, {1}, 0.8, 0.0),
+        (set(), set(), 0.8, 1.0),
+        ({1}, set(), 0.8, 0.0),
+    ],
+)
+def test_a_set_is_rewarded_for_its_recall_and_for_what_both_have_in_common(found, expected, alpha, reward):
+    assert rewards.set_overlap(found, expected, alpha=alpha) == pytest.approx(reward)
+
+
+def test_a_weight_outside_of_zero_and_one_is_refused():
+    with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\], got 1.5"):
+        rewards.set_overlap({1}, {1}, alpha=1.5)

@@ -1,0 +1,113 @@
+"""Runs that start from a Hugging Face checkpoint and give one back."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from jaxrl_post.training import config as configs
+from jaxrl_post.training import inference, loop
+from jaxrl_post.training.config import ConfigError
+from tests.training import runs
+
+ALPHABET = "_$>0123456789"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny random Qwen3 with a tokenizer of single characters, as transformers saves them."""
+    directory = tmp_path_factory.mktemp("qwen3")
+    tokenizer = Tokenizer(models.WordLevel({character: i for i, character in enumerate(ALPHABET)}, unk_token="_"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="_", eos_token="$", unk_token="_")
+    fast.save_pretrained(directory)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 6}
+    config = transformers.Qwen3Config(
+        vocab_size=16, num_attention_heads=2, num_key_value_heads=1, eos_token_id=1, pad_token_id=0, **sizes
+    )
+    torch.manual_seed(0)
+    transformers.Qwen3ForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def run(tmp_path, checkpoint, *overrides, **model):
+    tmp_path.mkdir(exist_ok=True)
+    path = runs.tiny_run(
+        tmp_path,
+        model={"path": str(checkpoint), "export": str(tmp_path / "out"), **model},
+        data={
+            "files": [str(runs.write_problems(tmp_path / "train.jsonl"))],
+            "eval_files": [str(runs.write_problems(tmp_path / "eval.jsonl", 8, 60))],
+            "max_prompt_length": 3,
+        },
+        method={"name": "grpo", "beta": 0.1},
+        warm_start=None,
+    )
+    loop.run(configs.load(path, overrides))
+    return path
+
+
+def logits(directory, ids):
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    with torch.no_grad():
+        return model(torch.tensor(ids)).logits.numpy()
+
+
+def test_what_a_run_gives_back_is_loaded_by_transformers_with_the_runs_own_logits(tmp_path, checkpoint):
+    run(tmp_path, checkpoint, "training.steps=2")
+    ids = [[3, 4, 2, 5], [8, 8, 2, 1]]
+    found = logits(tmp_path / "out", ids)
+    assert np.abs(found - logits(checkpoint, ids)).max() > 1e-3  # it has learnt
+    setup, params = inference.load_run(tmp_path / "run")
+    hidden, _ = setup.policy.hidden(params, np.array(ids), np.broadcast_to(np.arange(4), (2, 4)))
+    ours = hidden @ setup.policy.unembed(params).weight.T
+    np.testing.assert_allclose(found, ours, rtol=2e-4, atol=2e-5)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").encode("12>") == [4, 5, 2]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "qwen3"
+
+
+def test_a_run_of_adapters_gives_back_the_merged_model_and_the_adapters(tmp_path, checkpoint):
+    lora = {"rank": 2, "targets": ["q_proj", "down_proj"]}
+    run(tmp_path, checkpoint, "training.steps=2", lora=lora, quantize="int8")
+    assert sorted(path.name for path in (tmp_path / "out" / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    ids = [[3, 4, 2, 5]]
+    found = logits(tmp_path / "out", ids)
+    setup, params = inference.load_run(tmp_path / "run")
+    hidden, _ = setup.policy.hidden(params, np.array(ids), np.arange(4)[None])
+    np.testing.assert_allclose(found, hidden @ setup.policy.unembed(params).weight.T, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_from_a_checkpoint_is_resumed_from_its_own(tmp_path, checkpoint):
+    run(tmp_path / "whole", checkpoint, "training.steps=4")
+    path = run(tmp_path / "parts", checkpoint, "training.steps=2")
+    loop.run(configs.load(path, ["training.steps=4"]))
+    assert runs.final_state(tmp_path / "whole" / "run") == runs.final_state(tmp_path / "parts" / "run")
+
+
+def test_sizes_beside_a_checkpoint_and_an_export_without_one_are_refused(tmp_path, checkpoint):
+    with pytest.raises(ConfigError, match=r"model\.width.*sizes of its own"):
+        run(tmp_path, checkpoint, width=32)
+    path = runs.tiny_run(tmp_path, model={"width": 16, "heads": 2, "export": "out"})
+    with pytest.raises(ConfigError, match=r"model\.export"):
+        configs.load(path)
+    with pytest.raises(ValueError, match="no directory"):
+        run(tmp_path / "other", tmp_path / "nowhere")
+
+
+def test_the_first_parameters_are_those_of_the_checkpoint(tmp_path, checkpoint):
+    from jaxrl_post.training import setup
+
+    path = run(tmp_path, checkpoint, "training.steps=1")
+    parts = setup.build(configs.load(path))
+    params = jax.device_get(parts.initial_params())
+    weights = transformers.AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+    np.testing.assert_array_equal(
+        params["layers"]["mlp"]["up"][1], weights["model.layers.1.mlp.up_proj.weight"].numpy().T
+    )
