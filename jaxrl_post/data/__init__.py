@@ -1,7 +1,7 @@
 """Problems and the files they come from, tokenizers and chats, resumable streams of batches, and padding."""
 
 from jaxrl_post.data.batching import pad_prompts, to_rollouts
-from jaxrl_post.data.chat import continue_chat, encode_completion, encode_prompt, extend_prompt
+from jaxrl_post.data.chat import ChatSource, continue_chat, encode_completion, encode_prompt, extend_prompt
 from jaxrl_post.data.choices import InvertedQuestion, invert_question, negate_question
 from jaxrl_post.data.problems import (
     Problem,
@@ -22,6 +22,7 @@ __all__ = [
     "PRINTABLE",
     "ArrowRows",
     "CharTokenizer",
+    "ChatSource",
     "FileSource",
     "HFTokenizer",
     "InvertedQuestion",

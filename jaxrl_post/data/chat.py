@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxrl_post.data.problems import Problem
+from jaxrl_post.data.problems import Problem, Source
 from jaxrl_post.data.schemas import Message, as_messages, show_messages
 from jaxrl_post.data.tokenizer import Tokenizer
 
@@ -155,6 +155,35 @@ def continue_chat(
     if not given:
         raise ValueError("ids must hold the conversation so far, got none")
     return given + (added[1:] if given[-1] in tokenizer.eos_ids else added)
+
+
+class ChatSource:
+    """Problems whose prompts of plain text are a user's message; conversations stay as they are.
+
+    Args:
+        source: the problems.
+        system: a system message before each; None for none.
+
+    Example:
+        >>> ChatSource([{"prompt": "1+1=?"}])[0]["prompt_messages"]
+        [{'role': 'user', 'content': '1+1=?'}]
+    """
+
+    def __init__(self, source: Source, *, system: str | None = None):
+        self._source = source
+        self._first = [] if system is None else [{"role": "system", "content": system}]
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Problem:
+        problem = self._source[index]
+        if "prompt_messages" in problem:
+            return problem
+        return {**problem, "prompt_messages": [*self._first, {"role": "user", "content": problem["prompt"]}]}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
 
 
 def extend_prompt(problem: Problem, text: str) -> Problem:

@@ -352,7 +352,7 @@ def _read(leaf: jax.ShapeDtypeStruct, place: Place, tensors: Mapping[str, Tensor
     whole = jax.jit(lambda: jnp.zeros(leaf.shape, dtype), out_shardings=sharding)()
     put = jax.jit(_put, donate_argnums=0, out_shardings=sharding)
     for layer in range(place.lead[0]):
-        # Wait, and hold no reference, or layers would pile up on the host.
+        # Wait, or layers would pile up on the host.
         whole = jax.block_until_ready(
             put(whole, _part(leaf.shape[1:], dtype, without_layers, place, (layer,), tensors), layer)
         )
@@ -384,18 +384,29 @@ def _part(
     tensors: Mapping[str, Tensor],
 ) -> jax.Array:
     """The parameter at an index of its first leading axis, if it has any."""
+    holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        spans = tuple(s.indices(n)[:2] for s, n in zip(index or (), shape, strict=True))
+        holders.setdefault(spans, []).append(device)
+    shards = []
+    for spans, devices in holders.items():
+        buffer = np.empty([stop - start for start, stop in spans], dtype)
+        _fill(buffer, spans, place, lead, tensors)
+        shards += [jax.device_put(buffer, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
-    def make(index: tuple[slice, ...]) -> np.ndarray:
-        counted = len(place.lead) - len(lead)  # the experts, if they are tensors of their own
-        buffer = np.empty([len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)], dtype)
-        ranges = [range(*s.indices(n)) for s, n in zip(index[:counted], shape[:counted], strict=True)]
-        for slot, number in enumerate(ranges[0] if ranges else [None]):
-            at = lead if number is None else (*lead, number)
-            view = tensors[place.tensor(at)].view()
-            if place.rows is not None:
-                view = view[..., place.rows[0] : place.rows[1], :]
-            target = buffer if number is None else buffer[slot]
-            target[...] = place.ours(view)[index[counted:]]
-        return buffer
 
-    return jax.make_array_from_callback(shape, sharding, make)  # type: ignore[arg-type]
+def _fill(
+    buffer: np.ndarray,
+    spans: tuple[tuple[int, int], ...],
+    place: Place,
+    lead: tuple[int, ...],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    counted = len(place.lead) - len(lead)  # 1 for experts that are tensors of their own
+    inside = tuple(slice(*span) for span in spans[counted:])
+    for slot, number in enumerate(range(*spans[0]) if counted else [None]):
+        view = tensors[place.tensor(lead if number is None else (*lead, number))].view()
+        if place.rows is not None:
+            view = view[..., place.rows[0] : place.rows[1], :]
+        (buffer if number is None else buffer[slot])[...] = place.ours(view)[inside]

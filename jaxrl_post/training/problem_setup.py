@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxrl_post import data
 from jaxrl_post.training.config import Config, ConfigError
@@ -41,9 +41,12 @@ def make_problems(config: Config, tokenizer: data.Tokenizer) -> Problems:
         name = answer_column(train)
         return fits(problem) and completion_fits(tokenizer, problem, name, config.rollout.max_new_tokens)
 
+    def spoken(source: Any) -> Any:
+        return data.ChatSource(source, system=options.system) if options.chat else source
+
     def generated(seed: int, part: int) -> data.Source:
         assert options.task is not None
-        return data.ReasoningGymSource(
+        source = data.ReasoningGymSource(
             options.task,
             seed=data.spaced_seed(seed, part, size=options.size),
             size=options.size,
@@ -52,8 +55,9 @@ def make_problems(config: Config, tokenizer: data.Tokenizer) -> Problems:
             lowercase=options.lowercase,
             options=options.task_options,
         )
+        return spoken(source)
 
-    def read(files: tuple[str, ...], *, supervised: bool, pairs: bool, split: str | None = None) -> data.FileSource:
+    def read(files: tuple[str, ...], *, supervised: bool, pairs: bool, split: str | None = None) -> data.Source:
         names = ("prompt", "answer", *(("chosen", "rejected") if pairs else ()))
         templates = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
         columns = {name: text for name, text in options.columns.items() if pairs or name not in ("chosen", "rejected")}
@@ -72,7 +76,7 @@ def make_problems(config: Config, tokenizer: data.Tokenizer) -> Problems:
         )
         if supervised and answer_column(source) not in source.columns:
             raise ConfigError([f"data.files: rows have no {answer_column(source)!r} to train on; give data.answer"])
-        return source
+        return spoken(source)
 
     def some(source: data.Source, count: int, exclude: frozenset[str]) -> list[data.Problem]:
         return data.held_out(source, count, exclude=exclude, keep=fits) if count else []

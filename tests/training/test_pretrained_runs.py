@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jaxrl_post.training import config as configs
 from jaxrl_post.training import inference, loop
@@ -23,6 +23,7 @@ def checkpoint(tmp_path_factory):
     directory = tmp_path_factory.mktemp("qwen3")
     tokenizer = Tokenizer(models.WordLevel({character: i for i, character in enumerate(ALPHABET)}, unk_token="_"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="_", eos_token="$", unk_token="_")
     fast.save_pretrained(directory)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 6}
@@ -97,7 +98,7 @@ def test_sizes_beside_a_checkpoint_and_an_export_without_one_are_refused(tmp_pat
     path = runs.tiny_run(tmp_path, model={"width": 16, "heads": 2, "export": "out"})
     with pytest.raises(ConfigError, match=r"model\.export"):
         configs.load(path)
-    with pytest.raises(ValueError, match="no directory"):
+    with pytest.raises(ValueError, match="no such directory"):
         run(tmp_path / "other", tmp_path / "nowhere")
 
 
@@ -111,3 +112,32 @@ def test_the_first_parameters_are_those_of_the_checkpoint(tmp_path, checkpoint):
     np.testing.assert_array_equal(
         params["layers"]["mlp"]["up"][1], weights["model.layers.1.mlp.up_proj.weight"].numpy().T
     )
+
+
+def test_plain_prompts_can_be_put_through_the_chat_template(tmp_path, checkpoint):
+    from jaxrl_post import data
+    from jaxrl_post.training import setup
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}>{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "chatty")
+    path = runs.tiny_run(
+        tmp_path,
+        model={"path": str(checkpoint)},
+        data={
+            "files": [str(runs.write_problems(tmp_path / "train.jsonl"))],
+            "tokenizer": str(tmp_path / "chatty"),
+            "max_prompt_length": 6,
+            "chat": True,
+            "system": "9",
+        },
+        warm_start=None,
+        eval={"problems": 0},
+    )
+    parts = setup.build(configs.load(path))
+    problem = parts.problems.train[7]
+    assert problem["prompt"] == "07>"
+    assert parts.tokenizer.decode(data.encode_prompt(parts.tokenizer, problem)) == "9>07>>"
+    loop.run(configs.load(path, ["training.steps=1"]))
+    with pytest.raises(ConfigError, match=r"data\.system"):
+        configs.load(path, ["data.chat=false"])

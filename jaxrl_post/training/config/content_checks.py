@@ -76,6 +76,10 @@ def check_data(config: Config, made: Method | None, problems: Problems) -> None:
                 problems.add("data.alphabet", "must hold at least one character", data.alphabet)
             elif twice:
                 problems.add("data.alphabet", f"holds {''.join(twice)!r} more than once; list each once", data.alphabet)
+    if data.system is not None and not data.chat:
+        problems.add(
+            "data.system", "does not apply: data.chat is false; set it to true, or leave this out", data.system
+        )
     for name in ("prompt", "answer", "chosen", "rejected"):
         if problems.ok(f"data.{name}") and getattr(data, name) is not None:
             _template(getattr(data, name), f"data.{name}", problems)

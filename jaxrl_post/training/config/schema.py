@@ -122,6 +122,8 @@ class DataConfig:
     split: str | None = option("part of a data set directory that has several, e.g. train", None)
     columns: dict[str, str] = option("further columns from templates, e.g. {level: '{extra_info.level}'}", factory=dict)
     on_bad_row: Literal["error", "skip"] = option("a malformed row is an error, or skipped and counted", "error")
+    chat: bool = option("a prompt of plain text is a user's message, put through the tokenizer's chat template", False)
+    system: str | None = option("a system message before it (chat: true)", None)
     prompt: str | None = option(
         "template of the prompt over the problem's columns; null: {question}, or what the files' layout says", None
     )
