@@ -126,6 +126,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
+    convert = command("convert", _convert, "a run or an Orbax checkpoint to a Hugging Face one, or that to Orbax")
+    convert.add_argument("source", metavar="SRC", help="directory of a run or a model, or a hub id")
+    convert.add_argument("target", metavar="DST", help="directory to write")
+    convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the parameters (as they are)")
+
     plot = command("plot", _plot, "draw the curves of one or several runs")
     plot.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="directories of runs")
     plot.add_argument("--output", metavar="FILE", help="the picture (curves.png in the first run's directory)")
@@ -215,6 +220,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and (value != value or abs(value) == float("inf")) else value
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from jaxrl_post.training.convert import convert
+
+    print(convert(arguments.source, arguments.target, dtype=arguments.dtype))
 
 
 def _plot(arguments: argparse.Namespace) -> None:

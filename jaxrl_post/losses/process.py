@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxrl_post import masked
 from jaxrl_post.types import Array
@@ -35,4 +34,5 @@ def success_bce(logits: Array, success_rate: Array) -> Array:
     logits, success_rate = masked.as_float(logits), masked.as_float(success_rate)
     masked.check_axes("logits", logits, "[B, T] or [B]")
     masked.check_like("success_rate", success_rate, "logits", logits)
-    return optax.sigmoid_binary_cross_entropy(logits, jax.lax.stop_gradient(jnp.clip(success_rate, 0, 1)))
+    rate = jax.lax.stop_gradient(jnp.clip(success_rate, 0, 1))
+    return rate * jax.nn.softplus(-logits) + (1 - rate) * jax.nn.softplus(logits)

@@ -2,7 +2,7 @@
 
 from jaxrl_post.models.adapters import from_apply, from_linen, from_nnx
 from jaxrl_post.models.decoder import decoder
-from jaxrl_post.models.export import save_pretrained
+from jaxrl_post.models.export import save_pretrained, to_config
 from jaxrl_post.models.families import decoder_keywords
 from jaxrl_post.models.group_divergence import group_divergence, group_fields
 from jaxrl_post.models.layers import KVCache
@@ -43,5 +43,6 @@ __all__ = [
     "save_pretrained",
     "score",
     "split_adapters",
+    "to_config",
     "trainable",
 ]

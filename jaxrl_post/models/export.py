@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -16,9 +17,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxrl_post.models.families import FAMILIES, Config, Head, head_of, text_config
+from jaxrl_post.models.decoder import decoder
+from jaxrl_post.models.families import ACTIVATIONS, FAMILIES, Config, Head, decoder_keywords, head_of, text_config
 from jaxrl_post.models.lora import is_adapter
-from jaxrl_post.models.pretrained import CONFIG, GENERATION_CONFIG, HasVocabulary, check_vocabulary, flat
+from jaxrl_post.models.pretrained import CONFIG, GENERATION_CONFIG, HasVocabulary, check_vocabulary, flat, from_config
+from jaxrl_post.models.rope import Rope
 from jaxrl_post.models.safetensors_io import write_checkpoint
 from jaxrl_post.models.weight_names import Path as ParamPath
 from jaxrl_post.models.weight_names import Place, places
@@ -82,13 +85,13 @@ def save_pretrained(
     if tokenizer is not None:
         check_vocabulary(leaves["embedding",].shape[0], tokenizer)
     head, labels = _head(head, config, leaves)
+    _check_shapes(config, leaves)
     found = places(
         {path: leaf.shape for path, leaf in leaves.items()},
         fused=FAMILIES[text["model_type"]].fused,
         head=head,
         labels=labels,
     )
-    _check_sizes(text, leaves)
     stored = np.dtype(leaves["embedding",].dtype if dtype is None else dtype)
     written = config_for(config, head=head, labels=labels, dtype=stored.name)
     exists = target.exists() and any(_is_ours(path.name) for path in target.iterdir())
@@ -183,17 +186,95 @@ def _head(head: Head | None, config: Mapping[str, Any], leaves: Mapping[ParamPat
     return head, max(labels, 1) if head == named else 1
 
 
-def _check_sizes(text: Mapping[str, Any], leaves: Mapping[ParamPath, Any]) -> None:
-    """Raise ValueError where parameters are plainly those of another configuration."""
-    embedding, query = leaves["embedding",], leaves["layers", "attention", "query"]
-    for name, size in (
-        ("vocab_size", embedding.shape[0]),
-        ("hidden_size", embedding.shape[1]),
-        ("num_hidden_layers", query.shape[0]),
-        ("num_attention_heads", query.shape[2]),
-    ):
-        if text.get(name, size) != size:
-            raise ValueError(f"these parameters have {name} {size}, but config.json says {text[name]}")
+def _check_shapes(config: Mapping[str, Any], leaves: Mapping[ParamPath, Any]) -> None:
+    """Raise ValueError unless the parameters are those of a model of the configuration."""
+    policy = from_config(
+        config, value_head=("value_head", "kernel") in leaves, ignore=(*config, *config.get("text_config", ()))
+    )
+    wanted = {path: list(x.shape) for path, x in flat(jax.eval_shape(policy.init, jax.random.key(0))).items()}
+    given = {path: list(x.shape) for path, x in leaves.items()}
+    wrong = [
+        f"{'.'.join(path)} is {given.get(path, 'missing')}, not {wanted.get(path, 'there')}"
+        for path in sorted(wanted | given)
+        if wanted.get(path) != given.get(path)
+    ]
+    if wrong:
+        raise ValueError(f"these parameters are not those of config.json: {'; '.join(wrong)}")
+
+
+def to_config(**keywords: Any) -> dict[str, Any]:
+    """A Hugging Face configuration for a model that was made with `decoder`, so that it can be written.
+
+    Args:
+        **keywords: of `decoder`; dtypes, `remat`, `value_head`, `init_std` and `lora` make no difference.
+
+    Returns:
+        A `config.json` of one of the families `llama`, `qwen2` and `qwen3`.
+
+    Raises:
+        ValueError: if none of them has such models; names what stands in the way of the nearest.
+
+    Example:
+        >>> config = to_config(vocab_size=11, width=16, heads=4, kv_heads=2, qk_norm="head")
+        >>> config["model_type"], config["num_key_value_heads"], config["head_dim"]
+        ('qwen3', 2, 4)
+    """
+    wanted = _complete(keywords)
+    activation = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}[wanted["activation"]]
+    shared = {
+        "vocab_size": wanted["vocab_size"],
+        "hidden_size": wanted["width"],
+        "intermediate_size": wanted["mlp_width"],
+        "num_hidden_layers": wanted["layers"],
+        "num_attention_heads": wanted["heads"],
+        "num_key_value_heads": wanted["kv_heads"],
+        "head_dim": wanted["head_dim"],
+        "hidden_act": activation,
+        "rms_norm_eps": wanted["norm_eps"],
+        "rope_theta": wanted["rope"].base,
+        "tie_word_embeddings": wanted["tied"],
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    types = ["sliding_attention" if local else "full_attention" for local in wanted["local_layers"]]
+    windows = {"use_sliding_window": wanted["window"] is not None, "sliding_window": wanted["window"]}
+    biased = wanted["attention_bias"] == "all"
+    candidates = [
+        {"model_type": "llama", **shared, "attention_bias": biased, "mlp_bias": wanted["mlp_bias"]},
+        {"model_type": "qwen2", **shared, **windows, "layer_types": types},
+        {"model_type": "qwen3", **shared, **windows, "layer_types": types, "attention_bias": biased},
+    ]
+    differences = []
+    for config in candidates:
+        found = _complete(decoder_keywords(config))
+        differences.append([f"{name}: {wanted[name]}" for name in wanted if wanted[name] != found[name]])
+        if not differences[-1]:
+            return config
+    raise ValueError(f"no family of llama, qwen2, qwen3 has models with {', '.join(min(differences, key=len))}")
+
+
+def _complete(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of `decoder` that say what is computed, with its defaults and in one way of saying it."""
+    parameters = inspect.signature(decoder).parameters
+    if unknown := sorted(set(keywords) - set(parameters)):
+        raise ValueError(f"{', '.join(unknown)} is no keyword of decoder")
+    full = {name: parameter.default for name, parameter in parameters.items()} | dict(keywords)
+    for name in ("dtype", "param_dtype", "remat", "value_head", "init_std", "lora"):
+        del full[name]
+    base = full.pop("rope_base")
+    rope = Rope(base=float(base)) if full["rope"] is None else full["rope"]
+    local = full["local_layers"]
+    if local is None:
+        local = (full["window"] is not None,) * full["layers"]
+    return full | {
+        "rope": rope,
+        "local_rope": rope if full["local_rope"] is None else full["local_rope"],
+        "local_layers": tuple(map(bool, local)),
+        "kv_heads": full["heads"] if full["kv_heads"] is None else full["kv_heads"],
+        "head_dim": full["width"] // full["heads"] if full["head_dim"] is None else full["head_dim"],
+        "mlp_width": 4 * full["width"] if full["mlp_width"] is None else full["mlp_width"],
+        "qk_norm": {True: "head", False: "none"}.get(full["qk_norm"], full["qk_norm"]),
+    }
 
 
 def _is_ours(name: str) -> bool:

@@ -141,6 +141,9 @@ def places(
     Returns:
         Places by path.
 
+    Raises:
+        ValueError: for a parameter that is none of a plain decoder.
+
     Example:
         >>> place = places({("layers", "attention", "query"): (2, 6, 4, 3)})["layers", "attention", "query"]
         >>> place.tensor((1,)), place.shape, place.ours(np.zeros((12, 6))).shape
@@ -162,6 +165,8 @@ def places(
             if place is not None:
                 found[path] = place
             continue
+        if path[1:] not in names:
+            raise ValueError(f"{'.'.join(path)} has no place in a Hugging Face checkpoint; quantized weights have none")
         name = names[path[1:]]
         lead = 2 if "{expert}" in name else 1
         full = f"{prefix}layers.{{layer}}.{name}"

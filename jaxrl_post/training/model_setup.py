@@ -99,7 +99,9 @@ def trainable(model: ModelConfig, policy: Policy, key: Array) -> PyTree | None:
     return None if model.lora is None else models.trainable(jax.eval_shape(policy.init, key))
 
 
-def export(made: Models, model: ModelConfig, tokenizer: Any, params: Params, directory: str) -> None:
+def export(
+    made: Models, model: ModelConfig, tokenizer: Any, params: Params, directory: str, *, dtype: str | None = None
+) -> None:
     """Write a policy as a Hugging Face checkpoint, and its adapters, if it has any, in PEFT's format beside it.
 
     Args:
@@ -108,6 +110,7 @@ def export(made: Models, model: ModelConfig, tokenizer: Any, params: Params, dir
         tokenizer: whose files are written too.
         params: of the policy.
         directory: receives the model with the adapters merged into it; they alone go to `adapter` inside.
+        dtype: of the file; None for that of the parameters.
 
     Raises:
         ValueError: if the model does not come from a checkpoint, whose `config.json` says what it is.
@@ -121,7 +124,13 @@ def export(made: Models, model: ModelConfig, tokenizer: Any, params: Params, dir
     whole = models.dequantize(params if lora is None else models.merge_adapters(params, lora))
     source = made.source
     models.save_pretrained(
-        directory, whole, source.config, tokenizer=tokenizer, generation_config=source.generation_config, overwrite=True
+        directory,
+        whole,
+        source.config,
+        tokenizer=tokenizer,
+        generation_config=source.generation_config,
+        dtype=dtype,
+        overwrite=True,
     )
     if lora is not None:
         base, kind = str(model.path), source.config["model_type"]

@@ -55,7 +55,7 @@ def run(tmp_path, checkpoint, *overrides, **model):
 def logits(directory, ids):
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
     with torch.no_grad():
-        return model(torch.tensor(ids)).logits.numpy()
+        return model(torch.tensor(ids)).logits.float().numpy()
 
 
 def test_what_a_run_gives_back_is_loaded_by_transformers_with_the_runs_own_logits(tmp_path, checkpoint):
@@ -141,3 +141,29 @@ def test_plain_prompts_can_be_put_through_the_chat_template(tmp_path, checkpoint
     loop.run(configs.load(path, ["training.steps=1"]))
     with pytest.raises(ConfigError, match=r"data\.system"):
         configs.load(path, ["data.chat=false"])
+
+
+def test_models_are_converted_there_and_back_bit_by_bit(tmp_path, checkpoint, capsys):
+    from safetensors.numpy import load_file
+
+    from jaxrl_post.cli.main import main
+
+    assert main(["convert", str(checkpoint), str(tmp_path / "orbax")]) == 0
+    assert main(["convert", str(tmp_path / "orbax"), str(tmp_path / "back")]) == 0
+    assert "Orbax" in capsys.readouterr().out
+    first, last = (load_file(directory / "model.safetensors") for directory in (checkpoint, tmp_path / "back"))
+    assert first.keys() == last.keys()
+    for name, tensor in first.items():
+        np.testing.assert_array_equal(tensor, last[name])
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back").encode("12>") == [4, 5, 2]
+    assert main(["convert", str(checkpoint), str(tmp_path / "orbax")]) == 2
+    assert "already" in capsys.readouterr().err
+
+
+def test_a_finished_run_can_be_converted_later(tmp_path, checkpoint):
+    from jaxrl_post.training.convert import convert
+
+    run(tmp_path, checkpoint, "training.steps=2")
+    convert(str(tmp_path / "run"), str(tmp_path / "later"), dtype="bfloat16")
+    ids = [[3, 4, 2, 5]]
+    np.testing.assert_allclose(logits(tmp_path / "later", ids), logits(tmp_path / "out", ids), rtol=0.05, atol=0.01)

@@ -1,0 +1,59 @@
+"""Models from one form into another: runs and Orbax checkpoints to Hugging Face directories, and these to Orbax."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import jax
+
+from jaxrl_post import models
+from jaxrl_post.data import load_tokenizer
+from jaxrl_post.models.orbax_io import is_orbax, restore_orbax, save_orbax
+from jaxrl_post.training.model_setup import export
+
+_WEIGHTS = (".safetensors", ".bin", ".index.json", ".gguf", ".h5", ".msgpack")
+
+
+def convert(source: str, target: str, *, dtype: str | None = None) -> str:
+    """Write the model of `source` in its other form.
+
+    Args:
+        source: the directory of a run, of a Hugging Face checkpoint (or its hub id), or of an Orbax checkpoint that
+            came from one.
+        target: directory to write. From a run or Orbax it becomes a Hugging Face checkpoint, with adapters merged into
+            the model and, beside it, in PEFT's format; from a Hugging Face checkpoint an Orbax one.
+        dtype: of the parameters; None for that of the source.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        ValueError: if the source is none of these, or the target holds a model already.
+    """
+    if (Path(source) / "config.yaml").is_file():
+        from jaxrl_post.training.inference import load_run
+
+        setup, params = load_run(source)
+        export(setup.models, setup.config.model, setup.tokenizer, params, target, dtype=dtype)
+        return f"{target} is a Hugging Face checkpoint of the policy of {source}"
+    if is_orbax(source):
+        config = models.read_config(source)
+        stored = dtype or str(config.get("dtype") or config.get("torch_dtype") or "float32")
+        policy = models.from_config(config, param_dtype=stored)
+        params = restore_orbax(source, jax.eval_shape(policy.init, jax.random.key(0)))
+        models.save_pretrained(target, params, config, tokenizer=_tokenizer(source))
+        return f"{target} is a Hugging Face checkpoint"
+    found = models.from_pretrained(source, abstract=True)
+    stored = dtype or str(found.config.get("dtype") or found.config.get("torch_dtype") or "float32")
+    read = models.from_pretrained(source, param_dtype=stored)
+    save_orbax(target, read.params, {**read.config, "dtype": stored})
+    for path in read.directory.iterdir():
+        if path.is_file() and path.name != "config.json" and not path.name.endswith(_WEIGHTS):
+            shutil.copy2(path, Path(target) / path.name)
+    return f"{target} is an Orbax checkpoint"
+
+
+def _tokenizer(directory: str):
+    there = any((Path(directory) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return load_tokenizer(directory) if there else None
