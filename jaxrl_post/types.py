@@ -305,7 +305,8 @@ class Method(NamedTuple):
         min_group: the smallest group that gives any advantage.
         wants: names in `rollouts.extras` that are read and that sampling alone does not give: `greedy_reward` `[P]`,
             the reward of a greedy completion of each prompt; `answer_tokens` `[P, A]` int32, the tokens of the data's
-            answer, -1 behind them; any other name is a column of numbers of the data.
+            answer, -1 behind them; `budget` and `exit` `[P, G]`, what `rollout.budgets` and `rollout.exits` of a
+            configuration give each completion; any other name is a column of numbers of the data.
         batch: `(state, rollouts) -> (rollouts, state)`: what is trained on instead of the step's rollouts, e.g. those
             of the step before, kept in the state. It comes before `targets`, and gives rollouts of the same shapes.
         combine: `(state, gram[N, N], names) -> (weights[N], state)`: the update follows `sum_i weights_i g_i`, where

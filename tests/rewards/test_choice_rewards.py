@@ -1,3 +1,6 @@
+import itertools
+from collections import Counter
+
 import pytest
 
 from jaxrl_post import rewards
@@ -17,6 +20,17 @@ from jaxrl_post import rewards
 )
 def test_a_choice_earns_its_share_of_the_right_options_unless_a_wrong_one_is_in_it(chosen, right, expected):
     assert rewards.partial_choice_reward(chosen, right) == expected
+
+
+def test_groups_whose_rewards_are_all_equal_are_rarer_than_with_all_or_nothing():
+    # Eight answers that tick each of four options with probability 1/2, exactly: 0.19 against 0.60.
+    ticked = ["".join(c) for n in range(5) for c in itertools.combinations("ABCD", n)]
+    shares = [rewards.partial_choice_reward(chosen, "AC") for chosen in ticked]
+    partial, strict = (Counter(x) for x in (shares, [share == 1 for share in shares]))
+    equal_partial, equal_strict = (sum((n / 16) ** 8 for n in x.values()) for x in (partial, strict))
+    assert equal_partial == pytest.approx((13 / 16) ** 8 + (2 / 16) ** 8 + (1 / 16) ** 8)
+    assert equal_strict == pytest.approx((15 / 16) ** 8 + (1 / 16) ** 8)
+    assert equal_partial < equal_strict / 3
 
 
 def test_choices_are_read_from_the_last_marked_answer_or_the_whole_text():
