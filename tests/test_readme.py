@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import yaml
 
 from jaxrl_post.training import config
 from tests import tiny
@@ -63,3 +64,19 @@ def test_every_shipped_configuration_is_valid(path):
 def test_the_readme_names_only_files_that_are_there():
     for name in re.findall(r"(?:configs|tests|\.ci)/[\w./-]*\w", README):
         assert (ROOT / name).exists(), name
+
+
+def test_the_example_of_a_model_is_valid():
+    (example,) = [text for text in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if text.startswith("model:")]
+    values = yaml.safe_load(example)
+    values |= {
+        "run_dir": "runs/mine",
+        "data": {"files": ["problems.jsonl"], "max_prompt_length": 256},
+        "rewards": [{"path": "os:getcwd"}],
+        "rollout": {"max_new_tokens": 64},
+        "method": {"name": "grpo"},
+        "training": {"steps": 1, "optimizer": {"learning_rate": 1e-5}},
+    }
+    found = config.from_dict(values, check_files=False)
+    assert found.roles["reference"].sources == ("base",)
+    assert found.data.tokenizer == "Qwen/Qwen3-0.6B"

@@ -85,9 +85,7 @@ def entropy_overlap(entropy: Array, other: Array, mask: Array, *, fraction: floa
     return masked.mean(top_entropy_mask(other, mask, fraction=fraction), chosen)
 
 
-def entropy_change_by_percentile(
-    entropy: Array, other: Array, mask: Array, *, bins: int = 20
-) -> tuple[Array, Array]:
+def entropy_change_by_percentile(entropy: Array, other: Array, mask: Array, *, bins: int = 20) -> tuple[Array, Array]:
     """How much the entropy of tokens differs from what it was, by how high it was.
 
     Args:

@@ -36,7 +36,9 @@ def test_the_covariances_mean_is_numpys_population_covariance():
 def test_a_single_token_and_an_empty_mask_have_no_covariance_and_no_gradient():
     logp, advantages = jnp.array([[-1.0, -2.0]]), jnp.array([[3.0, 4.0]])
     for mask in ([[1, 0]], [[0, 0]]):
-        value, gradient = jax.value_and_grad(lambda x, m=mask: token_covariance(x, advantages, jnp.array(m)).sum())(logp)
+        value, gradient = jax.value_and_grad(lambda x, m=mask: token_covariance(x, advantages, jnp.array(m)).sum())(
+            logp
+        )
         assert float(value) == 0
         assert gradient.tolist() == [[0.0, 0.0]]
 

@@ -55,14 +55,14 @@ def test_kl_cov_penalises_the_tokens_of_largest_covariance_in_the_whole_batch(ba
 
 
 def test_clip_cov_leaves_out_tokens_of_the_band_that_ppo_has_not_clipped_already(batch):
-    options = {"fraction": 0.5, "low": 0.2, "high": 1.5, "clip_high": 0.1}
-    targets, stats = started(methods.clip_cov(**options), batch)
+    method = methods.clip_cov(fraction=0.5, low=0.2, high=1.5, clip_high=0.1)
+    targets, stats = started(method, batch)
     found, on = covariance(batch, stats)
     region = losses.clipped_region(stats["policy"].logp, batch.logp, grpo_tokens(batch), clip_high=0.1)
     band = on & (found > 0.2) & (found < 1.5) & (np.asarray(region) == 0)
     assert np.any(on & (found > 0.2) & (found < 1.5) & (np.asarray(region) != 0))
     np.testing.assert_array_equal(targets.extras["selected_tokens"], band)  # fewer than half of all are in it
-    value = methods.clip_cov(**options).loss(stats, batch, targets)["policy"].value
+    value = method.loss(stats, batch, targets)["policy"].value
     plain = losses.ppo(stats["policy"].logp, batch.logp, targets.advantages, clip_high=0.1)
     np.testing.assert_array_equal(value, np.where(band, 0, plain))
 

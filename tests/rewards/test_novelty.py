@@ -57,7 +57,9 @@ def test_a_group_of_one_earns_all_equal_members_earn_the_same_and_no_gradient_fl
     np.testing.assert_allclose(single, [[10.0]], rtol=1e-5)
     assert elliptical_bonus_of_group(jnp.zeros((1, 3, 2))).tolist() == [[0.0] * 3]
     assert elliptical_bonus_of_group(jnp.ones((1, 2, 2)), jnp.zeros((1, 2))).tolist() == [[0.0, 0.0]]
-    gradient = jax.grad(lambda x: elliptical_bonus_of_group(x).sum() + elliptical_bonus(x[0]).sum())(jnp.ones((1, 2, 2)))
+    gradient = jax.grad(lambda x: elliptical_bonus_of_group(x).sum() + elliptical_bonus(x[0]).sum())(
+        jnp.ones((1, 2, 2))
+    )
     assert not np.any(np.asarray(gradient))
     assert elliptical_bonus(jnp.ones((2, 2), jnp.bfloat16)).dtype == jnp.float32
 
