@@ -23,6 +23,7 @@ OPTIONAL = (
     "flax",
     "pyarrow",
     "jinja2",
+    "math_verify",
 )
 
 

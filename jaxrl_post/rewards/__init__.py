@@ -11,6 +11,7 @@ from jaxrl_post.rewards.function_calls import Call, ast_equal, function_call_rew
 from jaxrl_post.rewards.length import cosine_length, soft_overlong, stop_properly
 from jaxrl_post.rewards.length_history import budget_schedule, history_length, target_length
 from jaxrl_post.rewards.loading import load
+from jaxrl_post.rewards.math import gsm8k_answer, math_verify, math_verify_reward
 from jaxrl_post.rewards.novelty import (
     RunningMoments,
     combine_bonuses,
@@ -74,11 +75,14 @@ __all__ = [
     "gap_reward",
     "greedy_matching",
     "group_length",
+    "gsm8k_answer",
     "history_length",
     "information_gain",
     "load",
     "marginal_gains",
     "matching_reward",
+    "math_verify",
+    "math_verify_reward",
     "noveld_bonus",
     "on_step_ends",
     "parse_calls",

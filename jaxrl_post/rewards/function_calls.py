@@ -95,7 +95,8 @@ def function_call_reward(
 
     Returns:
         `(prompts, completions, answer, **columns) -> list[float | None]`: `answer` holds the calls wanted, in a form
-        that `parse_calls` reads, as what JSON gives for it, or as `Call`s; an empty list wants no call. None gives None.
+        that `parse_calls` reads, as what JSON gives for it, or as `Call`s; an empty list wants no call, None gives
+        None.
 
     Raises:
         ValueError: if a tag is empty. By the reward, if an answer holds no calls.
@@ -130,9 +131,7 @@ def function_call_reward(
     return reward
 
 
-def function_calls(
-    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[Any]
-) -> list[float | None]:
+def function_calls(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[Any]) -> list[float | None]:
     """`function_call_reward` with its default tags.
 
     Args:

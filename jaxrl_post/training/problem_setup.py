@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
-from jaxrl_post import data
+from jaxrl_post import data, rewards
 from jaxrl_post.training.config import Config, ConfigError
 from jaxrl_post.training.stages import make_method
 from jaxrl_post.types import ANSWER_TOKENS
@@ -61,7 +62,7 @@ def make_problems(config: Config, tokenizer: data.Tokenizer) -> Problems:
         names = ("prompt", "answer", *(("chosen", "rejected") if pairs else ()))
         templates = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
         columns = {name: text for name, text in options.columns.items() if pairs or name not in ("chosen", "rejected")}
-        compared = any(reward.name == "exact_match" for reward in config.rewards)
+        compared = any(reward.name is not None and reads_answer(reward.name) for reward in config.rewards)
         need = {"chosen", "rejected"} if pairs else set()
         if compared or "answer" in templates or ANSWER_TOKENS in make_method(config).wants:
             need.add("answer")
@@ -104,6 +105,12 @@ def make_problems(config: Config, tokenizer: data.Tokenizer) -> Problems:
     examples = data.held_out(warm_source, warm.examples, exclude=exclude, keep=answer_fits) if warm is not None else []
     data.check_disjoint((problem["prompt"] for problem in examples), exclude)
     return Problems(train, examples, validation, held_out, exclude)
+
+
+def reads_answer(name: str) -> bool:
+    """Whether a reward of this library compares completions with the right answer."""
+    function = getattr(rewards, name, None)
+    return function is not None and "answer" in inspect.signature(function).parameters
 
 
 def answer_column(source: data.Source) -> str:

@@ -146,6 +146,13 @@ def check_files_exist(config: Config, problems: Problems) -> None:
                 problems.add(
                     f"rewards.{index}.path", f"no such file (looked from {Path.cwd()}); correct the path", reward.path
                 )
+    names = [reward.name for reward in config.rewards or () if reward is not None]
+    if "math_verify" in names and importlib.util.find_spec("math_verify") is None:
+        problems.add(
+            f"rewards.{names.index('math_verify')}.name",
+            "math-verify is not installed; pip install 'jaxrl-post[math]'",
+            "math_verify",
+        )
     if config.logging is not None and config.logging.wandb and importlib.util.find_spec("wandb") is None:
         problems.add(
             "logging.wandb", "wandb is not installed; pip install 'jaxrl-post[wandb]', or set it to false", True
