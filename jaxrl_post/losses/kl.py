@@ -98,7 +98,7 @@ def _value(x: Array, base: str) -> Array:
     if base == "k2":
         return 0.5 * jnp.square(x)
     if base == "abs":
-        return jnp.abs(x)
+        return jax.lax.stop_gradient(jnp.sign(x)) * x  # whose slope at 0 is 0, that of jnp.abs is 1
     # Only the exponential's own side is bounded in the linear part too: bounding neither would leave its gradient of
     # +1 where the true one is hugely negative, and bounding both would stop the pull back from far above.
     return jnp.expm1(-jnp.clip(x, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)) + jnp.maximum(x, -LOG_RATIO_LIMIT)

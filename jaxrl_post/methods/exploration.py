@@ -74,9 +74,7 @@ def clip_cov(
         return losses.clip_cov_tokens(covariance, s.mask, keys, fraction=fraction, **band)
 
     def loss(logp, old_logp, advantages, extras, *, clip_low, clip_high):
-        return losses.clip_cov(
-            logp, old_logp, advantages, extras[_SELECTED], clip_low=clip_low, clip_high=clip_high
-        )
+        return losses.clip_cov(logp, old_logp, advantages, extras[_SELECTED], clip_low=clip_low, clip_high=clip_high)
 
     bound = functools.partial(loss, clip_low=clip_low, clip_high=clip_high)
     return _with_selected(advantage, choose, bound, options)
@@ -177,8 +175,9 @@ def high_entropy_tokens(
         kept = (s.mask != 0) - kept if tokens == "low" else kept
         if normalize == "all":
             return found._replace(extras={**found.extras, "top_entropy": kept})
-        before = 1.0 if found.keep is None else found.keep
-        return found._replace(keep=kept * (before if jnp.shape(before) == kept.shape else _rows(before)))
+        if found.keep is not None:
+            kept = kept * (found.keep if found.keep.shape == kept.shape else found.keep.reshape(-1, 1))
+        return found._replace(keep=kept)
 
     return clipped(_after(advantage, choose, {"entropy"}), {}, {"clip_high": 0.28, **options})
 
@@ -252,7 +251,7 @@ def rapo(
     advantage: Choice | Advantage = "grpo",
     **options: Unpack[ClippedOptions],
 ) -> Method:
-    r"""RAPO: GRPO with the forward KL to a reference that is trusted as far as the reward is good, and an entropy bonus.
+    r"""RAPO: GRPO with a forward KL to the reference, trusted as far as the reward is good, and an entropy bonus.
 
     $$L = L_{GRPO} + \alpha\, (w \log w - w + 1) - c\, H(\pi), \qquad w = \pi_{ref}^{\phi(r)} / \pi$$
 
@@ -308,9 +307,7 @@ def rapo(
     return inner._replace(loss=loss, needs=needs)
 
 
-def _after(
-    advantage: Choice | Advantage, change: Callable[[Signals, Credit], Credit], fields: set[str]
-) -> Advantage:
+def _after(advantage: Choice | Advantage, change: Callable[[Signals, Credit], Credit], fields: set[str]) -> Advantage:
     """An advantage whose credit is changed; `fields` are read of the policy at the start of the step."""
     base = as_advantage(advantage)
 
@@ -347,10 +344,6 @@ def _with_selected(
         return plain(stats, rollouts, targets) | {_SELECTED: share}
 
     return inner._replace(metrics=metrics)
-
-
-def _rows(x: Array) -> Array:
-    return jnp.reshape(x, (-1, 1)) if jnp.ndim(x) else x
 
 
 def _per_token(s: Signals, found: Credit) -> Array:

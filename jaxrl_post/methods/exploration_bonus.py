@@ -43,8 +43,9 @@ def novelty_bonus(
 ) -> Method:
     r"""E3B with a global bonus: reward for completions unlike the others of their group, and seldom seen in training.
 
-    $$r'_g = r_g + \mathrm{coef}\, b_g / \sigma_b, \qquad
-    b_g = \underbrace{\phi_g^\top C_{-g}^{-1} \phi_g}_{\text{episodic}} \cdot \underbrace{1 / \sqrt{N_g}}_{\text{global}}$$
+    $$r'_g = r_g + \mathrm{coef}\, b_g / \sigma_b, \qquad b_g = \phi_g^\top C_{-g}^{-1} \phi_g \cdot 1 / \sqrt{N_g}$$
+
+    The first factor is the episodic bonus, the second the global one.
 
     A prompt's group is the episode; since its members have no order, each is held against all others. The global bonus
     counts completions, where the study's agents have a random network (`rewards.rnd_bonus`): one that is not alike in

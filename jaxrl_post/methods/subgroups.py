@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Any, Unpack
 
 from jaxrl_post import advantages, rewards
 from jaxrl_post.methods import checks
@@ -54,7 +54,7 @@ def hbpo(
     checks.within("max_length", max_length, 1)
     checks.within("scale", scale, 1e-6)
     checks.within("intra_weight", intra_weight, 0)
-    shape = {"max_length": max_length, "scale": scale}
+    shape: dict[str, Any] = {"max_length": max_length, "scale": scale}
 
     def apply(s: Signals) -> Array:
         budgets = s.extra(BUDGET, "sample under token budgets, rollout.budgets in a configuration")

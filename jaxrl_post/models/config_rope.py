@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxrl_post.models.config_keys import is_off
@@ -16,8 +16,17 @@ _ROPE_KEYS = {
 }
 
 
-def ropes(c: Mapping[str, Any]) -> tuple[Rope, Rope | None]:
-    """The rotary positions of a configuration with its defaults, and those of its local layers where they differ."""
+def ropes(c: Mapping[str, Any], ignore: Iterable[str] = ()) -> tuple[Rope, Rope | None]:
+    """The rotary positions of a configuration, and those of its local layers where they differ.
+
+    Args:
+        c: a `config.json` with the defaults of its family.
+        ignore: keys that are known to make no difference.
+
+    Raises:
+        ValueError: for a rope type that is not supported, unknown settings or missing ones.
+    """
+    known = _ROPE_KEYS | set(ignore)
     # transformers prefers the old key where a file has both.
     given = c["rope_scaling"] or c["rope_parameters"] or {}
     if c["model_type"] == "gemma3_text":
@@ -27,13 +36,16 @@ def ropes(c: Mapping[str, Any]) -> tuple[Rope, Rope | None]:
         everywhere = {**(nested.get("full_attention") or {}), **(c["rope_scaling"] or {})}
         theta = 1_000_000.0 if c["rope_theta"] is None else c["rope_theta"]
         nearby = nested.get("sliding_attention") or {}
-        return _rope(c, everywhere, theta), _rope(c, nearby, c["rope_local_base_freq"])
-    return _rope(c, given, 10000.0 if c["rope_theta"] is None else c["rope_theta"]), None
+        return _rope(c, everywhere, theta, known), _rope(c, nearby, c["rope_local_base_freq"], known)
+    return _rope(c, given, 10000.0 if c["rope_theta"] is None else c["rope_theta"], known), None
 
 
-def _rope(c: Mapping[str, Any], given: Mapping[str, Any], theta: float) -> Rope:
-    if unknown := sorted(name for name, value in given.items() if name not in _ROPE_KEYS and not is_off(value)):
-        raise ValueError(f"rope_parameters (or rope_scaling): {', '.join(unknown)} is not supported")
+def _rope(c: Mapping[str, Any], given: Mapping[str, Any], theta: float, known: set[str]) -> Rope:
+    if unknown := sorted(name for name, value in given.items() if name not in known and not is_off(value)):
+        raise ValueError(
+            f"rope_parameters (or rope_scaling): {', '.join(unknown)} is not supported; if it makes no "
+            f"difference to what the model computes, pass ignore={unknown!r}"
+        )
     kind = given.get("rope_type", given.get("type")) or "default"
     if c["model_type"] == "phi3" and kind in ("su", "yarn"):
         kind = "longrope"  # earlier names of the same

@@ -153,6 +153,9 @@ def _gemma3(c: Config) -> dict[str, Any]:
 
 
 def _phi3(c: Config) -> dict[str, Any]:
+    for name in ("full_attn_mod", "interpolate_factor"):
+        if c[name] != 1:
+            raise ValueError(f"{name}: {c[name]} is not supported, only 1")
     return _everywhere(c["sliding_window"])
 
 
@@ -250,6 +253,8 @@ FAMILIES: dict[str, Family] = {
             "hidden_act": "silu",
             "rms_norm_eps": 1e-5,
             "sliding_window": None,
+            "full_attn_mod": 1,
+            "interpolate_factor": 1,
             "max_position_embeddings": 4096,
             "original_max_position_embeddings": 4096,
         },
@@ -292,7 +297,7 @@ def decoder_keywords(config: Config, *, ignore: Iterable[str] = ()) -> dict[str,
     Args:
         config: a `config.json`, with `rope_parameters` as transformers 5 writes it or `rope_theta` and `rope_scaling`
             as before.
-        ignore: keys of it that are known to make no difference, though they are not known here.
+        ignore: keys, of it or of its rope settings, that make no difference though they are not known here.
 
     Returns:
         Keywords: sizes and options, without dtypes, `remat` and `value_head`.
@@ -321,7 +326,7 @@ def decoder_keywords(config: Config, *, ignore: Iterable[str] = ()) -> dict[str,
     act = c["hidden_activation"] if "hidden_activation" in c else c["hidden_act"]
     if act not in ACTIVATIONS:
         raise ValueError(f"activation {act!r} is not supported; there are {', '.join(ACTIVATIONS)}")
-    rope, local_rope = ropes(c)
+    rope, local_rope = ropes(c, ignore)
     return {
         "vocab_size": c["vocab_size"],
         "width": c["hidden_size"],

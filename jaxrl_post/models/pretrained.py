@@ -25,6 +25,7 @@ from jaxrl_post.models.adapters import nest
 from jaxrl_post.models.decoder import decoder
 from jaxrl_post.models.families import decoder_keywords, head_of
 from jaxrl_post.models.lora import is_adapter
+from jaxrl_post.models.orbax_io import is_orbax, restore_orbax
 from jaxrl_post.models.safetensors_io import Tensor, open_checkpoint
 from jaxrl_post.models.weight_check import placed
 from jaxrl_post.models.weight_names import Path as ParamPath
@@ -126,14 +127,15 @@ def from_pretrained(
     whose value head is their classifier: the value is the only label's logit, or the second's minus the first's.
 
     Args:
-        path_or_id: a directory, or the id of a model on the hub.
+        path_or_id: a directory of a Hugging Face checkpoint, or one that `jaxrl-post convert` made of it, or the id of
+            a model on the hub.
         dtype: compute dtype.
         param_dtype: dtype of the parameters, whatever that of the file.
         mesh: that parameters are spread over, as `mesh.RULES` says; None for all on one device.
         value_head: whether the model gives values. One that the checkpoint lacks starts at zero.
         tokenizer: the run's, to check that the model has a row for each of its tokens.
         abstract: leave the weights where they are: `params` is of `jax.ShapeDtypeStruct`, and only `config.json` need
-            be there.
+            be there; of the models in `known_configs` not even a network.
         key: for parameters that the checkpoint has not, needed for adapters (`lora=models.Lora(...)`).
         revision: branch, tag or commit on the hub.
         ignore: keys of the configuration that are known to make no difference, though they are not known here.
@@ -157,8 +159,14 @@ def from_pretrained(
         >>> models.from_pretrained(directory).params["embedding"].shape
         (9, 8)
     """
-    directory = _local(path_or_id, revision, weights=not abstract)
-    config = read_config(directory)
+    try:
+        directory = _local(path_or_id, revision, weights=not abstract)
+    except ValueError:
+        if not abstract or str(path_or_id) not in known_configs():
+            raise
+        directory, config = Path(path_or_id), known_configs()[str(path_or_id)]
+    else:
+        config = read_config(directory)
     policy = from_config(
         config, dtype=dtype, param_dtype=param_dtype, value_head=value_head, ignore=ignore, **overrides
     )
@@ -173,12 +181,17 @@ def from_pretrained(
     if abstract:
         return made(params=shapes)
     leaves = flat(shapes)
-    tensors = open_checkpoint(directory)
-    found = placed(directory, config, leaves, tensors)
-    new = {path: leaf for path, leaf in leaves.items() if path not in found}
+    if is_orbax(directory):
+        own = set(flat(jax.eval_shape(from_config(config, value_head=value_head).init, jax.random.key(0))))
+        there = {path: leaf for path, leaf in leaves.items() if path in own and path[0] != "value_head"}
+        params = flat(restore_orbax(directory, nest(there.items())))
+    else:
+        tensors = open_checkpoint(directory)
+        found = placed(directory, config, leaves, tensors)
+        params = {path: _read(leaves[path], place, tensors) for path, place in found.items()}
+    new = {path: leaf for path, leaf in leaves.items() if path not in params}
     if key is None and any(is_adapter(path) for path in new):
         raise ValueError("adapters start at random: pass key=jax.random.key(...)")
-    params = {path: _read(leaves[path], place, tensors) for path, place in found.items()}
     params |= _drawn(policy, new, jax.random.key(0) if key is None else key)
     return made(params=nest(params.items()), new=tuple(".".join(path) for path in new))
 
@@ -193,6 +206,17 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     if config is None:
         raise ValueError(f"{directory} holds no {CONFIG}, so it is no Hugging Face model")
     return config
+
+
+@functools.cache
+def known_configs() -> dict[str, dict[str, Any]]:
+    """The `config.json` of some published models by hub id, to plan and compile for them without a network.
+
+    Example:
+        >>> known_configs()["Qwen/Qwen3-0.6B"]["num_hidden_layers"]
+        28
+    """
+    return json.loads((Path(__file__).parent / "known" / "configs.json").read_text(encoding="utf-8"))
 
 
 def flat(params: Params) -> dict[ParamPath, Any]:

@@ -47,7 +47,6 @@ def make_models(model: ModelConfig, tokenizer: Tokenizer) -> Models:
             than it.
     """
     lora = lora_of(model)
-    sizes = {name: value for name, value in dataclasses.asdict(model).items() if name not in NOT_SIZES}
     source = None if model.path is None else models.from_pretrained(model.path, abstract=True, tokenizer=tokenizer)
 
     def made(lora: models.Lora | None, value_head: bool = False) -> Policy:
@@ -61,7 +60,7 @@ def make_models(model: ModelConfig, tokenizer: Tokenizer) -> Models:
         if source is not None:
             policy = models.from_config(source.config, **options)
         else:
-            policy = models.decoder(vocab_size=tokenizer.vocab_size, **sizes, **options)
+            policy = models.decoder(vocab_size=tokenizer.vocab_size, **sizes_of(model), **options)
         return policy if model.quantize == "none" else policy._replace(init=lambda key: few_bits(policy.init(key)))
 
     def few_bits(params: Params) -> Params:
@@ -89,6 +88,11 @@ def make_models(model: ModelConfig, tokenizer: Tokenizer) -> Models:
     return Models(policy, made(lora, value_head=True), base, source, load)
 
 
+def sizes_of(model: ModelConfig) -> dict[str, Any]:
+    """Keywords of `models.decoder` that say what a model that is drawn is like."""
+    return {name: value for name, value in dataclasses.asdict(model).items() if name not in NOT_SIZES}
+
+
 def lora_of(model: ModelConfig) -> models.Lora | None:
     """The adapters that the configuration gives the model."""
     return None if model.lora is None else models.Lora(**dataclasses.asdict(model.lora)).checked()
@@ -113,25 +117,23 @@ def export(
         dtype: of the file; None for that of the parameters.
 
     Raises:
-        ValueError: if the model does not come from a checkpoint, whose `config.json` says what it is.
+        ValueError: if the model was drawn and is one that no family of Hugging Face has.
     """
-    if made.source is None:
-        raise ValueError(
-            "this model was built here and has no config.json; only models that started from a Hugging Face checkpoint "
-            "(model.path) can be written as one"
-        )
     lora = lora_of(model)
     whole = models.dequantize(params if lora is None else models.merge_adapters(params, lora))
-    source = made.source
+    if made.source is not None:
+        config, generation = made.source.config, made.source.generation_config
+    else:
+        config, generation = models.to_config(vocab_size=tokenizer.vocab_size, **sizes_of(model)), None
     models.save_pretrained(
         directory,
         whole,
-        source.config,
+        config,
         tokenizer=tokenizer,
-        generation_config=source.generation_config,
+        generation_config=generation,
         dtype=dtype,
         overwrite=True,
     )
     if lora is not None:
-        base, kind = str(model.path), source.config["model_type"]
+        base, kind = model.path or directory, config["model_type"]
         models.save_adapters(f"{directory}/adapter", params, lora, base=base, model_type=kind)

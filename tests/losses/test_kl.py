@@ -211,3 +211,8 @@ def test_a_kl_kept_below_its_target_lets_the_coefficient_fall_by_a_fifth_per_hor
         0, 100, lambda _, b: losses.adaptive_kl_coefficient(b, 0.0, target=0.1, horizon=1000, samples=10), 1.0
     )
     np.testing.assert_allclose(coefficient, 0.998**100, rtol=1e-5)
+
+
+def test_the_absolute_estimate_has_no_slope_where_the_policies_agree():
+    gradient = jax.grad(lambda logp: losses.kl(logp, jnp.array([-1.0, -2.0, -3.0]), estimator="abs").sum())
+    assert gradient(jnp.array([-1.0, -1.5, -3.5])).tolist() == [0.0, 1.0, -1.0]

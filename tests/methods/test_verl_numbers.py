@@ -1,7 +1,7 @@
 """Functions give the numbers of the released verl, value and gradient, in float64 to 1e-9.
 
 Where verl adds 1e-8 to a count, the effect is carried over by hand (`verl_count`); where the two differ on purpose, the
-test says so and asserts the difference. Clip-Cov and KL-Cov are stored, for functions that are yet to come.
+test says so and asserts the difference. Clip-Cov and KL-Cov are compared in `tests/losses/test_covariance.py`.
 """
 
 import functools

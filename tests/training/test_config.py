@@ -188,7 +188,6 @@ CASES = [
     ({"mesh": {"sequence": 2}}, "mesh.sequence", "not available yet"),
     ({"mesh": {"expert": 2}}, "mesh.expert", "not available yet"),
     ({"model": {"path": "somewhere", "width": 32}}, "model.width", "sizes of its own"),
-    ({"model": {"width": 32, "export": "out"}}, "model.export", "needs model.path"),
     ({"model": {"heads": 6, "width": 96, "kv_heads": 4}}, "model.kv_heads", "divide model.heads = 6; try 3"),
     ({"model": {"width": 130}}, "model.width", "try 132"),
     ({"model": {"width": 12}}, "model.width", "heads of size 3"),

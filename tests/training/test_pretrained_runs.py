@@ -92,12 +92,9 @@ def test_a_run_from_a_checkpoint_is_resumed_from_its_own(tmp_path, checkpoint):
     assert runs.final_state(tmp_path / "whole" / "run") == runs.final_state(tmp_path / "parts" / "run")
 
 
-def test_sizes_beside_a_checkpoint_and_an_export_without_one_are_refused(tmp_path, checkpoint):
+def test_sizes_beside_a_checkpoint_and_one_that_is_not_there_are_refused(tmp_path, checkpoint):
     with pytest.raises(ConfigError, match=r"model\.width.*sizes of its own"):
         run(tmp_path, checkpoint, width=32)
-    path = runs.tiny_run(tmp_path, model={"width": 16, "heads": 2, "export": "out"})
-    with pytest.raises(ConfigError, match=r"model\.export"):
-        configs.load(path)
     with pytest.raises(ValueError, match="no such directory"):
         run(tmp_path / "other", tmp_path / "nowhere")
 
@@ -156,6 +153,11 @@ def test_models_are_converted_there_and_back_bit_by_bit(tmp_path, checkpoint, ca
     for name, tensor in first.items():
         np.testing.assert_array_equal(tensor, last[name])
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back").encode("12>") == [4, 5, 2]
+    path = run(tmp_path / "from_orbax", tmp_path / "orbax", "training.steps=1")
+    from jaxrl_post.training import setup
+
+    read = setup.build(configs.load(path)).initial_params()
+    np.testing.assert_array_equal(read["layers"]["mlp"]["up"][1], first["model.layers.1.mlp.up_proj.weight"].T)
     assert main(["convert", str(checkpoint), str(tmp_path / "orbax")]) == 2
     assert "already" in capsys.readouterr().err
 
@@ -167,3 +169,13 @@ def test_a_finished_run_can_be_converted_later(tmp_path, checkpoint):
     convert(str(tmp_path / "run"), str(tmp_path / "later"), dtype="bfloat16")
     ids = [[3, 4, 2, 5]]
     np.testing.assert_allclose(logits(tmp_path / "later", ids), logits(tmp_path / "out", ids), rtol=0.05, atol=0.01)
+
+
+def test_a_model_that_was_drawn_here_becomes_a_checkpoint_too(tmp_path):
+    model = {"width": 16, "layers": 2, "heads": 2, "mlp_width": 16, "export": str(tmp_path / "out")}
+    path = runs.tiny_run(tmp_path, model=model, warm_start=None, training=runs.training(steps=1))
+    loop.run(configs.load(path))
+    setup, params = inference.load_run(tmp_path / "run")
+    ids = [[3, 4, 2, 5]]
+    hidden, _ = setup.policy.hidden(params, np.array(ids), np.arange(4)[None])
+    np.testing.assert_allclose(logits(tmp_path / "out", ids), hidden @ setup.policy.unembed(params).weight.T, atol=1e-5)

@@ -64,8 +64,6 @@ def _model(config: Config, problems: Problems) -> None:
     if model.path is not None:
         names = [field.name for field in dataclasses.fields(model) if field.name not in NOT_SIZES]
         refuse_unused(model, "model", names, "the checkpoint of model.path has sizes of its own", problems)
-    elif model.export is not None:
-        problems.add("model.export", "needs model.path, whose config.json describes what is written", model.export)
     if model.quantize not in (None, "none") and model.lora is None:
         problems.add(
             "model.quantize", "freezes the projections, and without model.lora they are what is trained", model.quantize

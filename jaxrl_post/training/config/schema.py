@@ -85,7 +85,7 @@ class ModelConfig:
     lora: LoraConfig | None = option("adapters, which alone are trained; null: all parameters are", None)
     quantize: Literal["none", "int8", "nf4"] = option("bits of the frozen projections under adapters", "none")
     export: str | None = option(
-        "directory that receives the trained policy as a Hugging Face checkpoint (model.path), and its adapters", None
+        "directory that receives the trained policy as a Hugging Face checkpoint, and its adapters if it has any", None
     )
     width: int = option("size of the residual stream (D)", 128, minimum=1)
     layers: int = option("number of blocks", 2, minimum=1)
