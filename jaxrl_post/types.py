@@ -55,7 +55,8 @@ class Rollouts:
         step: `[B, T]` int32, turn or reasoning step of the token, -1 elsewhere.
         version: `[B, T]` int32, version (training step) of the policy that sampled the token, -1 if none did.
         reward: `[P, G]` float32, the total reward of the sequence.
-        rewards: components by name, each `[P, G]`, or `[B, T]` on the token where it was earned.
+        rewards: components by name, each `[P, G]`, or `[B, T]` on the token where it was earned; NaN where one could
+            not be scored, which contributes nothing to `reward`.
         valid: `[P, G]` bool; False takes the sequence out of group statistics and of the loss.
         length: `[P, G]` int32, tokens of prompt and completion; the only truth about padding.
         finish: `[P, G]` int8, one of the `FINISH_` constants.

@@ -52,15 +52,19 @@ def ndcg(scores: Array, relevance: Array, valid: Array | None = None) -> Array:
 def agent_weights(local: Array, rewards: Array, valid: Array | None = None) -> Array:
     r"""Shares of agents in the common reward, by how well their own rewards rank the group as it does.
 
-    $$w_n = \mathrm{softmax}_n(v_n), \qquad v_n = \mathrm{NDCG}(\text{by } r_n, \text{relevance } r)$$
+    $$w_n = \mathrm{softmax}_n(v_n), \qquad
+    v_n = \mathrm{NDCG}(\text{by } r_n, \text{relevance } r - \min(0, \min_g r))$$
+
+    The paper's rewards are not negative; in a group where one is, the least has no relevance.
 
     Args:
         local: `[N, P, G]` float, the own reward of each agent.
-        rewards: `[P, G]` float, not negative: the reward that all agents have.
+        rewards: `[P, G]` float, the reward that all agents have.
         valid: `[P, G]` bool, False where the rollout does not count; None for all.
 
     Returns:
-        `[N, P]`, float32 or wider, adding up to 1 over agents; equal where no rollout of the group has a reward.
+        `[N, P]`, float32 or wider, adding up to 1 over agents; equal where no rollout of the group has a reward, or
+        all have the same negative one.
 
     Raises:
         ValueError: if the shapes do not fit.
@@ -73,7 +77,8 @@ def agent_weights(local: Array, rewards: Array, valid: Array | None = None) -> A
     Reference: Collaborative Multi-Agent Optimization for Personalized Memory System (arXiv 2603.12631).
     """
     local, rewards, valid = _prepare(local, rewards, valid)
-    values = jax.vmap(lambda scores: ndcg(scores, rewards, valid))(local)
+    relevance = rewards - jnp.minimum(jnp.min(rewards, axis=1, keepdims=True), 0.0)  # of what is not valid 0
+    values = jax.vmap(lambda scores: ndcg(scores, relevance, valid))(local)
     return jax.nn.softmax(values, axis=0)
 
 
@@ -94,7 +99,7 @@ def comam(
 
     Args:
         local: `[N, P, G]` float, the own reward of each agent.
-        rewards: `[P, G]` float, not negative: the reward that all agents have, e.g. whether the answer was right.
+        rewards: `[P, G]` float, the reward that all agents have, e.g. whether the answer was right.
         valid: `[P, G]` bool, False where the rollout does not count; None for all.
         normalize_std: False leaves the difference from the group's mean undivided.
         ddof: 1 for the unbiased standard deviation, 0 for the population's; the paper does not say which.

@@ -54,7 +54,7 @@ def two_level(
         estimator: `"grpo"`, or `"rloo"`: the mean of the others is the baseline of both, and nothing is divided by a
             standard deviation.
         by_step: the trajectories' mean and deviation are taken over steps: a trajectory counts once for each of its
-            steps, so that long ones count more.
+            steps, so that long ones count more. Not with `"rloo"`.
         normalize_std: False leaves both differences undivided.
         ddof: 1 for the unbiased standard deviation, 0 for the population's.
         eps: added to it, in units of the reward.
@@ -65,7 +65,7 @@ def two_level(
         second.
 
     Raises:
-        ValueError: if the shapes do not fit or `estimator` is unknown.
+        ValueError: if the shapes do not fit, `estimator` is unknown, or it is `"rloo"` with `by_step`.
 
     Example:
         >>> steps = jnp.array([[[1.0, 0.0], [0.0, 0.0]]])
@@ -77,22 +77,23 @@ def two_level(
     """
     if estimator not in ("grpo", "rloo"):
         raise ValueError(f'estimator must be "grpo" or "rloo", got {estimator!r}')
+    if estimator == "rloo" and by_step:
+        raise ValueError(
+            'by_step does not apply to estimator="rloo": the others of a step would be other steps of its own '
+            "trajectory too, and the baseline would depend on what it is taken from; give by_step=False"
+        )
     rewards, counts = _check_steps(rewards, exists, valid)
     step_rewards = masked.as_float(step_rewards)
     masked.check_like("step_rewards", step_rewards, "exists", counts)
     scale = {"normalize_std": normalize_std, "ddof": ddof, "eps": eps}
-    per_episode = jnp.broadcast_to(rewards[:, :, None], counts.shape)
     scored = counts & ~jnp.isnan(step_rewards)
     if estimator == "rloo":
         step = rloo_by_key(step_rewards, keys, scored)
     else:
         step = grpo_by_key(step_rewards, keys, scored, **scale)
     if by_step:
-        prompt = prompt_of(counts)
-        if estimator == "rloo":
-            episode = rloo_by_key(per_episode, prompt, counts)
-        else:
-            episode = grpo_by_key(per_episode, prompt, counts, **scale)
+        per_episode = jnp.broadcast_to(rewards[:, :, None], counts.shape)
+        episode = grpo_by_key(per_episode, prompt_of(counts), counts, **scale)
     else:
         whole = rloo(rewards, valid) if estimator == "rloo" else grpo(rewards, valid, **scale)
         episode = whole[:, :, None]

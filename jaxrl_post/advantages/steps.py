@@ -45,13 +45,14 @@ def segment_by_delimiter(tokens: Array, mask: Array, delimiters: Sequence[Sequen
     # Trained tokens move to the front, so that what a tool wrote does not stand between them.
     order = jnp.argsort(~acts, axis=1, stable=True)
     packed = jnp.where(jnp.take_along_axis(acts, order, 1), jnp.take_along_axis(tokens, order, 1), -1)
-    ends = jnp.zeros(packed.shape, bool)
+    inside = jnp.zeros(packed.shape, bool)  # a token of a delimiter
     for delimiter in delimiters:
         found = jnp.ones(packed.shape, bool)
         for back, token in enumerate(reversed(delimiter)):
             found &= _shifted(packed, back, -1) == token
-        ends |= found
-    begins = _shifted(ends, 1, False) & ~ends
+        for back in range(len(delimiter)):
+            inside |= jnp.pad(found, ((0, 0), (0, back)))[:, back:]
+    begins = _shifted(inside, 1, False) & ~inside
     step = jnp.cumsum(begins, axis=1).astype(jnp.int32)
     back_in_place = jnp.zeros_like(step).at[jnp.arange(step.shape[0])[:, None], order].set(step)
     return jnp.where(acts, back_in_place, -1)

@@ -44,7 +44,7 @@ from jaxrl_post.losses.policy import (
     reinforce,
 )
 from jaxrl_post.losses.position_weights import position_weights
-from jaxrl_post.losses.preference import dpo, implicit_reward
+from jaxrl_post.losses.preference import dpo, implicit_reward, simpo
 from jaxrl_post.losses.process import success_bce
 from jaxrl_post.losses.sequence_ratio import (
     gmpo,
@@ -57,7 +57,7 @@ from jaxrl_post.losses.sequence_ratio import (
 )
 from jaxrl_post.losses.supervised import nll, positive_mask
 from jaxrl_post.losses.surrogates import cispo, divergence_mask, dppo, sapo
-from jaxrl_post.losses.token_regularization import simpo, t_reg, token_regularization, token_reward
+from jaxrl_post.losses.token_regularization import t_reg, token_regularization, token_reward
 from jaxrl_post.losses.trajectory_dpo import preference_pairs, trajectory_dpo
 from jaxrl_post.losses.trust import decoupled_ppo, proximal_logp, second_moment_mask
 from jaxrl_post.losses.value import value, value_clip_fraction

@@ -93,3 +93,36 @@ def dpo(
     ref_chosen, ref_rejected = jax.lax.stop_gradient((others["ref_chosen_logp"], others["ref_rejected_logp"]))
     margin = beta * ((chosen_logp - ref_chosen) - (others["rejected_logp"] - ref_rejected))
     return -(1 - label_smoothing) * jax.nn.log_sigmoid(margin) - label_smoothing * jax.nn.log_sigmoid(-margin)
+
+
+def simpo(chosen_logp: Array, rejected_logp: Array, *, beta: float = 2.0, gamma: float = 1.0) -> Array:
+    r"""SimPO: logistic loss on the margin of mean log-probs, without a reference, and with a target for the margin.
+
+    $$\ell = -\log\sigma\Big(\frac{\beta}{|y_w|} \log\pi(y_w) - \frac{\beta}{|y_l|} \log\pi(y_l) - \gamma\Big)$$
+
+    Args:
+        chosen_logp: `[B]` float, nats; log-prob of the chosen sequence under the trained policy, mean over tokens.
+        rejected_logp: `[B]` float, nats; of the rejected one.
+        beta: scale of the implicit reward, above 0.
+        gamma: $\gamma$, the margin that the chosen one is to have, in units of the implicit reward.
+
+    Returns:
+        `[B]`, float32 or wider: the loss of each pair.
+
+    Raises:
+        ValueError: if the inputs are not `[B]` of one length, or `beta` is not above 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> round(float(simpo(jnp.array([-1.0]), jnp.array([-1.5]), beta=2.0, gamma=1.0)[0]), 6)
+        0.693147
+
+    Reference: SimPO: Simple Preference Optimization with a Reference-Free Reward (arXiv 2405.14734).
+    """
+    if isinstance(beta, float | int) and beta <= 0:
+        raise ValueError(f"beta must be above 0, got {beta}; the paper uses 2.0 to 2.5")
+    chosen_logp, rejected_logp = masked.as_float(chosen_logp), masked.as_float(rejected_logp)
+    hint = "average log-probs over the tokens with masked.mean(logp, mask, axis=1)"
+    masked.check_axes("chosen_logp", chosen_logp, "[B]", hint)
+    masked.check_like("rejected_logp", rejected_logp, "chosen_logp", chosen_logp)
+    return -jax.nn.log_sigmoid(beta * (chosen_logp - rejected_logp) - gamma)

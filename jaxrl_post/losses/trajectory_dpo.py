@@ -35,7 +35,8 @@ def preference_pairs(
         `[P, G, G]` bool; all False for a group with equal outcomes, or with fewer than two valid trajectories.
 
     Raises:
-        ValueError: if `rewards` is not `[P, G]`, `valid` has another shape, or `pairs` is unknown.
+        ValueError: if `rewards` is not `[P, G]`, `valid` has another shape, `pairs` is unknown, or `min_gap` is
+            negative.
 
     Example:
         >>> rewards = jnp.array([[1.0, 0.0, 0.0]])
@@ -48,6 +49,8 @@ def preference_pairs(
     """
     if pairs not in get_args(Pairs):
         raise ValueError(f'pairs must be "all" or "extremes", got {pairs!r}')
+    if isinstance(min_gap, float | int) and min_gap < 0:
+        raise ValueError(f"min_gap must be at least 0, got {min_gap}; below it equal outcomes would make a pair")
     rewards, known, _ = prepare_group(rewards, valid)
     better = (rewards[:, :, None] - rewards[:, None, :] > min_gap) & known[:, :, None] & known[:, None, :]
     if pairs == "extremes":

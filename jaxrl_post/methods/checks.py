@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from jaxrl_post.types import AggregationMode
@@ -22,7 +23,7 @@ def one_of(name: str, value: Any, literal: Any) -> None:
 
 
 def within(name: str, value: float | None, low: float, high: float = float("inf")) -> None:
-    """Raise ValueError unless `value` is None or in `[low, high]`.
+    """Raise ValueError unless `value` is None or a number in `[low, high]`; True and False are none.
 
     Example:
         >>> within("gamma", 2.0, 0, 1)
@@ -30,9 +31,43 @@ def within(name: str, value: float | None, low: float, high: float = float("inf"
             ...
         ValueError: gamma must be between 0 and 1, got 2.0
     """
+    if isinstance(value, bool):
+        raise ValueError(f"{name} must be a number, got {value}")
     if value is not None and not low <= value <= high:
         wanted = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
         raise ValueError(f"{name} must be {wanted}, got {value}")
+
+
+def applies(condition: bool, otherwise: str, **given: Any) -> None:
+    """Raise ValueError if a keyword is given (not None) and the condition under which it is read does not hold.
+
+    Args:
+        condition: the keywords are read.
+        otherwise: what the user chose, by which they are not.
+        **given: the keywords.
+
+    Example:
+        >>> applies(False, "loss='dpo'", gamma=1.0)
+        Traceback (most recent call last):
+            ...
+        ValueError: gamma=1.0 does not apply to loss='dpo'; leave it out
+    """
+    for name, value in given.items():
+        if value is not None and not condition:
+            raise ValueError(f"{name}={value!r} does not apply to {otherwise}; leave it out")
+
+
+def kl_in_loss(options: Mapping[str, Any], why: str) -> None:
+    """Raise ValueError for `kl_in="reward"`, which would change a reward that a method reads as a judgement.
+
+    Example:
+        >>> kl_in_loss({"kl_in": "reward"}, "answers are told right by their reward")
+        Traceback (most recent call last):
+            ...
+        ValueError: kl_in='reward' does not apply: answers are told right by their reward
+    """
+    if options.get("kl_in", "loss") != "loss":
+        raise ValueError(f"kl_in={options['kl_in']!r} does not apply: {why}")
 
 
 def reduction(aggregation: str, horizon: int | None) -> None:
@@ -41,8 +76,7 @@ def reduction(aggregation: str, horizon: int | None) -> None:
     fixed = aggregation == "seq_mean_token_sum_norm"
     if fixed and horizon is None:
         raise ValueError("aggregation='seq_mean_token_sum_norm' divides by horizon; give e.g. the limit of new tokens")
-    if not fixed and horizon is not None:
-        raise ValueError(f"horizon={horizon} does not apply to aggregation={aggregation!r}; leave it out")
+    applies(fixed, f"aggregation={aggregation!r}", horizon=horizon)
     within("horizon", horizon, 1)
 
 

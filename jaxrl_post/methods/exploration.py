@@ -171,12 +171,11 @@ def high_entropy_tokens(
         raise ValueError("top_entropy would choose tokens a second time; give fraction alone")
 
     def choose(s: Signals, found: Credit) -> Credit:
-        kept = losses.top_entropy_mask(s.stats["policy"].entropy, s.mask, fraction=fraction, level=level)
-        kept = (s.mask != 0) - kept if tokens == "low" else kept
+        mask = found.kept(s.mask)
+        kept = losses.top_entropy_mask(s.stats["policy"].entropy, mask, fraction=fraction, level=level)
+        kept = (mask != 0) - kept if tokens == "low" else kept
         if normalize == "all":
             return found._replace(extras={**found.extras, "top_entropy": kept})
-        if found.keep is not None:
-            kept = kept * (found.keep if found.keep.shape == kept.shape else found.keep.reshape(-1, 1))
         return found._replace(keep=kept)
 
     return clipped(_after(advantage, choose, {"entropy"}), {}, {"clip_high": 0.28, **options})
@@ -328,6 +327,7 @@ def _with_selected(
     """A method whose loss reads, of `extras`, the tokens chosen by their covariance."""
 
     def select(s: Signals, found: Credit) -> Credit:
+        s = s._replace(mask=found.kept(s.mask))
         per_token = _per_token(s, found)
         covariance = losses.token_covariance(s.stats["policy"].logp, per_token, s.mask)
         return found._replace(extras={**found.extras, _SELECTED: choose(s, per_token, covariance)})

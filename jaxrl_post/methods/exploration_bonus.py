@@ -35,8 +35,8 @@ def novelty_bonus(
     *,
     coef: float = 1.0,
     bonus: Bonus = "product",
-    ridge: float = 0.1,
-    embedding_size: int = 64,
+    ridge: float | None = None,
+    embedding_size: int | None = None,
     capacity: int = 65_536,
     advantage: Choice | Advantage = "grpo",
     **options: Unpack[ClippedOptions],
@@ -54,9 +54,9 @@ def novelty_bonus(
     Args:
         coef: weight of the bonus, in units of the reward per standard deviation of the bonus.
         bonus: `"product"`, `"sum"`, or one of the two alone: `"episodic"`, `"global"`.
-        ridge: $\lambda$ of the ellipsoid $C_{-g} = \lambda I + \sum_{j \neq g} \phi_j \phi_j^\top$.
-        embedding_size: $D$ of the embedding made of the tokens, `rewards.token_embedding`; unused where the rollouts
-            bring their own.
+        ridge: $\lambda$ of the episodic $C_{-g} = \lambda I + \sum_{j \neq g} \phi_j \phi_j^\top$; None for 0.1.
+        embedding_size: $D$ of the embedding made of the tokens, `rewards.token_embedding`; None for 64. Unused where
+            the rollouts bring their own.
         capacity: places for counts; fingerprints that share one are counted together.
         advantage: see `policy_gradient`; of the reward with the bonus.
         **options: `clip_low` (0.2), `clip_high` (0.2), `dual_clip` (None) and the others of `policy_gradient`.
@@ -80,6 +80,9 @@ def novelty_bonus(
     checks.within("ridge", ridge, 1e-12)
     checks.within("embedding_size", embedding_size, 1)
     checks.within("capacity", capacity, 1)
+    checks.applies(bonus != "global", "bonus='global'", ridge=ridge, embedding_size=embedding_size)
+    ridge = 0.1 if ridge is None else ridge
+    size = 64 if embedding_size is None else embedding_size
     base = as_advantage(advantage)
 
     def init(rollouts: Any, num_prompts: int) -> Visited:
@@ -89,11 +92,13 @@ def novelty_bonus(
     def episodic(s: Signals) -> Array:
         phi = s.rollouts.extras.get("embedding")
         if phi is None:
-            phi = rewards.token_embedding(s.rollouts.tokens, s.mask, size=embedding_size)
+            phi = rewards.token_embedding(s.rollouts.tokens, s.mask, size=size)
+        norm = jnp.linalg.norm(phi, axis=-1, keepdims=True)
+        phi = phi / jnp.where(norm > 0, norm, 1.0)  # directions count, and float32 has digits for no others
         return rewards.elliptical_bonus_of_group(phi.reshape(*s.reward.shape, -1), s.valid, ridge=ridge)
 
     def apply(state: Visited, s: Signals) -> tuple[Credit | Array, Visited]:
-        place = (rewards.fingerprint(s.rollouts.tokens, s.mask) % jnp.uint32(capacity)).astype(jnp.int32)
+        place = (_mixed(rewards.fingerprint(s.rollouts.tokens, s.mask)) % jnp.uint32(capacity)).astype(jnp.int32)
         counts = state.counts.at[place].add(s.valid.reshape(-1).astype(jnp.int32))
         overall = rewards.count_bonus(counts[place]).reshape(s.reward.shape)
         if bonus == "global":
@@ -114,3 +119,10 @@ def novelty_bonus(
         return credit, Visited(counts, moments, own)
 
     return clipped(base._replace(apply=apply, init=init), {}, options)
+
+
+def _mixed(x: Array) -> Array:
+    """uint32 of which every bit depends on all bits of `x`, as the low ones of a sum of products do not."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

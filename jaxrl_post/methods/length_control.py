@@ -123,7 +123,7 @@ def hapo(
     form: HistoryForm = "cosine",
     history: History = "min",
     floor: float = -0.7,
-    tolerance: float = 0.1,
+    tolerance: float | None = None,
     capacity: int | None = None,
     correct_above: float = 0.5,
     **options: Unpack[ClippedOptions],
@@ -140,7 +140,7 @@ def hapo(
         history: what a problem's record is: `"min"`, the shortest of its right answers so far, or `"mean"`, their mean
             length.
         floor: the least that a right answer's length earns it.
-        tolerance: see `rewards.history_length`; of the linear form.
+        tolerance: of the linear form, see `rewards.history_length`; None for 0.1.
         capacity: problems that are remembered; None for the whole data set. With fewer, a problem may forget its
             record to another.
         correct_above: an answer whose reward is above this is right.
@@ -165,7 +165,9 @@ def hapo(
     checks.within("weight", weight, 0)
     checks.within("floor", floor, -1, 0)
     checks.within("tolerance", tolerance, 0)
+    checks.applies(form == "linear", f"form={form!r}", tolerance=tolerance)
     checks.within("capacity", capacity, 1)
+    allowed = 0.1 if tolerance is None else tolerance
 
     def init(rollouts: Any, num_prompts: int) -> Any:
         zero = jnp.zeros(())
@@ -183,7 +185,7 @@ def hapo(
             counts = (right & rollouts.valid).astype(jnp.float32)
             seen, combine = {"total": jnp.sum(lengths * counts, axis=1), "count": jnp.sum(counts, axis=1)}, "sum"
         solved = jnp.any(right & rollouts.valid, axis=1)
-        earned = rewards.history_length(lengths, right, record, form=form, floor=floor, tolerance=tolerance)
+        earned = rewards.history_length(lengths, right, record, form=form, floor=floor, tolerance=allowed)
         memory = remember(memory, ids, seen, solved, combine=combine)
         return rollouts.reward + weight * earned, {"length/reward": earned}, memory
 
@@ -256,7 +258,9 @@ def curriculum_grpo(
             if format_reward not in rollouts.rewards:
                 known = ", ".join(sorted(rollouts.rewards)) or "(none)"
                 raise ValueError(f"format_reward names {format_reward!r}, but the rollouts have the components {known}")
-            total = total + (0.1 if format_weight is None else format_weight) * rollouts.rewards[format_reward]
+            well_formed = rollouts.rewards[format_reward]
+            well_formed = jnp.where(jnp.isnan(well_formed), 0.0, well_formed)
+            total = total + (0.1 if format_weight is None else format_weight) * well_formed
         return total, {"length/reward": earned, "length/budget": limit}, step + 1
 
     own: Options = {"beta": 0.04, "aggregation": "seq_mean_token_mean"}
@@ -268,9 +272,9 @@ def asymmetric_po(
     *,
     dads: bool = True,
     stcr: bool = True,
-    rate: float = math.e,
-    form: DadsForm = "saturating",
-    base: float = 1.00001,
+    rate: float | None = None,
+    form: DadsForm | None = None,
+    base: float | None = None,
     correct_above: float = 0.5,
     **options: Unpack[ClippedOptions],
 ) -> Method:
@@ -285,9 +289,9 @@ def asymmetric_po(
     Args:
         dads: weigh the KL, see `advantages.dads_kl_weight`; it needs `beta` above 0.
         stcr: scale the advantage, see `advantages.stcr_factor`.
-        rate: of DADS.
-        form: of DADS.
-        base: of STCR, per token.
+        rate: of DADS; None for e.
+        form: of DADS; None for `"saturating"`.
+        base: of STCR, per token; None for 1.00001.
         correct_above: an answer whose reward is above this is right.
         **options: `clip_low` (0.2), `clip_high` (0.2), `dual_clip` (None), `beta` (0.001), `aggregation`
             (`"seq_mean_token_mean"`) and the others of `policy_gradient`, but for `kl_in`.
@@ -304,22 +308,24 @@ def asymmetric_po(
 
     Reference: APO: Enhancing Reasoning Ability of MLLMs via Asymmetric Policy Optimization, arXiv 2506.21655.
     """
-    checks.one_of("form", form, DadsForm)
+    if form is not None:
+        checks.one_of("form", form, DadsForm)
     checks.within("rate", rate, 1e-6)
     checks.within("base", base, 1)
-    if options.get("kl_in", "loss") != "loss":
-        raise ValueError(
-            "kl_in='reward' does not apply: right answers are told by their reward, and DADS weighs a loss"
-        )
+    checks.applies(dads, "dads=False", rate=rate, form=form)
+    checks.applies(stcr, "stcr=False", base=base)
+    checks.kl_in_loss(options, "right answers are told by their reward, and DADS weighs a loss")
+    speed, curve = math.e if rate is None else rate, form or "saturating"
+    per_token = 1.00001 if base is None else base
 
     def credit(s: Signals) -> Credit:
         right = s.reward > correct_above
         found = advantages.grpo(s.reward, s.valid, eps=1e-9)
         extras = {}
         if dads:
-            extras["kl_weight"] = advantages.dads_kl_weight(right, found, s.valid, rate=rate, form=form).reshape(-1)
+            extras["kl_weight"] = advantages.dads_kl_weight(right, found, s.valid, rate=speed, form=curve).reshape(-1)
         if stcr:
-            found = found * advantages.stcr_factor(right, s.lengths, s.valid, base=base)
+            found = found * advantages.stcr_factor(right, s.lengths, s.valid, base=per_token)
         return Credit(found, extras=extras)
 
     own: Options = {"beta": 1e-3, "aggregation": "seq_mean_token_mean"}

@@ -175,7 +175,9 @@ def bnpo(*, low: float = 0.0, high: float = 1.0, decompose: bool = False) -> Adv
         if not decompose:
             return advantages.bnpo(s.reward, s.valid, low=low, high=high)
         stacked, _ = _components(s, None)
-        parts = [advantages.bnpo(stacked[..., n], s.valid, low=low, high=high) for n in range(stacked.shape[2])]
+        scored = s.valid[..., None] & ~jnp.isnan(stacked)
+        stacked = jnp.where(scored, stacked, low)
+        parts = [advantages.bnpo(stacked[..., n], scored[..., n], low=low, high=high) for n in range(stacked.shape[2])]
         return jnp.mean(jnp.stack(parts), axis=0)
 
     return stateless(apply, min_group=2)
@@ -265,7 +267,7 @@ def _role(s: Signals) -> Array:
 
 
 def _components(s: Signals, weights: Mapping[str, float] | None) -> tuple[Array, Array]:
-    """Components of the reward `[P, G, N]`, and their weights `[N]`."""
+    """Components of the reward `[P, G, N]`, NaN where one could not be scored, and their weights `[N]`."""
     found = {name: x for name, x in s.rollouts.rewards.items() if x.shape == s.reward.shape}
     chosen = dict.fromkeys(sorted(found), 1.0) if weights is None else dict(weights)
     if missing := sorted(set(chosen) - set(found)):

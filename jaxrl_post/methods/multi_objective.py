@@ -32,6 +32,7 @@ def objective_rewards(rollouts: Rollouts, names: Sequence[str]) -> list[Array]:
             have = ", ".join(sorted(rollouts.rewards)) or "none"
             raise ValueError(f"objectives: the reward has no component {name!r}; it has {have}")
         value = masked.as_float(rollouts.rewards[name])
+        value = jnp.where(jnp.isnan(value), 0.0, value)
         if value.shape != rollouts.reward.shape:
             value = jnp.sum(jnp.where(rollouts.mask > 0, value, 0.0), axis=1).reshape(rollouts.reward.shape)
         found.append(value)

@@ -142,7 +142,8 @@ def nsr(
         positive_weight: $\lambda$ of `"both"`.
         threshold: an answer with at least this reward is right.
         **options: `clip_low` (0.2), `clip_high` (0.2) and `dual_clip` (None) of `losses.ppo`; `aggregation`
-            (`"token_mean"`, over the rows that are kept), `beta` (0) and the others of `policy_gradient`.
+            (`"token_mean"`, over the rows that are kept), `beta` (0) and the others of `policy_gradient`, but for
+            `kl_in`.
 
     Returns:
         A `Method` on groups of any size.
@@ -158,6 +159,7 @@ def nsr(
     """
     checks.one_of("sign", sign, Sign)
     checks.within("positive_weight", positive_weight, 0)
+    checks.kl_in_loss(options, "right answers are told by their reward")
 
     def one_sided(s: Signals) -> Credit:
         return Credit(*signed(s.reward, s.valid, sign=sign, positive_weight=positive_weight, threshold=threshold))

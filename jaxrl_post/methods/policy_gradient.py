@@ -200,8 +200,7 @@ def policy_gradient(
         if "advantage" in new:
             new["advantage"] = own
         found = found if isinstance(found, Credit) else Credit(found)
-        if found.keep is not None:
-            mask = mask * (found.keep.reshape(-1, 1) if found.keep.shape != mask.shape else found.keep)
+        mask = found.kept(mask)
         sampler = rollouts.extras.get("sampler_logp", rollouts.logp)
         for correction in corrections:
             weights, mask = correction(start, sampler, mask)

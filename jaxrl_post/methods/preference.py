@@ -93,7 +93,7 @@ def dpo_pairs(*, beta: float, label_smoothing: float = 0.0) -> PairLoss:
 
 def simpo_pairs(*, beta: float, gamma: float) -> PairLoss:
     """`losses.simpo` of the policy."""
-    checks.within("beta", beta, 0)
+    checks.within("beta", beta, 1e-12)
     checks.within("gamma", gamma, 0)
 
     def log_probs(stats: Stats, rollouts: Rollouts, mask: Array) -> tuple[Array, Array]:

@@ -68,6 +68,12 @@ class Credit(NamedTuple):
     keep: Array | None = None
     extras: Mapping[str, Array] = {}
 
+    def kept(self, mask: Array) -> Array:
+        """`[B, T]`: those of the tokens of a mask that are kept."""
+        if self.keep is None:
+            return mask
+        return mask * (self.keep if self.keep.shape == mask.shape else self.keep.reshape(-1, 1))
+
 
 class Advantage(NamedTuple):
     """An advantage with what the method must know of it. A plain function `Signals -> Credit | Array` will often do.

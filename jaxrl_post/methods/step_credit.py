@@ -85,6 +85,7 @@ def srgpo(
 ) -> Advantage:
     """`advantages.srgpo` of the component `step_reward` of the reward."""
     checks.within("block_size", block_size, 1)
+    checks.within("step_weight", step_weight, 0)
     checks.one_of("blocks", blocks, Blocks)
     check_steps(steps, max_steps)
 
@@ -116,9 +117,9 @@ def salt(
     estimator: Estimator = "grpo",
     history: int = 1,
     state: str = "state",
-    normalize_std: bool = True,
-    ddof: int = 1,
-    eps: float = 1e-6,
+    normalize_std: bool | None = None,
+    ddof: int | None = None,
+    eps: float | None = None,
     steps: Choice = "turns",
     max_steps: int | None = None,
 ) -> Advantage:
@@ -126,6 +127,7 @@ def salt(
     checks.one_of("estimator", estimator, Estimator)
     checks.within("history", history, 1)
     check_steps(steps, max_steps)
+    scale = _scale(estimator, normalize_std=normalize_std, ddof=ddof, eps=eps)
 
     def apply(s: Signals) -> Credit:
         found = find_steps(s.rollouts, s.mask, steps, max_steps)
@@ -137,7 +139,7 @@ def salt(
         if estimator == "rloo":
             whole = advantages.rloo(s.reward, s.valid)
         else:
-            whole = advantages.grpo(s.reward, s.valid, normalize_std=normalize_std, ddof=ddof, eps=eps)
+            whole = advantages.grpo(s.reward, s.valid, **scale)
         shape = found.exists.shape
         merged = advantages.salt(
             whole, prefix.reshape(shape), action.reshape(shape), found.exists, s.valid, history=history
@@ -152,9 +154,9 @@ def oprl(
     beta: float = 0.05,
     alpha: float = 1.0,
     estimator: Estimator = "grpo",
-    normalize_std: bool = True,
-    ddof: int = 1,
-    eps: float = 1e-6,
+    normalize_std: bool | None = None,
+    ddof: int | None = None,
+    eps: float | None = None,
     steps: Choice = "turns",
     max_steps: int | None = None,
 ) -> Advantage:
@@ -163,6 +165,7 @@ def oprl(
     checks.within("beta", beta, 0)
     checks.within("alpha", alpha, 0)
     check_steps(steps, max_steps)
+    scale = _scale(estimator, normalize_std=normalize_std, ddof=ddof, eps=eps)
 
     def apply(state: Any, s: Signals):
         found = find_steps(s.rollouts, s.mask, steps, max_steps)
@@ -175,13 +178,17 @@ def oprl(
             s.valid,
             step_weight=alpha,
             estimator=estimator,
-            normalize_std=normalize_std,
-            ddof=ddof,
-            eps=eps,
+            **scale,
         )
         return found.credit(both, s.mask), state
 
     return Advantage(apply, needs={"prm": frozenset({"logp"})})
+
+
+def _scale(estimator: Estimator, **given: Any) -> dict[str, Any]:
+    """The keywords of a standard deviation that are given; RLOO divides by none."""
+    checks.applies(estimator == "grpo", f"estimator={estimator!r}", **given)
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def check_steps(steps: Choice, max_steps: int | None) -> None:

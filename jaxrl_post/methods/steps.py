@@ -14,6 +14,7 @@ from jaxrl_post.methods.actor_critic import ppo
 from jaxrl_post.methods.chaining import chain
 from jaxrl_post.methods.choices import Choice
 from jaxrl_post.methods.policy_gradient import ClippedOptions, OldLogp, clipped, take, with_defaults
+from jaxrl_post.methods.presets import preset_options
 from jaxrl_post.methods.step_credit import Estimator, check_steps, find_steps, step_component
 from jaxrl_post.methods.step_credit import oprl as oprl_advantage
 from jaxrl_post.types import AggregationMode, Array, Method, Metric, Rollouts, Stats, Targets, Term
@@ -70,7 +71,7 @@ def salt(
     estimator: Estimator = "grpo",
     history: int = 1,
     state: str = "state",
-    normalize_std: bool = True,
+    normalize_std: bool | None = None,
     steps: Choice = "turns",
     max_steps: int | None = None,
     **options: Unpack[ClippedOptions],
@@ -84,7 +85,7 @@ def salt(
         history: steps that must agree for two to be the same, the step itself among them.
         state: name in `rollouts.extras` of `[B, T]` int, at the first token of each step a number of the state it was
             taken from; or `"prefix"`: the state is every token before the step.
-        normalize_std: of GRPO.
+        normalize_std: of GRPO; None for True.
         steps: how trajectories are cut, see `segments.as_segmenter`.
         max_steps: steps of a sequence that count, the rest has advantage 0; None for all.
         **options: `clip_low` (0.2), `clip_high` (0.2), `dual_clip` (None) and the others of `policy_gradient`.
@@ -110,7 +111,7 @@ def trajectory_preference(
     beta: float = 0.05,
     pairs: Pairs = "all",
     over_steps: Literal["sum", "mean"] = "sum",
-    steps: Choice = "turns",
+    steps: Choice | None = None,
     old_logp: OldLogp = "rollout",
 ) -> Method:
     r"""An implicit process reward model: DPO between better and worse trajectories of a prompt, against the policy.
@@ -121,7 +122,7 @@ def trajectory_preference(
         beta: $\beta$.
         pairs: `"all"` ordered pairs of a group, or `"extremes"`: its best and its worst.
         over_steps: $m$ is the sum over the trajectory's steps, or their mean.
-        steps: how trajectories are cut, for the mean; see `segments.as_segmenter`.
+        steps: how trajectories are cut, for the mean; see `segments.as_segmenter`. None for `"turns"`.
         old_logp: of the policy that sampled, the reference: see `policy_gradient`.
 
     Returns:
@@ -129,7 +130,7 @@ def trajectory_preference(
         pair; a batch without any is a skipped update.
 
     Raises:
-        ValueError: for a keyword out of its range.
+        ValueError: for a keyword out of its range, or one that does not apply.
 
     Example:
         >>> sorted(trajectory_preference().trains)
@@ -141,7 +142,9 @@ def trajectory_preference(
     checks.one_of("pairs", pairs, Pairs)
     checks.one_of("over_steps", over_steps, Literal["sum", "mean"])
     checks.one_of("old_logp", old_logp, OldLogp)
-    check_steps(steps, None)
+    checks.applies(over_steps == "mean", f"over_steps={over_steps!r}", steps=steps)
+    cut = "turns" if steps is None else steps
+    check_steps(cut, None)
 
     def targets(state: Any, rollouts: Rollouts, stats: Stats, key: Array) -> tuple[Targets, Any]:
         del key
@@ -149,7 +152,7 @@ def trajectory_preference(
         start = rollouts.logp if old_logp == "rollout" else stats["policy"].logp
         extras = {}
         if over_steps == "mean":
-            found = find_steps(rollouts, mask, steps, None)
+            found = find_steps(rollouts, mask, cut, None)
             extras["steps"] = jnp.sum(found.exists, axis=2).astype(jnp.float32)
         return Targets(jnp.zeros_like(mask), mask, start, extras=extras), state
 
@@ -189,7 +192,7 @@ def oprl(
     pairs: Pairs = "all",
     over_steps: Literal["sum", "mean"] = "sum",
     estimator: Estimator = "grpo",
-    normalize_std: bool = True,
+    normalize_std: bool | None = None,
     normalize_length: bool = False,
     steps: Choice = "turns",
     max_steps: int | None = None,
@@ -210,7 +213,7 @@ def oprl(
         pairs: of `trajectory_preference`.
         over_steps: of `trajectory_preference`.
         estimator: `"grpo"`, or `"rloo"`: both advantages are differences from the mean of the others.
-        normalize_std: of GRPO, for both.
+        normalize_std: of GRPO, for both; None for True.
         normalize_length: the importance ratio of a step is the geometric mean of its tokens', not their product.
         steps: how trajectories are cut, see `segments.as_segmenter`.
         max_steps: steps of a sequence that count, the rest has advantage 0; None for all.
@@ -233,13 +236,14 @@ def oprl(
         raise ValueError("dual_clip does not apply to oprl: the ratio is that of a step; leave it out")
     clipping, rest = take({k: v for k, v in options.items() if k != "dual_clip"}, "clip_low", "clip_high")
     checks.clipping(clipping.get("clip_low", 0.2), clipping.get("clip_high", 0.2), None)
-    old_logp = rest.get("old_logp", "rollout")
+    old_logp = {"old_logp": "rollout", **preset_options(rest), **rest}["old_logp"]
     advantage = oprl_advantage(
         beta=prm_beta, alpha=alpha, estimator=estimator, normalize_std=normalize_std, steps=steps, max_steps=max_steps
     )
     surrogate = {"name": "step_ppo", "normalize_length": normalize_length, **clipping}
+    cut = steps if over_steps == "mean" else None
     return chain(
-        prm=trajectory_preference(beta=prm_beta, pairs=pairs, over_steps=over_steps, steps=steps, old_logp=old_logp),
+        prm=trajectory_preference(beta=prm_beta, pairs=pairs, over_steps=over_steps, steps=cut, old_logp=old_logp),
         policy=with_defaults(advantage, surrogate, {}, rest),
     )
 

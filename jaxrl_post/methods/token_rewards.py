@@ -146,9 +146,8 @@ def t_reg(
     for name, tokens in prompts.items():
         if not tokens:
             raise ValueError(f"{name} must hold at least one token id; in YAML give it as {{text: ...}}")
+    checks.applies(loss == "simpo", f"loss={loss!r}", gamma=gamma)
     if loss == "dpo":
-        if gamma is not None:
-            raise ValueError(f"gamma={gamma} does not apply to loss='dpo'; leave it out")
         kind = dpo_pairs(beta=0.1 if beta is None else beta)
     else:
         kind = simpo_pairs(beta=2.0 if beta is None else beta, gamma=1.0 if gamma is None else gamma)
@@ -240,11 +239,12 @@ def comam(
     Args:
         local: names in `rollouts.rewards` of the agents' own rewards, `[P, G]` each, in the order of the agents'
             numbers.
-        shared: name of the reward that all have, not negative; None for the total `rollouts.reward`.
+        shared: name of the reward that all have; None for the total `rollouts.reward`.
         normalize_std: divide by the group's standard deviation.
         ddof: of that standard deviation.
         eps: added to it.
-        **options: `clip_low` (0.2), `clip_high` (0.2), `dual_clip` (None) and the others of `policy_gradient`.
+        **options: `clip_low` (0.2), `clip_high` (0.2), `dual_clip` (None) and the others of `policy_gradient`, but
+            for `kl_in`.
 
     Returns:
         A `Method` that reads `rollouts.extras["agent"]`, `[B, T]` int from 0; groups of at least two. Tokens of other
@@ -260,16 +260,19 @@ def comam(
 
     Reference: Collaborative Multi-Agent Optimization for Personalized Memory System (arXiv 2603.12631).
     """
+    if isinstance(local, str):
+        raise ValueError(f"local must be a list of components of the reward, one for each agent; give [{local!r}]")
     names = tuple(local)
     if not names:
         raise ValueError("local must name at least one component of the reward, one for each agent")
+    checks.kl_in_loss(options, "agents are ranked by rewards as they were given")
 
     def component(s: Signals, name: str) -> Array:
         found = s.rollouts.rewards.get(name)
         if found is None or found.shape != s.reward.shape:
             have = ", ".join(sorted(n for n, x in s.rollouts.rewards.items() if x.shape == s.reward.shape)) or "none"
             raise ValueError(f"local and shared name components of the reward: there is no {name!r}; there are {have}")
-        return found
+        return jnp.where(jnp.isnan(found), 0.0, found)
 
     def apply(s: Signals) -> Array:
         agent = s.extra("agent", "it names [B, T] the agent of every token")

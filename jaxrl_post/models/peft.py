@@ -67,11 +67,7 @@ def save_adapters(
     leaves = {path: leaf for path, leaf in flat(params).items() if is_adapter(path)}
     if not leaves:
         raise ValueError("these parameters have no adapters to save")
-    if together := sorted(set(_FUSED.get(model_type, ())) & set(lora.targets)):
-        raise ValueError(
-            f"{model_type} holds {', '.join(together)} in fused matrices, for which PEFT has other adapters; merge "
-            "them instead, models.merge_adapters(params, lora)"
-        )
+    check_targets(lora, model_type)
     parts = {name: (path, layer) for path, leaf in leaves.items() for layer, name in _names(path, leaf.shape[0])}
 
     def make(name: str) -> np.ndarray:
@@ -103,6 +99,23 @@ def save_adapters(
         "inference_mode": True,
     }
     (target / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def check_targets(lora: Lora, model_type: str) -> None:
+    """Raise ValueError if PEFT has no adapters of these projections for a type of model.
+
+    Args:
+        lora: the adapters.
+        model_type: of a `config.json`.
+
+    Example:
+        >>> check_targets(Lora(rank=2, targets=("out",)), "phi3")
+    """
+    if together := sorted(set(_FUSED.get(model_type, ())) & set(lora.checked().targets)):
+        raise ValueError(
+            f"{model_type} holds {', '.join(together)} in fused matrices, for which PEFT has other adapters; merge "
+            "them instead, models.merge_adapters(params, lora), or leave them out of the targets"
+        )
 
 
 def read_adapter_config(directory: str | os.PathLike[str]) -> Lora:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal, get_args
 
 import jax
@@ -133,7 +134,7 @@ def quantize_array(x: Array, *, kind: QuantizeKind = "int8", axis: int = -1, blo
     )
 
 
-def quantize(params: Params, *, kind: QuantizeKind = "int8", block: int = 64) -> Params:
+def quantize(params: Params, *, kind: QuantizeKind = "int8", block: int = 64, free: bool = False) -> Params:
     """Parameters of a decoder with the projections of its layers in 8 or 4 bits; the policy stays the same.
 
     Embeddings, norms, biases, routers, adapters and heads are left as they are. What is quantized cannot be trained:
@@ -143,6 +144,8 @@ def quantize(params: Params, *, kind: QuantizeKind = "int8", block: int = 64) ->
         params: of `models.decoder`.
         kind: `"int8"` or `"nf4"`.
         block: values that share a scale.
+        free: whether to delete each array as soon as it is quantized, so that a large model need not fit twice;
+            `params` cannot be used any more.
 
     Returns:
         The same nested dict with `Quantized` in the place of some arrays.
@@ -164,7 +167,11 @@ def quantize(params: Params, *, kind: QuantizeKind = "int8", block: int = 64) ->
             if isinstance(value, dict):
                 made[name] = value if name.endswith("_lora") else inside(value)
             elif name in PROJECTIONS:
-                made[name] = quantize_array(value, kind=kind, axis=-1 - OUTPUT_AXES.get(name, 1), block=block)
+                one = functools.partial(quantize_array, kind=kind, axis=-1 - OUTPUT_AXES.get(name, 1), block=block)
+                made[name] = jax.lax.map(one, value)  # a layer at a time
+                if free:
+                    jax.block_until_ready(made[name])
+                    value.delete()
             else:
                 made[name] = value
         return made

@@ -66,7 +66,8 @@ def partial_choice(
             found.append(None)
             continue
         marked = _MARKED.findall(completion)
-        right = options(expected) if isinstance(expected, str) else {option.upper() for option in expected}
+        listed = [expected] if isinstance(expected, str) else expected
+        right = set().union(*(options(option) for option in listed))
         found.append(partial_choice_reward(options(marked[-1] if marked else completion), right))
     return found
 

@@ -123,8 +123,9 @@ def function_call_reward(
             completion, wanted = pairs[row]
             if wanted is None:
                 return None
+            right = _wanted(wanted)  # an answer that holds no calls is an error whatever the completion is
             found = _calls_of(completion, think, call)
-            return float(found is not None and ast_equal(found, _wanted(wanted)))
+            return float(found is not None and ast_equal(found, right))
 
         return row_by_row(len(pairs), one)
 

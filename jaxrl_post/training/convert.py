@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -35,14 +36,16 @@ def convert(source: str, target: str, *, dtype: str | None = None) -> str:
         from jaxrl_post.training.inference import load_run
 
         setup, params = load_run(source)
-        export(setup.models, setup.config.model, setup.tokenizer, params, target, dtype=dtype)
+        export(setup.models, setup.config.model, setup.tokenizer, params, target, dtype=dtype, overwrite=False)
         return f"{target} is a Hugging Face checkpoint of the policy of {source}"
     if is_orbax(source):
         config = models.read_config(source)
         stored = dtype or str(config.get("dtype") or config.get("torch_dtype") or "float32")
         policy = models.from_config(config, param_dtype=stored)
         params = restore_orbax(source, jax.eval_shape(policy.init, jax.random.key(0)))
-        models.save_pretrained(target, params, config, tokenizer=_tokenizer(source))
+        given = Path(source) / "generation_config.json"
+        generation = json.loads(given.read_text(encoding="utf-8")) if given.is_file() else None
+        models.save_pretrained(target, params, config, tokenizer=_tokenizer(source), generation_config=generation)
         return f"{target} is a Hugging Face checkpoint"
     found = models.from_pretrained(source, abstract=True)
     stored = dtype or str(found.config.get("dtype") or found.config.get("torch_dtype") or "float32")

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxrl_post import data
 from jaxrl_post.rollout import SamplingParams
 from jaxrl_post.training import config as configs
 from jaxrl_post.training import setup as setups
@@ -39,7 +40,8 @@ def load_run(
         CheckpointError: if it holds no checkpoint that can be read.
     """
     directory = Path(run_dir)
-    config = configs.load(directory / "config.yaml", overrides)
+    # The data that it was trained on may be gone by now.
+    config = configs.load(directory / "config.yaml", overrides, check_files=False)
     if mesh is not None:
         config = dataclasses.replace(config, mesh=mesh)
     sizes = dataclasses.asdict(config.mesh)
@@ -100,7 +102,12 @@ def generate_text(
         ValueError: for an empty prompt, or characters that the tokenizer does not know.
     """
     setup, params = load_run(run_dir)
-    lengths = [len(setup.tokenizer.encode(prompt)) for prompt in prompts]
+    options = setup.config.data
+    problems: list[data.Problem] = [{"prompt": text.lower() if options.lowercase else text} for text in prompts]
+    if options.chat:
+        source = data.ChatSource(problems, system=options.system)
+        problems = [source[i] for i in range(len(source))]
+    lengths = [len(data.encode_prompt(setup.tokenizer, problem)) for problem in problems]
     sampler = Sampler(
         setup,
         SamplingParams(temperature=temperature or 1.0, greedy=temperature == 0),
@@ -110,7 +117,7 @@ def generate_text(
         prompt_length=max(lengths),
         rewarded=False,
     )
-    sampled = sampler(params, [{"prompt": prompt} for prompt in prompts], jax.random.key(seed))
+    sampled = sampler(params, problems, jax.random.key(seed))
     logp, finish = jax.device_get((sampled.rollouts.logp, sampled.rollouts.finish))
     sums = np.sum(logp, axis=1).reshape(len(prompts), samples)
     return [

@@ -106,6 +106,7 @@ def run_stages(setup: Setup, resume: bool, stop_requested: Callable[[], bool]) -
                 stage = setup.stages[index]
                 if state is None:
                     state = setup.begin(stage, params, step=done)
+                    params = None  # of which the state has copies
                 state, cursor, done = run_stage(setup, stage, state, cursor, done, services)
                 if index + 1 < len(setup.stages):
                     params, state = state.params["policy"], None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jaxrl_post import models
 from jaxrl_post.data import Tokenizer
 from jaxrl_post.training.config import ModelConfig
 from jaxrl_post.training.config.schema import NOT_SIZES
-from jaxrl_post.types import Array, Params, Policy, PyTree
+from jaxrl_post.types import Array, Params, Policy, PyTree, Unembedding
 
 
 class Models(NamedTuple):
@@ -47,7 +48,9 @@ def make_models(model: ModelConfig, tokenizer: Tokenizer) -> Models:
             than it.
     """
     lora = lora_of(model)
-    source = None if model.path is None else models.from_pretrained(model.path, abstract=True, tokenizer=tokenizer)
+    source = None
+    if model.path is not None:
+        source = models.from_pretrained(model.path, abstract=True, tokenizer=tokenizer, ignore=model.ignore)
 
     def made(lora: models.Lora | None, value_head: bool = False) -> Policy:
         options: dict[str, Any] = {
@@ -58,26 +61,27 @@ def make_models(model: ModelConfig, tokenizer: Tokenizer) -> Models:
             "value_head": value_head,
         }
         if source is not None:
-            policy = models.from_config(source.config, **options)
+            drawn = models.from_config(source.config, ignore=model.ignore, **options)
+            policy = within_vocabulary(drawn, tokenizer.vocab_size, source.params["embedding"].shape[0])
         else:
-            policy = models.decoder(vocab_size=tokenizer.vocab_size, **sizes_of(model), **options)
-        return policy if model.quantize == "none" else policy._replace(init=lambda key: few_bits(policy.init(key)))
-
-    def few_bits(params: Params) -> Params:
-        return params if model.quantize == "none" else models.quantize(params, kind=model.quantize)
+            drawn = policy = models.decoder(vocab_size=tokenizer.vocab_size, **sizes_of(model), **options)
+        if model.quantize == "none":
+            return policy
+        kind = model.quantize
+        return policy._replace(init=lambda key: models.quantize(drawn.init(key), kind=kind))
 
     def load(key: Array, mesh: Mesh) -> Params:
         if model.path is not None:
-            return few_bits(
-                models.from_pretrained(
-                    model.path,
-                    dtype=model.dtype,
-                    param_dtype=model.param_dtype,
-                    mesh=mesh,
-                    lora=lora,
-                    key=key,
-                ).params
-            )
+            params = models.from_pretrained(
+                model.path,
+                dtype=model.dtype,
+                param_dtype=model.param_dtype,
+                mesh=mesh,
+                ignore=model.ignore,
+                lora=lora,
+                key=key,
+            ).params
+            return params if model.quantize == "none" else models.quantize(params, kind=model.quantize, free=True)
         shapes = jax.eval_shape(policy.init, key)
         layout = mesh_lib.shardings(shapes, None if policy.axes is None else policy.axes(), mesh)
         with jax.set_mesh(mesh):
@@ -86,6 +90,40 @@ def make_models(model: ModelConfig, tokenizer: Tokenizer) -> Models:
     policy = made(lora)
     base = policy if lora is None else made(None)
     return Models(policy, made(lora, value_head=True), base, source, load)
+
+
+def within_vocabulary(policy: Policy, size: int, rows: int) -> Policy:
+    """A policy that gives no probability to ids that the tokenizer does not have: rows that only pad its embedding.
+
+    Args:
+        policy: the model.
+        size: number of the tokenizer's ids.
+        rows: number of the embedding's.
+    """
+    if size >= rows:
+        return policy
+
+    def unembed(params: Params) -> Unembedding:
+        found = policy.unembed(params)
+        weight = None if found.weight is None else found.weight[:size]
+        return found._replace(weight=weight, bias=None if found.bias is None else found.bias[:size])
+
+    return policy._replace(unembed=unembed)
+
+
+def check_export(model: ModelConfig, made: Models, tokenizer: Tokenizer) -> None:
+    """Raise ValueError for an export that would fail, or overwrite what the run starts from, after training."""
+    if model.export is None:
+        return
+    if model.path is not None and Path(model.path).absolute() == Path(model.export).absolute():
+        raise ValueError(
+            f"model.export is model.path, {model.path}: the checkpoint would be overwritten; choose another"
+        )
+    if made.source is None:
+        models.to_config(vocab_size=tokenizer.vocab_size, **sizes_of(model))
+    lora = lora_of(model)
+    if lora is not None and made.source is not None:
+        models.check_targets(lora, made.source.config["model_type"])
 
 
 def sizes_of(model: ModelConfig) -> dict[str, Any]:
@@ -104,7 +142,14 @@ def trainable(model: ModelConfig, policy: Policy, key: Array) -> PyTree | None:
 
 
 def export(
-    made: Models, model: ModelConfig, tokenizer: Any, params: Params, directory: str, *, dtype: str | None = None
+    made: Models,
+    model: ModelConfig,
+    tokenizer: Any,
+    params: Params,
+    directory: str,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = True,
 ) -> None:
     """Write a policy as a Hugging Face checkpoint, and its adapters, if it has any, in PEFT's format beside it.
 
@@ -113,8 +158,10 @@ def export(
         model: the section of the configuration.
         tokenizer: whose files are written too.
         params: of the policy.
-        directory: receives the model with the adapters merged into it; they alone go to `adapter` inside.
+        directory: receives the model with the adapters merged into it; they alone go to `adapter` inside, if the model
+            that they belong to is a checkpoint.
         dtype: of the file; None for that of the parameters.
+        overwrite: whether the directory may hold a model already.
 
     Raises:
         ValueError: if the model was drawn and is one that no family of Hugging Face has.
@@ -124,7 +171,8 @@ def export(
     if made.source is not None:
         config, generation = made.source.config, made.source.generation_config
     else:
-        config, generation = models.to_config(vocab_size=tokenizer.vocab_size, **sizes_of(model)), None
+        config = models.to_config(vocab_size=tokenizer.vocab_size, **sizes_of(model))
+        generation = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
     models.save_pretrained(
         directory,
         whole,
@@ -132,8 +180,7 @@ def export(
         tokenizer=tokenizer,
         generation_config=generation,
         dtype=dtype,
-        overwrite=True,
+        overwrite=overwrite,
     )
-    if lora is not None:
-        base, kind = model.path or directory, config["model_type"]
-        models.save_adapters(f"{directory}/adapter", params, lora, base=base, model_type=kind)
+    if lora is not None and model.path is not None:  # adapters of a model that is nowhere else would be of no use
+        models.save_adapters(f"{directory}/adapter", params, lora, base=model.path, model_type=config["model_type"])

@@ -97,7 +97,8 @@ def make_problems(config: Config, tokenizer: data.Tokenizer) -> Problems:
         held_out = []
         if options.eval_files and held_out_count:
             source = read(options.eval_files, supervised=False, pairs=False)
-            held_out = some(source, min(held_out_count, len({p["prompt"] for p in source})), frozenset())
+            fitting = {p["prompt"] for p in (source[i] for i in range(len(source))) if fits(p)}
+            held_out = some(source, min(held_out_count, len(fitting)), frozenset())
     exclude = frozenset(problem["prompt"] for problem in held_out)
     wants_check = warm is not None and warm.until is not None
     validation = some(validation_source, warm.check_problems, exclude) if warm is not None and wants_check else []

@@ -79,7 +79,7 @@ class Sampler:
         self._prompt_length = prompt_length
         self._rewarded = rewarded
         self._budgets = budgets
-        stops = tuple(setup.tokenizer.eos_ids) + sampling.stop_tokens
+        stops = setup.stop_tokens + sampling.stop_tokens
         self._generate = compiled_generate(
             setup.policy,
             sampling._replace(stop_tokens=stops),
@@ -146,9 +146,7 @@ class Sampler:
         shape = (len(problems), self._group_size)
         rollouts = rollouts.replace(
             reward=jnp.asarray(scored.total.reshape(shape)),
-            rewards={
-                name: jnp.asarray(np.nan_to_num(values).reshape(shape)) for name, values in scored.components.items()
-            },
+            rewards={name: jnp.asarray(values.reshape(shape)) for name, values in scored.components.items()},
             valid=jnp.asarray(scored.valid.reshape(shape)),
         )
         return Sampled(rollouts, completions, scored)

@@ -20,7 +20,7 @@ from jaxrl_post.rollout import Prompts, SamplingParams
 from jaxrl_post.training.config import BASE, Config, ConfigError, check_devices
 from jaxrl_post.training.config.content_checks import reward_names
 from jaxrl_post.training.config.methods_check import tokenizer_of
-from jaxrl_post.training.model_setup import Models, make_models, trainable
+from jaxrl_post.training.model_setup import Models, check_export, make_models, trainable
 from jaxrl_post.training.problem_setup import Problems, make_problems
 from jaxrl_post.training.roles import Role, check_same_shapes, role_params
 from jaxrl_post.training.stages import Stage, make_stages
@@ -100,6 +100,16 @@ class Setup:
             )
             for role in stage.method.roles
         }
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The ids that end a completion: the tokenizer's, and those that the model's own files name."""
+        found = list(self.tokenizer.eos_ids)
+        source = self.models.source
+        for given in () if source is None else (source.generation_config or {}, source.config):
+            ids = given.get("eos_token_id")
+            found += [ids] if isinstance(ids, int) else list(ids or ())
+        return tuple(dict.fromkeys(token for token in found if token < self.tokenizer.vocab_size))
 
     def sampling(self) -> SamplingParams:
         """How the completions that are trained on are drawn, but for the tokenizer's stop tokens."""
@@ -225,9 +235,11 @@ class Setup:
         def adapt(role: str, source: Params) -> Params:
             if role != "critic":
                 return source
-            # What the policy does not have (the value head) is drawn anew.
-            fresh = self.models.critic.init(jax.random.fold_in(self.key, 3))
-            return {name: source.get(name, value) for name, value in fresh.items()}
+            # What the policy does not have (the value head) is drawn anew, and nothing else is.
+            critic = self.models.critic
+            missing = [name for name in jax.eval_shape(critic.init, self.key) if name not in source]
+            draw = jax.jit(lambda key: {name: critic.init(key)[name] for name in missing})
+            return {**source, **draw(jax.random.fold_in(self.key, 3))}
 
         roles = {role: stage.roles[role] for role in stage.method.roles - {"policy"} - set(self.borrows(stage))}
         return role_params(roles, {"policy": policy_params}, load, adapt)
@@ -242,6 +254,12 @@ def build(config: Config) -> Setup:
     check_devices(config, jax.device_count())
     tokenizer = make_tokenizer(config)
     made = make_models(config.model, tokenizer)
+    check_export(config.model, made, tokenizer)
+    longest = made.source.config.get("max_position_embeddings") if made.source is not None else None
+    wanted = config.data.max_prompt_length + config.rollout.max_new_tokens
+    if longest is not None and wanted > longest:
+        limits = f"data.max_prompt_length + rollout.max_new_tokens = {wanted}"
+        raise ConfigError([f"{limits}, but the model was made for {longest} positions"])
     mesh = mesh_lib.make_mesh(**dataclasses.asdict(config.mesh))
     return Setup(config, tokenizer, made, mesh, make_stages(config))
 

@@ -51,6 +51,26 @@ def test_without_a_success_all_agents_have_the_same_weight():
     np.testing.assert_allclose(agent_weights(local, jnp.zeros((2, 5))), np.full((4, 2), 0.25), rtol=1e-6)
 
 
+def test_of_a_group_with_negative_rewards_the_least_is_of_no_relevance_and_others_are_as_before():
+    local = jnp.array([[[0.9, 0.5, 0.1, 0.7]], [[0.0, 1.0, 2.0, 9.0]]])
+    rewards, valid = jnp.array([[-1.0, 0.0, 1.0, -7.0]]), jnp.array([[True, True, True, False]])
+    # Relevance 0, 1, 2 of the valid ones; the best DCG is 2 + 1 / log2(3).
+    best = 2 + 1 / np.log2(3)
+    value = np.array([(1 / np.log2(3) + 2 / 2) / best, 1.0])
+    np.testing.assert_allclose(
+        agent_weights(local, rewards, valid)[:, 0], np.exp(value) / np.exp(value).sum(), rtol=1e-5
+    )
+    all_negative = agent_weights(local, rewards - 10, valid)
+    np.testing.assert_allclose(all_negative, agent_weights(local, rewards, valid), rtol=1e-6)
+    # A share of a constant is one: advantages follow from the rewards as they are.
+    np.testing.assert_allclose(comam(5 * local, rewards - 10, valid), comam(5 * local, rewards, valid), atol=1e-5)
+    positive = jnp.array([[1.0, 3.0, 2.0, -7.0]])
+    value = [ndcg_by_loop(np.asarray(x[0, :3]), np.array([1.0, 3.0, 2.0])) for x in local]
+    np.testing.assert_allclose(
+        agent_weights(local, positive, valid)[:, 0], np.exp(value) / np.exp(value).sum(), rtol=1e-5
+    )
+
+
 def test_comam_is_grpo_of_each_agents_own_reward_and_its_share():
     rng = np.random.default_rng(1)
     local, rewards = rng.random((3, 4, 6)), rng.integers(0, 2, (4, 6)).astype(float)

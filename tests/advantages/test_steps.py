@@ -21,6 +21,12 @@ def test_delimiters_in_a_row_end_one_step_and_none_at_all_leaves_one():
     assert advantages.segment_by_delimiter(tokens, mask, [[9], [3, 3]]).tolist()[1] == [0, 0, 0, 0, 0]
 
 
+def test_delimiters_of_several_tokens_in_a_row_end_one_step():
+    tokens = jnp.array([[1, 8, 9, 8, 9, 2], [8, 9, 1, 8, 2, 9]])
+    step = advantages.segment_by_delimiter(tokens, jnp.ones((2, 6)), [[8, 9]])
+    assert step.tolist() == [[0, 0, 0, 0, 0, 1], [0, 0, 1, 1, 1, 1]]
+
+
 def test_a_row_that_begins_with_a_delimiter_and_one_without_trained_tokens_are_fine():
     tokens, mask = jnp.array([[9, 1, 2], [9, 1, 2]]), jnp.array([[1, 1, 1], [0, 0, 0]])
     assert advantages.segment_by_delimiter(tokens, mask, [[9]]).tolist() == [[0, 1, 1], [-1, -1, -1]]

@@ -87,6 +87,8 @@ def test_impossible_arguments_are_refused():
     one = jnp.ones((1, 2))
     with pytest.raises(ValueError, match='pairs must be "all" or "extremes"'):
         losses.preference_pairs(one, pairs="best")
+    with pytest.raises(ValueError, match="min_gap must be at least 0"):
+        losses.preference_pairs(one, min_gap=-0.1)
     with pytest.raises(ValueError, match="beta must be above 0"):
         losses.trajectory_dpo(one, one, one, beta=0.0)
     with pytest.raises(ValueError, match=r"ref_logp must have the shape of logp, \(1, 2\), got \(1, 3\)"):

@@ -114,6 +114,40 @@ def test_the_default_of_high_entropy_tokens_is_the_option_of_every_method(batch)
     np.testing.assert_allclose(one.params["policy"], other.params["policy"], atol=1e-6)
 
 
+def test_tokens_are_chosen_among_those_that_the_advantage_keeps(batch):
+    high = methods.high_entropy_tokens(advantage="mc_grpo", fraction=0.3, clip_high=0.2)
+    (one, _), (other, _) = (
+        started(high, batch),
+        started(methods.policy_gradient(advantage="mc_grpo", top_entropy=0.3), batch),
+    )
+    np.testing.assert_array_equal(one.mask, other.mask)
+    np.testing.assert_array_equal(one.extras["top_entropy"], other.extras["top_entropy"])
+    (one, _), (other, _) = (
+        updated(high, batch),
+        updated(methods.policy_gradient(advantage="mc_grpo", top_entropy=0.3), batch),
+    )
+    np.testing.assert_allclose(one.params["policy"], other.params["policy"], atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [methods.kl_cov, methods.clip_cov])
+def test_tokens_of_rows_that_the_advantage_drops_are_not_selected(batch, make):
+    # Without a cut of the band or of the share: every token with a covariance.
+    wide = {"low": -1e9, "high": 1e9, "clip_low": 1.0, "clip_high": 1e9} if make is methods.clip_cov else {}
+    targets, stats = started(make(advantage="mc_grpo", fraction=1.0, **wide), batch)
+    a, keep = advantages.mc_grpo(batch.reward, batch.valid, max_abs=5.0)
+    on = np.asarray(batch.valid_mask * keep.reshape(-1, 1)) > 0
+    assert on.sum() < np.asarray(batch.valid_mask).sum()
+    np.testing.assert_array_equal(targets.extras["selected_tokens"], on)
+    few, _ = started(make(advantage="mc_grpo", fraction=0.2, **wide), batch)
+    assert float(few.extras["selected_tokens"].sum()) == int(0.2 * on.sum())
+    if make is methods.kl_cov:
+        x = np.asarray(advantages.per_token(a, batch.valid_mask))
+        logp = np.asarray(stats["policy"].logp)
+        covariance = np.where(on, (x - x[on].mean()) * (logp - logp[on].mean()), -np.inf)
+        largest = np.argsort(-covariance.ravel(), kind="stable")[: int(0.2 * on.sum())]
+        assert np.asarray(few.extras["selected_tokens"]).ravel()[largest].all()
+
+
 @pytest.mark.parametrize("level", ["sequence", "token"])
 def test_egpo_adds_the_entropy_of_the_reasoning_alone(batch, level):
     end = 2
@@ -194,6 +228,14 @@ def test_completions_that_are_all_alike_get_no_bonus(batch):
     alike = alike.replace(valid=jnp.ones_like(alike.valid))
     targets, _ = method.targets(method.init(None, 3), alike, {}, jax.random.key(0))
     np.testing.assert_allclose(targets.advantages, grpo_tokens(alike), atol=1e-5)
+
+
+def test_completions_whose_tokens_agree_in_their_low_bits_are_counted_apart(batch):
+    method = methods.novelty_bonus(bonus="global")
+    tokens = jnp.full(batch.tokens.shape, 5).at[:, -2].add(65_536 * jnp.arange(batch.batch_size))
+    whole = batch.replace(tokens=tokens, mask=batch.mask.at[:, 1:].set(1.0), valid=jnp.ones_like(batch.valid))
+    _, state = method.targets(method.init(None, 3), whole, {}, jax.random.key(0))
+    assert int((state["advantage"].counts == 1).sum()) == batch.batch_size
 
 
 @pytest.mark.parametrize(

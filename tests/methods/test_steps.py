@@ -153,6 +153,17 @@ def test_a_batch_without_a_pair_is_a_skipped_update_of_the_reward_model_and_the_
     assert float(jnp.abs(state.params["policy"]).max()) > 0
 
 
+def test_a_preset_says_for_both_stages_whose_log_probs_are_the_old_ones(batch):
+    stats = _stats(batch)
+    for options, expected in (
+        ({}, batch.logp),
+        ({"preset": "trl"}, stats["policy"].logp),
+        ({"preset": "verl", "old_logp": "rollout"}, batch.logp),
+    ):
+        for stage in methods.oprl(**options).stages.values():
+            np.testing.assert_array_equal(_run(stage, batch, stats).old_logp, expected)
+
+
 def test_the_reward_models_steps_have_an_optimizer_of_their_own_and_peak_at_the_decisive_step():
     # Four steps, of which the third decides.
     def judge(rollouts, key):
@@ -219,6 +230,8 @@ def test_a_single_step_and_steps_beyond_the_limit_are_handled(batch):
 def test_keywords_out_of_range_are_refused_where_the_method_is_made():
     wrong = [
         (methods.srgpo, {"block_size": 0}, "block_size must be at least 1"),
+        (methods.srgpo, {"block_size": True}, "block_size must be a number, got True"),
+        (methods.srgpo, {"step_weight": -0.5}, "step_weight must be at least 0"),
         (methods.srgpo, {"blocks": "turn"}, "blocks must be one of batch, prompt, sequence"),
         (methods.salt, {"history": 0}, "history must be at least 1"),
         (methods.salt, {"estimator": "gae"}, "estimator must be one of grpo, rloo"),

@@ -47,6 +47,8 @@ def test_hbpo_compares_shaped_rewards_across_budgets_and_with_their_levels():
     own = np.array([rewards[:2].mean(), rewards[:2].mean(), rewards[2], rewards[3]])
     expected = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6) + own - levels
     np.testing.assert_allclose(advantages_of(methods.hbpo(max_length=8), rollouts), expected, rtol=2e-5)
+    strict = advantages_of(methods.hbpo(max_length=8, correct_above=0.3), rollouts)
+    assert not np.allclose(strict, expected, rtol=1e-2)
     twice = advantages_of(methods.hbpo(max_length=8, intra_weight=2.0), rollouts)
     np.testing.assert_allclose(twice, expected + own - levels, rtol=2e-5)
 
@@ -66,9 +68,9 @@ def test_hbpo_takes_what_cannot_be_read_from_a_component_of_the_reward():
 
 def test_s_grpo_pays_right_answers_by_the_order_of_their_exits():
     rollouts = batch([0.0, 1.0, 0.9, 1.0], [1, 2, 1, 4], exit=[1, 2, 3, 4])
-    np.testing.assert_allclose(advantages_of(methods.s_grpo(), rollouts), np.array([0, 1, 0, 0.5]) - 0.375)
-    loose = advantages_of(methods.s_grpo(correct_at=0.5), rollouts)
-    np.testing.assert_allclose(loose, np.array([0, 1, 0.5, 0.25]) - 0.4375)
+    np.testing.assert_allclose(advantages_of(methods.s_grpo(), rollouts), np.array([0, 1, 0.5, 0.25]) - 0.4375)
+    strict = advantages_of(methods.s_grpo(correct_above=0.95), rollouts)
+    np.testing.assert_allclose(strict, np.array([0, 1, 0, 0.5]) - 0.375)
 
 
 def test_s_grpo_of_exits_that_are_all_right_still_prefers_the_earliest():

@@ -218,9 +218,11 @@ def test_comams_common_reward_may_be_one_of_the_components():
         (lambda: methods.t_reg(better=[1], worse=[1], loss="ipo"), "loss must be one of dpo, simpo"),
         (lambda: methods.t_reg(better=[1], worse=[1], alpha=-1), "alpha must be at least 0"),
         (lambda: methods.simpo(gamma=-1), "gamma must be at least 0"),
+        (lambda: methods.simpo(beta=0), "beta must be at least"),
         (lambda: methods.tw_grpo(alpha=0.5), "alpha must be at least 1"),
         (lambda: methods.tw_grpo(divergence="kl"), "divergence must be one of"),
         (lambda: methods.comam(local=[]), "local must name at least one component"),
+        (lambda: methods.comam(local="ab"), r"local must be a list .*give \['ab'\]"),
     ],
 )
 def test_keywords_without_meaning_are_refused(make, message):

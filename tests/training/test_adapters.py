@@ -15,7 +15,9 @@ LORA = {"rank": 2, "targets": ["q_proj", "up"]}
 
 def run(directory, *overrides, quantize="none", **changes):
     model = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 16, "lora": LORA, "quantize": quantize}
-    path = runs.tiny_run(directory, model=model, method={"name": "grpo", "beta": 0.1}, **changes)
+    path = runs.tiny_run(
+        directory, model=model, method={"name": "grpo", "beta": 0.1}, **{"warm_start": None, **changes}
+    )
     loop.run(configs.load(path, overrides))
     return path
 
@@ -25,6 +27,8 @@ def test_a_run_trains_the_adapters_alone_and_its_reference_is_the_model_without_
     path = run(tmp_path, quantize=quantize)
     parts = setup.build(configs.load(path))
     assert parts.config.roles["reference"].sources == ("base",)
+    warm = configs.load(runs.tiny_run(tmp_path / "warm", model={"lora": LORA}, method={"name": "grpo", "beta": 0.1}))
+    assert warm.roles["reference"].sources == ("policy",)  # what the method starts from has adapters of its own by then
     drawn = parts.initial_params()
     _, trained = inference.load_run(tmp_path / "run")
     (own, first), (new_own, last) = models.split_adapters(drawn), models.split_adapters(trained)
@@ -51,6 +55,7 @@ def test_a_run_of_adapters_that_is_stopped_goes_on_as_if_it_had_not_been(tmp_pat
         ({"model": {"quantize": "int8"}}, "model.quantize", "without model.lora"),
         ({"model": {"lora": {"rank": 2, "targets": ["lm_head"]}}}, "model.lora", "targets"),
         ({"roles": {"reference": {"from": "base"}}}, "roles.reference.from", "without its adapters"),
+        ({"model": {"ignore": ["odd"]}}, "model.ignore", "no model.path"),
         (
             {"model": {"lora": LORA}, "roles": {"reference": {"from": "base", "mix": 0.5}}},
             "roles.reference.mix",

@@ -149,3 +149,18 @@ def test_a_method_that_keeps_nothing_makes_an_empty_step(tmp_path, monkeypatch):
         loop.run(configs.load(runs.tiny_run(tmp_path, method={"name": "grpo"}, **{**WITHOUT, "training": training})))
     rows = runs.lines(tmp_path / "run")
     assert [row["empty_steps"] for row in rows] == [1.0, 1.0, 1.0]
+
+
+def test_a_component_that_could_not_be_scored_reaches_the_method_as_nan(tmp_path):
+    """A judge that cannot tell is not one that says 0."""
+    source = tmp_path / "judges.py"
+    source.write_text(
+        "def total(completions, answer): return [float(len(c)) for c in completions]\n"
+        "def judge(completions, answer): return [None if i % 2 else 1.0 for i in range(len(completions))]\n"
+    )
+    rewards = [{"path": f"{source}:total"}, {"path": f"{source}:judge", "weight": 0.5}]
+    batch, *_ = first_batch(runs.tiny_run(tmp_path, rewards=rewards, **WITHOUT))
+    judged = np.asarray(batch.rollouts.rewards["judge"]).reshape(-1)
+    assert np.isnan(judged[1::2]).all()
+    assert (judged[::2] == 1).all()
+    assert np.isfinite(np.asarray(batch.rollouts.reward)).all()

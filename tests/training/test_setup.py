@@ -115,3 +115,9 @@ def test_a_malformed_row_ends_the_set_up_or_is_counted(tmp_path):
     made = problems(tmp_path, rows, data={"on_bad_row": "skip"})
     assert (len(made.train), made.train.skipped) == (2, 1)
     assert path.exists()
+
+
+def test_a_held_out_prompt_that_is_too_long_is_left_out(tmp_path):
+    rows = [*QUESTIONS[:4], {"question": "x" * 50}]
+    held_out = write(tmp_path / "eval.jsonl", [{"question": row["question"] + "?"} for row in rows])
+    assert len(problems(tmp_path, QUESTIONS, data={"eval_files": [held_out]}).held_out) == 4

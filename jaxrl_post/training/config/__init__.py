@@ -212,6 +212,8 @@ def _resolve(config: Config, roles: frozenset[str], trained: frozenset[str]) -> 
         )
     if data.alphabet is None and data.tokenizer is None:
         data = dataclasses.replace(data, alphabet=PRINTABLE)
-    source = "policy" if model.lora is None else BASE
+    # Where adapters have been trained before (a warm start, another run) the base is not what the method starts from.
+    begun = config.warm_start is not None or "policy" in config.roles
+    source = "policy" if model.lora is None or begun else BASE
     missing = {role: RoleConfig(source="policy" if role in trained else source) for role in sorted(roles - {"policy"})}
     return dataclasses.replace(config, model=model, data=data, roles={**missing, **config.roles})

@@ -64,6 +64,13 @@ def _model(config: Config, problems: Problems) -> None:
     if model.path is not None:
         names = [field.name for field in dataclasses.fields(model) if field.name not in NOT_SIZES]
         refuse_unused(model, "model", names, "the checkpoint of model.path has sizes of its own", problems)
+    elif model.ignore:
+        problems.add("model.ignore", "does not apply: there is no model.path; leave it out", list(model.ignore))
+    if model.quantize not in (None, "none") and model.remat == "none":
+        problems.warnings.append(
+            "model.quantize with model.remat = none: the backward pass keeps every weight in full; set model.remat to "
+            "full or dots"
+        )
     if model.quantize not in (None, "none") and model.lora is None:
         problems.add(
             "model.quantize", "freezes the projections, and without model.lora they are what is trained", model.quantize
@@ -154,7 +161,8 @@ def _mesh(config: Config, problems: Problems) -> None:
             problems.add(
                 f"mesh.{axis}", "splitting over this axis is not available yet; set it to 1", getattr(mesh, axis)
             )
-    if problems.ok("mesh.tensor", "model") and mesh.tensor > 1 and config.model.heads % mesh.tensor:
+    drawn = problems.ok("mesh.tensor", "model") and config.model.path is None
+    if drawn and mesh.tensor > 1 and config.model.heads % mesh.tensor:
         problems.warnings.append(
             f"mesh.tensor = {mesh.tensor}: does not divide model.heads = {config.model.heads}, so every device keeps "
             "all heads"

@@ -43,6 +43,12 @@ def check_roles(config: Config, made: Method, problems: Problems, check_files: b
         if options.sources == (BASE,):
             _check_base(config, role, made, key, problems)
             continue
+        bases = [other for other, given in roles.items() if given is not None and given.sources == (BASE,)]
+        if followed := sorted(set(options.sources) & set(bases)):
+            problems.add(
+                f"{key}.from", f"{followed[0]} is the base and has no weights of its own; give base", followed[0]
+            )
+            continue
         others = [other for other in ("policy", *needed) if other != role]
         runs = _check_sources(options, key, others, problems, check_files)
         _check_weights(options, key, problems)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-NOT_SIZES = ("path", "lora", "quantize", "dtype", "param_dtype", "remat", "export")
+NOT_SIZES = ("path", "ignore", "lora", "quantize", "dtype", "param_dtype", "remat", "export")
 """Options of a model that a checkpoint leaves open."""
 
 BASE = "base"
@@ -81,6 +81,10 @@ class ModelConfig:
         "directory or hub id of a Hugging Face checkpoint to start from, whose sizes hold; null builds the decoder "
         "below",
         None,
+    )
+    ignore: tuple[str, ...] = option(
+        "keys of the checkpoint's config.json that are known to make no difference, though they are not known here",
+        factory=tuple,
     )
     lora: LoraConfig | None = option("adapters, which alone are trained; null: all parameters are", None)
     quantize: Literal["none", "int8", "nf4"] = option("bits of the frozen projections under adapters", "none")
@@ -258,7 +262,7 @@ class RoleConfig:
     source: str | tuple[str, ...] = option(
         "whose parameters it starts (and is renewed) from: policy, another role, or the directory of another run, "
         "whose newest policy is meant; a list is averaged; base: the policy without its adapters, whose weights it "
-        "shares (the default where model.lora is given)",
+        "shares (the default where model.lora is given, without a warm start)",
         "policy",
         key="from",
     )
