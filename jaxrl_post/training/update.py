@@ -6,6 +6,7 @@ The order of several methods, refreshed roles, compilation and placement are in 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -104,19 +105,27 @@ def make_update(
         return jax.lax.stop_gradient(jax.tree.map(lambda x: unsplit_rows(x, group), stats))
 
     def probe_all(params: dict[str, Params], rollouts: Rollouts, key: Array) -> tuple[dict[str, TokenStats], Metrics]:
-        """Stats of the method's probes, and what they cost."""
+        """Stats of the method's probes, and what they cost; those of one role and shape share a forward pass."""
         probes = {} if method.probes is None else dict(method.probes(rollouts))
         check_probes(method, probes)
-        found, metrics = {}, {}
+        alike: dict[Any, list[str]] = {}
         for name, (texts, role) in probes.items():
-            run = functools.partial(scored, role, params[role], key=key, name=PROBE + name)
-            rows = max(rollouts.batch_size // micro_batches, 1)
-            stats = in_pieces(run, place(jax.lax.stop_gradient(texts)), rows)
-            found[PROBE + name] = jax.lax.stop_gradient(stats)
-            tokens = jnp.sum(jnp.where(texts.valid, texts.length, 0))
-            metrics[f"{PROBE}{name}/tokens"] = tokens
-            metrics[f"{PROBE}{name}/cost"] = jnp.asarray(texts.tokens.size / rollouts.tokens.size)
-            metrics[f"{PROBE}{name}/valid"] = jnp.mean(texts.valid.astype(jnp.float32))
+            shapes = tuple(x.shape[1:] for x in jax.tree.leaves(texts))
+            alike.setdefault((role, method.needs[PROBE + name], jax.tree.structure(texts), shapes), []).append(name)
+        found, metrics = {}, {}
+        most = max(rollouts.batch_size // micro_batches, 1)
+        for (role, *_), names in alike.items():
+            run = functools.partial(scored, role, params[role], key=key, name=PROBE + names[0])
+            parts = [probes[name][0] for name in names]
+            together = parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+            stats = jax.lax.stop_gradient(in_pieces(run, place(jax.lax.stop_gradient(together)), most))
+            ends = list(itertools.accumulate(part.batch_size for part in parts))
+            for name, texts, end in zip(names, parts, ends, strict=True):
+                rows = slice(end - texts.batch_size, end)
+                found[PROBE + name] = jax.tree.map(lambda x, rows=rows: x[rows], stats)
+                metrics[f"{PROBE}{name}/tokens"] = jnp.sum(jnp.where(texts.valid, texts.length, 0))
+                metrics[f"{PROBE}{name}/cost"] = jnp.asarray(texts.tokens.size / rollouts.tokens.size)
+                metrics[f"{PROBE}{name}/valid"] = jnp.mean(texts.valid.astype(jnp.float32))
         return found, metrics
 
     def reduced_terms(

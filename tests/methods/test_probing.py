@@ -143,6 +143,56 @@ def test_an_update_from_probes_does_not_depend_on_micro_batches_or_devices(optio
     assert metrics["probe/gold/valid"] == pytest.approx((8 * (1 + group) - 1) / (8 * (1 + group)))
 
 
+def two_probes() -> Method:
+    """The policy's view of two answers to the same texts, whose difference is the reward."""
+
+    def probes(rollouts):
+        step = jnp.where(rollouts.mask > 0, 0, -1)
+        made = {}
+        for name, token in (("two", 2), ("five", 5)):
+            answer = jnp.full((rollouts.num_prompts, 1), token)
+            made[name] = (probing.append_after_steps(rollouts, step, answer, num_steps=1), "policy")
+        return made
+
+    def targets(state, rollouts, stats, key):
+        del key
+        views = [
+            probing.belief(stats[f"probe/{name}"].logp, probe, group_size=rollouts.group_size).logp[:, 1]
+            for name, (probe, _) in probes(rollouts).items()
+        ]
+        return Targets((views[0] - views[1])[:, None] * rollouts.valid_mask, rollouts.valid_mask, rollouts.logp), state
+
+    def loss(stats, rollouts, targets):
+        return {"policy": Term(-stats["policy"].logp * targets.advantages, targets.mask, "token_mean")}
+
+    return Method(targets, loss, needs={"policy": LOGP, "probe/two": LOGP, "probe/five": LOGP}, probes=probes)
+
+
+def test_probes_of_one_role_and_shape_share_a_forward_pass_and_keep_their_own_numbers():
+    batch, calls = tiny.batch(count=8), []
+    policy, method = tiny.policy(), two_probes()
+    plain = models.score(policy)
+
+    def counting(params, rollouts, fields, key):
+        calls.append(rollouts.tokens.shape[1])
+        return plain(params, rollouts, fields, key)
+
+    def kept(state, rollouts, stats, key):
+        found, _ = method.targets((), rollouts, stats, key)
+        return found, {name: stats[f"probe/{name}"].logp for name in state}
+
+    texts = {name: made for name, (made, _) in method.probes(batch).items()}
+    empty = {name: jnp.zeros(made.tokens.shape) for name, made in texts.items()}
+    params = policy.init(jax.random.key(0))
+    method_kept = method._replace(targets=kept, init=lambda rollouts, num_prompts: empty)
+    state = training.init({"policy": params}, method_kept, optax.sgd(0.1), jax.random.key(1))
+    state, _ = training.make_step(counting, method_kept, optax.sgd(0.1))(state, batch)
+    assert calls.count(batch.tokens.shape[1] + 1) == 1  # one pass is in the program
+    for name, made in texts.items():
+        expected = jax.jit(plain, static_argnums=2)(params, made, LOGP, jax.random.key(0)).logp
+        np.testing.assert_allclose(state.method_state[name], expected, atol=1e-5)
+
+
 def test_the_stages_of_a_chain_have_probes_of_their_own():
     batch = tiny.batch()
     chained, metrics = tiny.one_step(methods.chain(probed(), plain=methods.reinforce()), batch)
