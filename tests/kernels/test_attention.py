@@ -15,7 +15,7 @@ from jaxrl_post.kernels.attention import attention
 from jaxrl_post.kernels.attention.layout import completion_bits, own_start, shared_row
 from jaxrl_post.kernels.attention.splash import make_kernel, make_mask, padded_length
 from jaxrl_post.mesh import AXES, make_mesh
-from jaxrl_post.models.layers import rotary_angles, rotate
+from jaxrl_post.models.rope import Rope, rotary_angles, rotate
 from tests.tpu import one_chip, pod
 
 BOTH = pytest.mark.parametrize("implementation", ["xla", "splash"])
@@ -166,7 +166,7 @@ def test_a_shared_prefix_gives_what_each_completion_gives_in_a_row_of_its_own(im
         real[start : start + size], positions[start : start + size] = True, prefix + np.arange(size)
 
     def rotated(query, key, value, positions, **options):
-        rotation = rotary_angles(jnp.asarray(positions)[None], 8, 100.0, jnp.float32)
+        rotation = rotary_angles(Rope(base=100.0), 8, jnp.asarray(positions)[None], jnp.dtype(jnp.float32))
         return attention(rotate(query, rotation), rotate(key, rotation), value, **options)
 
     def shared(query, key, value):
@@ -373,3 +373,18 @@ def test_a_named_splash_is_refused_where_a_mesh_or_a_row_does_not_suit_it():
     with pytest.raises(ValueError, match="31 bits: 65536 places and starts that are multiples of 1 need 32"):
         lower(65536, completion_starts=(40000, 40001))
     lower(512, completion_starts=(40, 41))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "splash"])
+def test_a_query_under_a_window_sees_the_last_keys_only(implementation):
+    length, window = 130, 7
+    query, key, value = (jax.random.normal(jax.random.key(i), (1, length, 2, 8)) for i in range(3))
+    found = attention(query, key, value, window=window, implementation=implementation)
+    scores = np.einsum("bthk,bshk->bhts", query, key) / np.sqrt(8)
+    distance = np.arange(length)[:, None] - np.arange(length)
+    scores = np.where((distance >= 0) & (distance < window), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    expected = np.einsum("bhts,bshk->bthk", weights / weights.sum(-1, keepdims=True), value)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    with pytest.raises(ValueError, match="window"):
+        attention(query, key, value, window=0)
