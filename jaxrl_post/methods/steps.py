@@ -6,18 +6,18 @@ from typing import Any, Literal, Unpack
 
 import jax.numpy as jnp
 
-from jaxrl_post import advantages, losses, masked, rewards
+from jaxrl_post import losses, masked, rewards
 from jaxrl_post.advantages.step_groups import Blocks
 from jaxrl_post.losses.trajectory_dpo import Pairs
 from jaxrl_post.methods import checks
-from jaxrl_post.methods.actor_critic import ppo
+from jaxrl_post.methods.actor_critic import CriticOptions, less_kl, with_critic
 from jaxrl_post.methods.chaining import chain
 from jaxrl_post.methods.choices import Choice
 from jaxrl_post.methods.policy_gradient import ClippedOptions, OldLogp, clipped, take, with_defaults
 from jaxrl_post.methods.presets import preset_options
 from jaxrl_post.methods.step_credit import Estimator, check_steps, find_steps, step_component
 from jaxrl_post.methods.step_credit import oprl as oprl_advantage
-from jaxrl_post.types import AggregationMode, Array, Method, Metric, Rollouts, Stats, Targets, Term
+from jaxrl_post.types import Array, Method, Metric, Rollouts, Stats, Targets, Term
 
 
 def srgpo(
@@ -255,18 +255,8 @@ def ppr_renorm(
     unscored: float = 0.5,
     steps: Choice = "turns",
     max_steps: int | None = None,
-    gamma: float = 1.0,
-    lam: float = 1.0,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    whiten: bool = True,
-    value_clip: float | None = 0.2,
-    value_weight: float = 1.0,
     beta: float = 0.0,
-    aggregation: AggregationMode = "token_mean",
-    horizon: int | None = None,
-    old_logp: OldLogp = "rollout",
+    **options: Unpack[CriticOptions],
 ) -> Method:
     r"""PPR with ReNorm: PPO whose every step earns its process score and the outcome, both less one half.
 
@@ -279,18 +269,8 @@ def ppr_renorm(
         unscored: score of a step that has none.
         steps: how trajectories are cut, see `segments.as_segmenter`.
         max_steps: steps of a sequence that earn something; None for all.
-        gamma: discount per action token.
-        lam: GAE's lambda.
-        clip_low: lower clip bound.
-        clip_high: upper clip bound.
-        dual_clip: of `losses.ppo`.
-        whiten: give the advantages mean 0 and variance 1 over the batch.
-        value_clip: values may move this far from those of the start of the step; None for no clip.
-        value_weight: factor of the value loss.
         beta: weight of the k1 KL that is taken from the reward.
-        aggregation: see `losses.aggregate`.
-        horizon: fixed length for `aggregation="seq_mean_token_sum_norm"`.
-        old_logp: see `policy_gradient`.
+        **options: `lam` (1.0), `gamma` (1.0), `clip_low` (0.2), `clip_high` (0.2) and the others of `ppo`.
 
     Returns:
         A `Method` that trains the roles `policy` and `critic`. Its metric `steps/mean` shows whether successes grow
@@ -307,35 +287,22 @@ def ppr_renorm(
     """
     checks.within("unscored", unscored, 0, 1)
     check_steps(steps, max_steps)
-    base = ppo(
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        gamma=gamma,
-        lam=lam,
-        whiten=whiten,
-        value_clip=value_clip,
-        value_weight=value_weight,
-        beta=beta,
-        aggregation=aggregation,
-        horizon=horizon,
-        old_logp=old_logp,
-    )
+    checks.within("beta", beta, 0)
 
-    def targets(state: Any, rollouts: Rollouts, stats: Stats, key: Array) -> tuple[Targets, Any]:
-        plain, state = base.targets(state, rollouts, stats, key)
-        mask = plain.mask
+    def token_rewards(rollouts: Rollouts, stats: Stats, mask: Array, old_logp: Array) -> Array:
         found = find_steps(rollouts, mask, steps, max_steps)
         scores = step_component(rollouts, process, found, mask).reshape(-1, found.count)
         exists = found.exists.reshape(-1, found.count)
         earned = rewards.renorm(scores, _outcome(rollouts, outcome).reshape(-1), exists, unscored=unscored)
-        per_token = rewards.on_step_ends(earned, found.step, mask)
-        if beta:
-            penalty = losses.kl(plain.old_logp, stats["reference"].logp, estimator="k1")
-            per_token = per_token - beta * jnp.where(mask != 0, penalty, 0.0)
-        advantage, returns = advantages.gae(per_token, stats["critic"].value, mask, gamma=gamma, lam=lam, whiten=whiten)
-        extras = {**plain.extras, "steps": jnp.sum(exists, axis=1).astype(mask.dtype)}
-        return plain._replace(advantages=advantage, returns=returns, extras=extras), state
+        return less_kl(rewards.on_step_ends(earned, found.step, mask), stats, mask, old_logp, beta=beta)
+
+    base = with_critic(token_rewards, ("reference",) if beta else (), **{"lam": 1.0, **options})
+
+    def targets(state: Any, rollouts: Rollouts, stats: Stats, key: Array) -> tuple[Targets, Any]:
+        made, state = base.targets(state, rollouts, stats, key)
+        exists = find_steps(rollouts, made.mask, steps, max_steps).exists
+        number = jnp.sum(exists.reshape(made.mask.shape[0], -1), axis=1).astype(made.mask.dtype)
+        return made._replace(extras={**made.extras, "steps": number}), state
 
     def metrics(stats: Stats, rollouts: Rollouts, targets: Targets) -> dict[str, Metric]:
         number = targets.extras["steps"]

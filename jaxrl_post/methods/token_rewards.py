@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from jaxrl_post import advantages, losses, rewards
 from jaxrl_post.methods import checks
-from jaxrl_post.methods.actor_critic import ppo
-from jaxrl_post.methods.policy_gradient import ClippedOptions, OldLogp, clipped
+from jaxrl_post.methods.actor_critic import CriticOptions, with_critic
+from jaxrl_post.methods.policy_gradient import ClippedOptions, clipped
 from jaxrl_post.methods.preference import by_pair, dpo_pairs, from_pairs, pair_mask, simpo_pairs
 from jaxrl_post.methods.probing import insert_after_prompt, removed_again
 from jaxrl_post.methods.signals import Advantage, Signals, stateless
 from jaxrl_post.models.group_divergence import GROUP_FIELDS, DivergenceForm
-from jaxrl_post.types import AggregationMode, Array, Method, Rollouts, Stats, Targets, Term
+from jaxrl_post.types import Array, Method, Rollouts, Stats, Targets, Term
 
 
 def rto(
@@ -24,17 +24,7 @@ def rto(
     beta2: float = 0.01,
     clip: float | None = 0.05,
     max_reward: float | None = 10.0,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    gamma: float = 1.0,
-    lam: float = 0.95,
-    whiten: bool = True,
-    value_clip: float | None = 0.2,
-    value_weight: float = 1.0,
-    aggregation: AggregationMode = "token_mean",
-    horizon: int | None = None,
-    old_logp: OldLogp = "rollout",
+    **options: Unpack[CriticOptions],
 ) -> Method:
     r"""RTO: PPO with a critic whose every token is rewarded by what a policy trained by DPO thinks of it.
 
@@ -46,17 +36,7 @@ def rto(
         beta2: $\beta_2$, weight of the KL.
         clip: $c$, in units of the reward; None for no clip.
         max_reward: bound of $|r|$; None for none.
-        clip_low: lower clip bound.
-        clip_high: upper clip bound.
-        dual_clip: see `losses.ppo`.
-        gamma: discount per action token.
-        lam: GAE's lambda.
-        whiten: give the advantages mean 0 and variance 1 over the batch.
-        value_clip: values may move this far from those of the start of the step; None for no clip.
-        value_weight: factor of the value loss.
-        aggregation: see `losses.aggregate`.
-        horizon: fixed length for `aggregation="seq_mean_token_sum_norm"`.
-        old_logp: see `policy_gradient`.
+        **options: `clip_low` (0.2), `clip_high` (0.2), `gamma` (1.0), `lam` (0.95) and the others of `ppo`.
 
     Returns:
         A `Method` that trains the roles `policy` and `critic`, and reads `reference` and `dpo`: the policy of a run of
@@ -75,32 +55,12 @@ def rto(
         checks.within(name, value, 0)
     for name, bound in (("clip", clip), ("max_reward", max_reward)):
         checks.within(name, bound, 1e-12)
-    base = ppo(
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        gamma=gamma,
-        lam=lam,
-        whiten=whiten,
-        value_clip=value_clip,
-        value_weight=value_weight,
-        aggregation=aggregation,
-        horizon=horizon,
-        old_logp=old_logp,
-    )
+    scale = {"beta1": beta1, "beta2": beta2, "clip": clip, "max_reward": max_reward}
 
-    def targets(state, rollouts: Rollouts, stats: Stats, key) -> tuple[Targets, tuple[()]]:
-        found, state = base.targets(state, rollouts, stats, key)
-        scale = {"beta1": beta1, "beta2": beta2, "clip": clip, "max_reward": max_reward}
-        log_probs = (stats["dpo"].logp, stats["reference"].logp, found.old_logp)
-        token_rewards = rewards.rto(rollouts.reward, *log_probs, found.mask, **scale)
-        advantage, returns = advantages.gae(
-            token_rewards, stats["critic"].value, found.mask, gamma=gamma, lam=lam, whiten=whiten
-        )
-        return found._replace(advantages=advantage, returns=returns), state
+    def token_rewards(rollouts: Rollouts, stats: Stats, mask: Array, old_logp: Array) -> Array:
+        return rewards.rto(rollouts.reward, stats["dpo"].logp, stats["reference"].logp, old_logp, mask, **scale)
 
-    logp = frozenset({"logp"})
-    return base._replace(targets=targets, needs={**base.needs, "dpo": logp, "reference": logp})
+    return with_critic(token_rewards, ("dpo", "reference"), **options)
 
 
 def t_reg(

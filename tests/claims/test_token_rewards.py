@@ -74,8 +74,9 @@ def _by_place(params, rollouts, fields, key):
     tokens = rollouts.tokens
     asked = tokens.shape[1] > LENGTH + 1
     first = 2 if asked else 1
-    table = jnp.where(tokens[0, 1] == BETTER, params["better"], params["worse"]) if asked else params["plain"]
-    logp = jnp.take_along_axis(jax.nn.log_softmax(table)[None], tokens[:, first:, None], axis=2)[..., 0]
+    wanted = (tokens[:, 1] == BETTER)[:, None, None]
+    table = jnp.where(wanted, params["better"], params["worse"]) if asked else params["plain"][None]
+    logp = jnp.take_along_axis(jax.nn.log_softmax(table), tokens[:, first:, None], axis=2)[..., 0]
     return TokenStats(logp=jnp.pad(logp, ((0, 0), (first, 0))))
 
 
