@@ -12,11 +12,17 @@ os.environ |= {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# Compilation is most of these tests' time, and their shapes are small: without the CPU backend's optimiser it takes two
-# thirds. The nightly run has it on.
-for flag, value in (("xla_force_host_platform_device_count", 8), ("xla_backend_optimization_level", 0)):
-    if flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}={value}".strip()
+# Compilation is most of these tests' time, and their shapes are small: without what the CPU backend does to make programs
+# fast it takes half. The nightly run has it on.
+_FLAGS = {
+    "xla_force_host_platform_device_count": "8",
+    "xla_backend_optimization_level": "0",
+    "xla_cpu_use_fusion_emitters": "false",
+    "xla_llvm_disable_expensive_passes": "true",
+}
+for _name, _value in _FLAGS.items():
+    if _name not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_name}={_value}".strip()
 
 import jax  # noqa: E402
 
