@@ -16,8 +16,8 @@ os.environ |= {
 _flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in _flags:
     _flags += " --xla_force_host_platform_device_count=8"
-# Compilation is most of these tests' time, and their shapes are small: without what the CPU backend does to make programs
-# fast it takes half. The nightly run has it on.
+# Compilation is most of these tests' time, and their shapes are small: without what the CPU backend does to make
+# programs fast it takes half. The nightly run has it on.
 if "xla_backend_optimization_level" not in _flags:
     _flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     if int(version("jax").split(".")[1]) < 11:  # later ones do not know it, and end the process
