@@ -221,7 +221,7 @@ def _with_thought(
     cuts: Array,
     exits: Exits,
     key: Array,
-    temperature: float,
+    temperature: Array | float,
     version: Array | int,
 ) -> Rollouts:
     """Answers `[P * m, 1]` whose masks begin with the thought: its statistics are those of when it was sampled."""

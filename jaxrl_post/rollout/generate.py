@@ -1,22 +1,23 @@
 """Prefill and decode as one pure function of parameters, prompts and a key.
 
-Scoring texts, filtering and batching prompts are not done here.
+Scoring texts, filtering and batching prompts are not done here; how many sequences are decoded at a time, and who takes
+the place of one that has ended, is in `slots`.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxrl_post import models
 from jaxrl_post.mesh import constrain
-from jaxrl_post.sampling import SamplingParams, is_truncating, row_keys, sample, transform
+from jaxrl_post.rollout.drawing import Drawer, flat_params
+from jaxrl_post.rollout.slots import Requests, decode_all
+from jaxrl_post.sampling import SamplingParams, is_truncating
 from jaxrl_post.sampling.transforms import check
-from jaxrl_post.types import FINISH_LENGTH, FINISH_STOP, Array, Params, Policy, Rollouts
+from jaxrl_post.types import FINISH_ABORT, Array, Params, Policy, Rollouts
 
 
 class Prompts(NamedTuple):
@@ -28,25 +29,18 @@ class Prompts(NamedTuple):
         prompt_id: `[P]` int32, index of the prompt in its data set; `arange(P)` if None.
         id: `[P, G]` uint32, the id of each sequence to be sampled, which with the key determines its random stream;
             `arange(P * G)` if None. Ids must not repeat under one key.
+        max_new_tokens: `[P]` or `[P, G]` int32, most tokens to add to each, at least 1 and at most the static limit,
+            which it is if None.
     """
 
     tokens: Array
     length: Array
     prompt_id: Array | None = None
     id: Array | None = None
+    max_new_tokens: Array | None = None
 
 
 PLAIN = SamplingParams()
-
-
-class _Draw(NamedTuple):
-    """What is kept of each sampled token; `[B]` in the loop, `[B, N]` as a buffer."""
-
-    token: Array
-    mask: Array
-    logp: Array
-    sampler_logp: Array
-    entropy: Array
 
 
 def generate(
@@ -60,37 +54,52 @@ def generate(
     group_size: int = 1,
     version: Array | int = 0,
     cache_dtype: jnp.dtype | None = None,
+    slots: int | None = None,
+    refill: int | None = None,
 ) -> Rollouts:
     """Sample `group_size` completions of each prompt.
 
-    One prefill, then one decode step per token inside a `lax.while_loop` that ends when every sequence has. Each
-    sequence draws from a stream of its own, `fold_in(fold_in(key, id), position)`: the same prompt, id and key give the
-    same tokens in any batch, batch size or mesh (to the rounding of the logits: a draw whose two best perturbed logits
-    are closer than that may differ).
+    One prefill of each prompt, whatever the group's size, then one decode step per token inside a `lax.while_loop` that
+    ends when every sequence has. Each sequence draws from a stream of its own,
+    `fold_in(fold_in(key, id), position)`: the same prompt, id and key give the same tokens in any batch, batch size or
+    mesh (to the rounding of the logits: a draw whose two best perturbed logits are closer than that may differ).
 
-    `logp` is under the tempered distribution over all tokens, also where top-k, top-p or min-p forbid some of them, and
-    is what the losses use as the behaviour policy's log-prob; the log-prob under the truncated distribution is then in
-    `extras["sampler_logp"]`. `extras["entropy"]` is the entropy of the tempered distribution, in nats.
+    With fewer `slots` than sequences, a sequence that ends makes room for the next in the queue, within the same
+    program: no slot waits for the longest of a batch. Results are in the order of the prompts, and the same.
+
+    `logp` is under the tempered distribution over all tokens, also where truncations, penalties or bans change what is
+    drawn, and is what the losses use as the behaviour policy's log-prob; the log-prob under the distribution that was
+    drawn from is then in `extras["sampler_logp"]`. `extras["entropy"]` is the entropy of the tempered distribution, in
+    nats.
+
+    A sequence whose logits hold NaN, or no token that may be drawn, ends before that token with `FINISH_ABORT` and is
+    not `valid`; the others go on.
 
     Args:
         policy: the model.
         params: its parameters.
         prompts: `P` prompts of at most `L` tokens.
         key: a typed key (`jax.random.key`) or a raw one.
-        sampling: temperature, truncation, stop tokens.
+        sampling: temperature, truncations, penalties, what ends a sequence; numbers for all, or arrays `[P]` or
+            `[P, G]`.
         max_new_tokens: `N`, the largest number of tokens to add to each prompt; static.
         group_size: `G`; static.
         version: recorded in `Rollouts.version` for every sampled token.
         cache_dtype: of the key-value cache; the model's own choice if None.
+        slots: sequences that are decoded at a time; None for all `P * G`; static.
+        refill: how many slots must be free before the next sequences take them, so that their prompts are read
+            together; None for an eighth of the slots; static.
 
     Returns:
-        `Rollouts` with `T = L + N`, reward 0 and `valid` True. A stop token is the last token of its sequence and
-        inside the mask.
+        `Rollouts` with `T = L + N`, reward 0 and `valid` True. A stop token, or the last of a stop sequence, is the
+        last token of its sequence and inside the mask.
 
     Raises:
-        ValueError: for wrong shapes, sizes below 1, or sampling parameters out of range.
+        ValueError: for wrong shapes, sizes below 1, sampling parameters out of range, or slots that are refilled where
+            the policy cannot insert rows into its cache.
 
     Example:
+        >>> from jaxrl_post import models
         >>> policy = models.decoder(vocab_size=8, width=8, layers=1, heads=2)
         >>> prompts = Prompts(jnp.array([[2, 3, 0], [4, 5, 6]]), jnp.array([2, 3]))
         >>> params, key = policy.init(jax.random.key(0)), jax.random.key(1)
@@ -98,91 +107,34 @@ def generate(
         >>> out.tokens.shape, out.length.tolist()
         ((4, 7), [[6, 6], [7, 7]])
     """
-    check(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-    if prompts.tokens.ndim != 2 or prompts.length.shape != prompts.tokens.shape[:1]:
-        raise ValueError(
-            "prompts.tokens must be [P, L] and prompts.length [P], "
-            f"got {prompts.tokens.shape} and {prompts.length.shape}"
-        )
-    _check_lengths(prompts)
-    if max_new_tokens < 1 or group_size < 1:
-        raise ValueError(f"max_new_tokens and group_size must be at least 1, got {max_new_tokens} and {group_size}")
+    check(sampling)
+    requests = _requests(prompts, max_new_tokens, group_size)
     num_prompts, prompt_width = prompts.tokens.shape
     batch = num_prompts * group_size
-    ids = jnp.arange(batch, dtype=jnp.uint32).reshape(num_prompts, group_size) if prompts.id is None else prompts.id
-    if ids.shape != (num_prompts, group_size):
-        raise ValueError(f"prompts.id must be [P, G] = [{num_prompts}, {group_size}], got {ids.shape}")
-    prompt_id = jnp.arange(num_prompts, dtype=jnp.int32) if prompts.prompt_id is None else prompts.prompt_id
-    if prompt_id.shape != (num_prompts,):
-        raise ValueError(f"prompts.prompt_id must be [P] = [{num_prompts}], got {prompt_id.shape}")
-
-    prompt = constrain(jnp.repeat(prompts.tokens, group_size, axis=0), ("batch", None))
-    length = constrain(jnp.repeat(prompts.length, group_size, axis=0), ("batch",))
-    unembedding = policy.unembed(params)
-    truncating = is_truncating(sampling)
-    stop_tokens = jnp.asarray(sampling.stop_tokens or (-1,), jnp.int32)
-
-    def draw(hidden: Array, count: Array | int, done: Array) -> _Draw:
-        logits = models.logits(unembedding, hidden)
-        tempered = transform(logits, temperature=sampling.temperature)
-        log_probs = jax.nn.log_softmax(tempered, axis=-1)
-        allowed = tempered
-        if truncating:
-            allowed = transform(
-                logits,
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-                min_p=sampling.min_p,
-            )
-        if sampling.greedy:
-            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        else:
-            token = sample(row_keys(key, ids.reshape(-1), length + count), allowed)
-        chosen = token[:, None]
-        logp = jnp.take_along_axis(log_probs, chosen, axis=-1)[:, 0]
-        sampler_logp = logp
-        if truncating:
-            sampler_logp = jnp.take_along_axis(jax.nn.log_softmax(allowed, axis=-1), chosen, axis=-1)[:, 0]
-        probs = jnp.exp(log_probs)
-        entropy = -jnp.sum(probs * jnp.where(probs > 0, log_probs, 0.0), axis=-1)
-        alive = jnp.where(done, 0.0, 1.0)
-        return _Draw(jnp.where(done, 0, token), alive, logp * alive, sampler_logp * alive, entropy * alive)
-
-    def ended(drawn: _Draw, done: Array) -> Array:
-        return done | jnp.any(drawn.token[:, None] == stop_tokens, axis=-1)
-
-    def write(buffer: Array, column: Array, index: Array | int) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(buffer, column[:, None].astype(buffer.dtype), index, axis=1)
-
-    columns = jnp.arange(prompt_width)
-    prompt_positions = jnp.where(columns < length[:, None], columns, -1)
-    cache = policy.init_cache(batch, prompt_width + max_new_tokens - 1, cache_dtype)
-    hidden, cache = policy.prefill(params, prompt, prompt_positions, cache)
-    hidden = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
-    done = jnp.zeros(batch, bool)
-    first = draw(hidden, 0, done)
-    buffers = jax.tree.map(lambda x: write(jnp.zeros((batch, max_new_tokens), x.dtype), x, 0), first)
-
-    def unfinished(carry) -> Array:
-        count, _, done, _, _ = carry
-        return (count < max_new_tokens) & ~jnp.all(done)
-
-    def advance(carry):
-        count, previous, done, cache, buffers = carry
-        # The cache slot of a sequence that has ended is marked as padding; its output is not used.
-        position = jnp.where(done, -1, length + count - 1)
-        hidden, cache = policy.decode(params, previous[:, None], position[:, None], cache)
-        drawn = draw(hidden[:, 0], count, done)
-        buffers = jax.tree.map(lambda buffer, x: write(buffer, x, count), buffers, drawn)
-        return count + 1, drawn.token, ended(drawn, done), cache, buffers
-
-    carry = (jnp.asarray(1, jnp.int32), first.token, ended(first, done), cache, buffers)
-    _, _, done, _, buffers = jax.lax.while_loop(unfinished, advance, carry)
+    slots = batch if slots is None else min(slots, batch)
+    refill = max(slots // 8, 1) if refill is None else refill
+    if not 1 <= refill <= max(slots, 1) or slots < 1:
+        raise ValueError(f"slots must be at least 1, and refill between 1 and slots, got {slots} and {refill}")
+    if slots < batch and policy.insert is None:
+        raise ValueError(
+            f"{slots} slots for {batch} sequences need a policy whose cache takes rows (Policy.insert); give slots=None"
+        )
+    drawer = Drawer(policy.unembed(params), flat_params(sampling, num_prompts, group_size), key, requests)
+    drawn, finish = decode_all(
+        policy,
+        params,
+        requests,
+        drawer,
+        max_new_tokens=max_new_tokens,
+        slots=slots,
+        refill=refill,
+        cache_dtype=cache_dtype,
+    )
 
     # Sampled tokens move from behind the padded prompt to directly behind each prompt.
-    new_tokens = jnp.sum(buffers.mask, axis=1).astype(jnp.int32)
-    total = length + new_tokens
+    prompt = constrain(jnp.repeat(prompts.tokens, group_size, axis=0), ("batch", None))
+    length = constrain(jnp.repeat(prompts.length, group_size, axis=0), ("batch",))
+    total = length + jnp.sum(drawn.mask, axis=1).astype(jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(prompt_width + max_new_tokens), (batch, prompt_width + max_new_tokens))
     in_prompt = positions < length[:, None]
     sampled = ~in_prompt & (positions < total[:, None])
@@ -192,36 +144,72 @@ def generate(
         return jnp.where(sampled, jnp.take_along_axis(buffer, source, axis=1), jnp.zeros((), buffer.dtype))
 
     padded_prompt = jnp.pad(prompt, ((0, 0), (0, max_new_tokens)))
-    extras = {"entropy": behind_prompt(buffers.entropy)}
-    if truncating:
-        extras["sampler_logp"] = behind_prompt(buffers.sampler_logp)
+    extras = {"entropy": behind_prompt(drawn.entropy)}
+    if is_truncating(sampling):
+        extras["sampler_logp"] = behind_prompt(drawn.sampler_logp)
     grouped = (num_prompts, group_size)
+    prompt_id = jnp.arange(num_prompts, dtype=jnp.int32) if prompts.prompt_id is None else prompts.prompt_id
     return Rollouts(
-        tokens=jnp.where(in_prompt, padded_prompt, behind_prompt(buffers.token)),
+        tokens=jnp.where(in_prompt, padded_prompt, behind_prompt(drawn.token)),
         mask=sampled.astype(jnp.float32),
-        logp=behind_prompt(buffers.logp),
+        logp=behind_prompt(drawn.logp),
         step=jnp.where(sampled, 0, -1).astype(jnp.int32),
         version=jnp.where(sampled, version, -1).astype(jnp.int32),
         reward=jnp.zeros(grouped, jnp.float32),
         rewards={},
-        valid=jnp.ones(grouped, bool),
+        valid=finish.reshape(grouped) != FINISH_ABORT,
         length=total.reshape(grouped),
-        finish=jnp.where(done, FINISH_STOP, FINISH_LENGTH).astype(jnp.int8).reshape(grouped),
-        id=ids.astype(jnp.uint32),
+        finish=finish.reshape(grouped),
+        id=requests.id.reshape(grouped),
         prompt_id=prompt_id.astype(jnp.int32),
         extras=extras,
     )
 
 
-def _check_lengths(prompts: Prompts) -> None:
-    """Raise ValueError for a prompt that is empty or longer than its row, where the lengths are known already."""
-    length, width = prompts.length, prompts.tokens.shape[1]
-    if isinstance(length, Tracer) or not getattr(length, "is_fully_addressable", True):
+def _requests(prompts: Prompts, max_new_tokens: int, group_size: int) -> Requests:
+    """The sequences to be sampled, checked."""
+    if prompts.tokens.ndim != 2 or prompts.length.shape != prompts.tokens.shape[:1]:
+        raise ValueError(
+            "prompts.tokens must be [P, L] and prompts.length [P], "
+            f"got {prompts.tokens.shape} and {prompts.length.shape}"
+        )
+    num_prompts, width = prompts.tokens.shape
+    if num_prompts < 1:
+        raise ValueError("prompts hold no prompt; give at least one")
+    _check_range(
+        "prompts.length",
+        prompts.length,
+        width,
+        "L",
+        "a prompt needs at least one token, e.g. a beginning-of-sequence token",
+    )
+    if max_new_tokens < 1 or group_size < 1:
+        raise ValueError(f"max_new_tokens and group_size must be at least 1, got {max_new_tokens} and {group_size}")
+    grouped = (num_prompts, group_size)
+    ids = jnp.arange(num_prompts * group_size, dtype=jnp.uint32).reshape(grouped) if prompts.id is None else prompts.id
+    if ids.shape != grouped:
+        raise ValueError(f"prompts.id must be [P, G] = [{num_prompts}, {group_size}], got {ids.shape}")
+    if prompts.prompt_id is not None and prompts.prompt_id.shape != (num_prompts,):
+        raise ValueError(f"prompts.prompt_id must be [P] = [{num_prompts}], got {prompts.prompt_id.shape}")
+    limit = prompts.max_new_tokens
+    if limit is not None:
+        if limit.shape not in ((num_prompts,), grouped):
+            raise ValueError(
+                f"prompts.max_new_tokens must be [P] = [{num_prompts}] or [P, G] = {list(grouped)}, got {limit.shape}"
+            )
+        _check_range("prompts.max_new_tokens", limit, max_new_tokens, "max_new_tokens", "which is the static limit")
+        limit = jnp.broadcast_to(limit if limit.ndim == 2 else limit[:, None], grouped).reshape(-1).astype(jnp.int32)
+    return Requests(prompts.tokens, prompts.length, ids.reshape(-1).astype(jnp.uint32), limit, group_size)
+
+
+def _check_range(name: str, values: Array, highest: int, bound: str, reason: str) -> None:
+    """Raise ValueError for a value below 1 or above the bound, where the values are known already."""
+    if isinstance(values, Tracer) or not getattr(values, "is_fully_addressable", True):
         return
-    length = np.asarray(length)
-    wrong = np.flatnonzero((length < 1) | (length > width))
+    found = np.asarray(values)
+    wrong = np.argwhere((found < 1) | (found > highest))
     if wrong.size:
         raise ValueError(
-            f"prompts.length must be between 1 and L={width}, got {length[wrong[0]]} for prompt {wrong[0]}; "
-            "a prompt needs at least one token, e.g. a beginning-of-sequence token"
+            f"{name} must be between 1 and {bound}={highest}, got {found[tuple(wrong[0])]} for prompt {wrong[0][0]}; "
+            f"{reason}"
         )

@@ -1,111 +1,303 @@
-"""Pure functions `logits -> logits`: temperature, top-k, top-p and min-p. Nothing here draws."""
+"""Pure functions `logits -> logits`: penalties, bans, temperature, top-k, top-p and min-p. Nothing here draws."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_post.types import Array
 
 
 class SamplingParams(NamedTuple):
-    """How tokens are drawn. The truncations are static: one that is off costs nothing.
+    """How tokens are drawn.
+
+    A number that is a Python value is static, and costs nothing where it turns its option off. All but the tuples may
+    be arrays too, traced ones among them: a scalar for all sequences, or, in `rollout.generate`, one for each prompt
+    `[P]` or sequence `[P, G]`. Changing what is in an array compiles nothing anew.
 
     Attributes:
         temperature: logits are divided by it; positive.
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the smallest set of most probable tokens whose probabilities sum to at least this, in (0, 1].
         min_p: keep tokens at least this fraction as probable as the most probable one, in [0, 1).
-        greedy: take the most probable token; the other fields are then without effect on the choice.
-        stop_tokens: ids that end a sequence.
+        greedy: take the most probable token; temperature and truncations are then without effect on the choice.
+        stop_tokens: ids that end a sequence; a tuple, or an array `[K]` (-1 for none).
+        repetition_penalty: see `transform`; 1 is none.
+        presence_penalty: see `transform`; 0 is none.
+        frequency_penalty: see `transform`; 0 is none.
+        min_tokens: no stop token is drawn before so many tokens.
+        stop_sequences: token ids that end a sequence where they have been sampled one after the other.
+        logit_bias: array `[V]` that is added to the logits; None for none.
+        allowed: bool array `[V]`, the tokens that may be drawn; None for all.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    greedy: bool = False
-    stop_tokens: tuple[int, ...] = ()
+    temperature: Array | float = 1.0
+    top_k: Array | int = 0
+    top_p: Array | float = 1.0
+    min_p: Array | float = 0.0
+    greedy: Array | bool = False
+    stop_tokens: Array | tuple[int, ...] = ()
+    repetition_penalty: Array | float = 1.0
+    presence_penalty: Array | float = 0.0
+    frequency_penalty: Array | float = 0.0
+    min_tokens: Array | int = 0
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+    logit_bias: Array | None = None
+    allowed: Array | None = None
 
 
-def check(temperature: Array | float, top_k: int, top_p: Array | float, min_p: Array | float) -> None:
-    """Raise ValueError for a value outside its range; values inside arrays (traced ones among them) are not read."""
-    if not isinstance(temperature, jax.Array) and not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}; use greedy=True for the argmax")
-    if not isinstance(top_p, jax.Array) and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}; 1.0 turns it off")
-    if top_k < 0:
-        raise ValueError(f"top_k must be 0 (off) or positive, got {top_k}")
-    if not isinstance(min_p, jax.Array) and not 0 <= min_p < 1:
-        raise ValueError(f"min_p must be in [0, 1), got {min_p}; 0.0 turns it off")
+class SamplingState(NamedTuple):
+    """What has been said so far, for the options that depend on it.
+
+    Attributes:
+        counts: `[..., V]` int32, how often each token has been sampled.
+        prompt: `[..., V]` bool, the tokens that the prompt holds.
+        number: `[...]` int32, number of tokens sampled.
+    """
+
+    counts: Array
+    prompt: Array
+    number: Array
+
+
+NEUTRAL = SamplingParams()
+
+
+def is_off(name: str, value: Any) -> bool:
+    """Whether an option is known to do nothing: what is in an array is not known.
+
+    Example:
+        >>> is_off("top_p", 1.0), is_off("top_p", 0.9), is_off("top_p", jnp.ones(()))
+        (True, False, False)
+    """
+    return value is None or (isinstance(value, int | float | tuple) and value == getattr(NEUTRAL, name))
+
+
+def needs_state(params: SamplingParams) -> bool:
+    """Whether what may be drawn depends on what was sampled before.
+
+    Example:
+        >>> needs_state(SamplingParams(top_k=3)), needs_state(SamplingParams(presence_penalty=0.5))
+        (False, True)
+    """
+    names = ("repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens")
+    return not all(is_off(name, getattr(params, name)) for name in names)
 
 
 def is_truncating(params: SamplingParams) -> bool:
-    """Whether some token may be forbidden, so that the sampled distribution is not the tempered one.
+    """Whether the sampled distribution may differ from the tempered one.
 
     Example:
         >>> is_truncating(SamplingParams(temperature=0.7)), is_truncating(SamplingParams(top_k=5))
         (False, True)
     """
-    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+    names = ("top_k", "top_p", "min_p", "logit_bias", "allowed")
+    return needs_state(params) or not all(is_off(name, getattr(params, name)) for name in names)
+
+
+def check(params: SamplingParams) -> None:
+    """Raise ValueError for a value outside its range; values inside arrays (traced ones among them) are not read."""
+
+    def known(value: Any) -> bool:
+        return isinstance(value, int | float | np.number)
+
+    p = params
+    if known(p.temperature) and not p.temperature > 0:
+        raise ValueError(f"temperature must be positive, got {p.temperature}; use greedy=True for the argmax")
+    if known(p.top_p) and not 0 < p.top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {p.top_p}; 1.0 turns it off")
+    if known(p.top_k) and p.top_k < 0:
+        raise ValueError(f"top_k must be 0 (off) or positive, got {p.top_k}")
+    if known(p.min_p) and not 0 <= p.min_p < 1:
+        raise ValueError(f"min_p must be in [0, 1), got {p.min_p}; 0.0 turns it off")
+    if known(p.repetition_penalty) and not p.repetition_penalty > 0:
+        raise ValueError(f"repetition_penalty must be positive, got {p.repetition_penalty}; 1.0 turns it off")
+    if known(p.min_tokens) and p.min_tokens < 0:
+        raise ValueError(f"min_tokens must be 0 (off) or positive, got {p.min_tokens}")
+    if any(not sequence for sequence in p.stop_sequences):
+        raise ValueError(f"stop_sequences must not hold an empty one, got {p.stop_sequences}")
 
 
 def transform(
     logits: Array,
-    state: None = None,
+    state: SamplingState | None = None,
     *,
     temperature: Array | float = 1.0,
-    top_k: int = 0,
+    top_k: Array | int = 0,
     top_p: Array | float = 1.0,
     min_p: Array | float = 0.0,
+    repetition_penalty: Array | float = 1.0,
+    presence_penalty: Array | float = 0.0,
+    frequency_penalty: Array | float = 0.0,
+    min_tokens: Array | int = 0,
+    stop_tokens: Array | tuple[int, ...] = (),
+    logit_bias: Array | None = None,
+    allowed: Array | None = None,
 ) -> Array:
-    """Tempered logits with -inf where a truncation forbids the token.
+    r"""Tempered logits with -inf where a truncation or a ban forbids the token.
 
-    Temperature first; then top-k; then top-p on what top-k left, renormalised, as transformers and vLLM do; min-p
-    compares with the most probable token. A token is kept if every one of them keeps it, the most probable one always.
+    In this order, as vLLM has it: `logit_bias` is added; a token seen in prompt or completion has its logit divided by
+    `repetition_penalty` if positive and multiplied if negative; $z_v$ loses `frequency_penalty` $\cdot\, n_v +$
+    `presence_penalty` $\cdot\, [n_v > 0]$, where $n_v$ counts the completion's tokens; what is banned becomes -inf;
+    then temperature; then top-k; then top-p on what top-k left, renormalised, as transformers and vLLM do; min-p
+    compares with the most probable token. A token is kept if every truncation keeps it, the most probable one always.
+
+    Nothing is sorted: the least logit that a truncation keeps is found by bisection between the floating-point numbers,
+    exactly, in some twenty sums over the vocabulary.
 
     Args:
         logits: `[..., V]`, any real dtype.
-        state: reserved for transformations that depend on what was sampled before; None.
-        temperature: positive scalar.
+        state: what was sampled before, for the penalties and `min_tokens`; None if there are none.
+        temperature: positive; like all numbers here a scalar or `[...]`, one for each row.
         top_k: tokens to keep, ties with the k-th included; 0 keeps all.
         top_p: nucleus mass in (0, 1]; 1 keeps all.
         min_p: in [0, 1); 0 keeps all.
+        repetition_penalty: positive; 1 is none.
+        presence_penalty: nats; 0 is none.
+        frequency_penalty: nats for each time; 0 is none.
+        min_tokens: `stop_tokens` are banned until the completion has so many tokens.
+        stop_tokens: ids, for `min_tokens`; negative ones are ignored.
+        logit_bias: `[V]` or `[..., V]`.
+        allowed: bool, `[V]` or `[..., V]`; what is False is banned.
 
     Returns:
         `[..., V]` float32 or wider.
 
     Raises:
-        ValueError: if `state` is not None, or a static value is out of range.
+        ValueError: if a static value is out of range, or an option needs `state` and there is none.
 
     Example:
         >>> logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
         >>> jnp.isfinite(transform(logits, top_p=0.7)).tolist()
         [True, True, False, False]
+        >>> rows = transform(jnp.stack([logits, logits]), top_k=jnp.array([1, 3]))
+        >>> jnp.isfinite(rows).sum(axis=-1).tolist()
+        [1, 3]
 
     References:
         top-p: The Curious Case of Neural Text Degeneration, arXiv 1904.09751; min-p: Turning Up the Heat, arXiv
-        2407.01082.
+        2407.01082; repetition penalty: CTRL: A Conditional Transformer Language Model, arXiv 1909.05858.
     """
-    if state is not None:
-        raise ValueError("state is reserved and must be None")
-    check(temperature, top_k, top_p, min_p)
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature
+    given = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        min_tokens=min_tokens,
+        logit_bias=logit_bias,
+        allowed=allowed,
+    )
+    check(given)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    if logit_bias is not None:
+        logits = logits + logit_bias.astype(logits.dtype)
+    if needs_state(given):
+        if state is None:
+            raise ValueError("penalties and min_tokens depend on what was sampled before: give state")
+        logits = _penalized(logits, state, given, stop_tokens)
+    if allowed is not None:
+        logits = jnp.where(allowed, logits, -jnp.inf)
+    logits = logits / _column(temperature)
+    cuts: list[tuple[Any, Any, Callable[[Array], Array]]] = []
+    if not is_off("top_k", top_k):
+        cuts.append((top_k, _column(top_k) > 0, lambda keep: _within_top_k(logits, top_k)))
+    if not is_off("top_p", top_p):
+        cuts.append((top_p, _column(top_p) < 1, lambda keep: _within_top_p(logits, keep, _column(top_p))))
     highest = jnp.max(logits, axis=-1, keepdims=True)
     keep = jnp.ones(logits.shape, bool)
-    if top_k > 0:
-        kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
-        keep &= logits >= kth
-    if not (isinstance(top_p, float | int) and top_p >= 1):
-        probs = jax.nn.softmax(jnp.where(keep, logits, -jnp.inf), axis=-1)
-        descending = jnp.flip(jnp.sort(probs, axis=-1), axis=-1)
-        before = jnp.cumsum(descending, axis=-1) - descending
-        # The least probable token still needed to reach the mass; everything at least as probable stays.
-        inside = before < top_p
-        threshold = jnp.min(jnp.where(inside, descending, jnp.inf), axis=-1, keepdims=True)
-        keep &= probs >= threshold
-    if not (isinstance(min_p, float | int) and min_p <= 0):
-        keep &= logits >= highest + jnp.log(min_p)
+    for value, on, cut in cuts:
+        if isinstance(value, int | float):
+            keep &= cut(keep)
+        else:  # what no row asks for is not computed
+            keep = jax.lax.cond(jnp.any(on), lambda k, on=on, cut=cut: k & (cut(k) | ~on), lambda k: k, keep)
+    if not is_off("min_p", min_p):
+        keep &= logits >= highest + jnp.log(_column(min_p))
     return jnp.where(keep | (logits == highest), logits, -jnp.inf)
+
+
+def _column(value: Array | float) -> Any:
+    """A number, or one for each row, so that it goes with `[..., V]`."""
+    return value[..., None] if getattr(value, "ndim", 0) else value  # type: ignore[index]
+
+
+def _penalized(
+    logits: Array, state: SamplingState, params: SamplingParams, stop_tokens: Array | tuple[int, ...]
+) -> Array:
+    counts, prompt, number = state
+    if not is_off("repetition_penalty", params.repetition_penalty):
+        factor = _column(params.repetition_penalty)
+        seen = prompt | (counts > 0)
+        logits = jnp.where(seen, jnp.where(logits > 0, logits / factor, logits * factor), logits)
+    if not is_off("frequency_penalty", params.frequency_penalty):
+        logits = logits - _column(params.frequency_penalty) * counts
+    if not is_off("presence_penalty", params.presence_penalty):
+        logits = logits - _column(params.presence_penalty) * (counts > 0)
+    stops = jnp.asarray(stop_tokens or (-1,) if isinstance(stop_tokens, tuple) else stop_tokens)
+    if not is_off("min_tokens", params.min_tokens):
+        size = logits.shape[-1]
+        banned = jnp.zeros(size, bool).at[jnp.where(stops < 0, size, stops)].set(True, mode="drop")
+        early = jnp.asarray(number < params.min_tokens)[..., None]
+        logits = jnp.where(early & banned, -jnp.inf, logits)
+    return logits
+
+
+def _within_top_k(logits: Array, top_k: Array | int) -> Array:
+    if isinstance(top_k, int):
+        return logits >= jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
+    return _highest(logits, jnp.ones((), jnp.int32), _column(top_k))
+
+
+def _within_top_p(logits: Array, keep: Array, top_p: Any) -> Array:
+    return _highest(logits, jax.nn.softmax(jnp.where(keep, logits, -jnp.inf), axis=-1), top_p)
+
+
+def _highest(values: Array, weight: Array, wanted: Any) -> Array:
+    """`[..., V]` bool: the fewest of the highest values whose weights sum to what is wanted, and what ties with them.
+
+    Args:
+        values: `[..., V]`.
+        weight: the same shape, or a scalar; not negative.
+        wanted: scalar or `[..., 1]`.
+    """
+    places = _in_order(values)
+
+    def above(least: Array) -> tuple[Array, Array]:
+        inside = places >= least
+        total = jnp.sum(jnp.where(inside, weight, jnp.zeros((), weight.dtype)), axis=-1, keepdims=True)
+        return total >= wanted, jnp.sum(inside, axis=-1, keepdims=True, dtype=jnp.int32)
+
+    def between(state: tuple[Array, Array, Array, Array]) -> Array:
+        low, high, number_low, number_high = state
+        # With one value left between the bounds, nothing that is still open matters.
+        return (high - 1 > low) & (number_low - number_high > 1)
+
+    def halve(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        low, high, number_low, number_high = state
+        middle = (low & high) + ((low ^ high) >> 1)  # their mean, without overflow
+        enough, number = above(middle)
+        return (
+            jnp.where(enough, middle, low),
+            jnp.where(enough, high, middle),
+            jnp.where(enough, number, number_low),
+            jnp.where(enough, number_high, number),
+        )
+
+    low = jnp.min(places, axis=-1, keepdims=True)
+    high = jnp.max(places, axis=-1, keepdims=True) + 1
+    whole = jnp.full_like(low, values.shape[-1], dtype=jnp.int32)
+    start = (low, high, whole, jnp.zeros_like(whole))
+    return places >= jax.lax.while_loop(lambda state: jnp.any(between(state)), halve, start)[0]
+
+
+def _in_order(values: Array) -> Array:
+    """Integers in the order of the floating-point numbers: next to each other where those are."""
+    kind = {4: jnp.int32, 8: jnp.int64}[values.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(jnp.where(values == 0, jnp.zeros((), values.dtype), values), kind)
+    return jnp.where(bits < 0, bits ^ jnp.iinfo(kind).max, bits)

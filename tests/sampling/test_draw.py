@@ -42,6 +42,25 @@ def test_frequencies_are_those_of_the_softmax(keys, options):
     assert chi_square(tokens, wrong / wrong.sum()) > 23.5
 
 
+def test_a_large_vocabulary_that_is_drawn_from_in_two_steps_has_the_frequencies_of_the_softmax():
+    # Three blocks, the last one not full; a token of each sixth with a third of its mass.
+    size = 600
+    z = np.zeros(size)
+    z[50::100] = np.log(49.5)
+    z[100:200] += 1.0
+    z[590:] = -np.inf
+    probs = np.exp(z) / np.exp(z).sum()
+    tokens = jax.jit(sample)(keys_of_rows(DRAWS), jnp.broadcast_to(jnp.asarray(z, jnp.float32), (DRAWS, size)))
+    bins = np.repeat(np.arange(6), 100) + 6 * (z > 2)
+    by_bin = np.bincount(bins, weights=probs, minlength=12)
+    # 37.4 is the 0.9999 quantile of chi-square with 11 degrees of freedom.
+    assert np.max(np.asarray(tokens)) < 590
+    assert chi_square(bins[np.asarray(tokens)], by_bin) < 37.4
+    assert chi_square(bins[np.asarray(tokens)], np.bincount(bins, weights=np.full(size, 1 / size), minlength=12)) > 37.4
+    one_key = jax.jit(sample)(jax.random.key(0), jnp.broadcast_to(jnp.asarray(z, jnp.float32), (DRAWS, size)))
+    assert chi_square(bins[np.asarray(one_key)], by_bin) < 37.4
+
+
 def test_consecutive_positions_of_one_sequence_are_independent():
     rows = 10_000
     even = jnp.zeros((rows, 2))

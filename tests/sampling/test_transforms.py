@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_post.sampling import SamplingParams, is_truncating, transform
+from jaxrl_post.sampling import SamplingParams, SamplingState, is_truncating, transform
 
 LOGITS = jnp.log(jnp.array([0.5, 0.25, 0.125, 0.0625, 0.0625]))  # exact in binary, so that boundaries are too
 
@@ -112,6 +112,72 @@ def test_traced_values_do_what_static_ones_do():
         np.testing.assert_allclose(traced(t, p, m), transform(LOGITS, temperature=t, top_p=p, min_p=m), rtol=1e-6)
 
 
+def test_numbers_of_each_row_do_what_they_do_alone():
+    random = np.random.default_rng(2)
+    logits = jnp.asarray(2 * random.standard_normal((6, 40)), jnp.float32).at[3, 5:9].set(1.0)
+    columns = {
+        "temperature": [0.5, 1.0, 2.0, 1.0, 1.0, 0.7],
+        "top_k": [0, 1, 5, 3, 40, 0],
+        "top_p": [0.9, 1.0, 0.5, 0.8, 1.0, 0.3],
+        "min_p": [0.0, 0.0, 0.1, 0.0, 0.4, 0.0],
+    }
+    together = jax.jit(transform)(logits, **{name: jnp.asarray(values) for name, values in columns.items()})
+    for row in range(6):
+        alone = transform(logits[row], **{name: values[row] for name, values in columns.items()})
+        np.testing.assert_allclose(together[row], alone, rtol=1e-6)
+
+
+def test_a_nucleus_of_many_tokens_is_the_one_that_sorting_finds():
+    random = np.random.default_rng(3)
+    for spread in (1e-6, 0.1, 5.0):
+        logits = (spread * random.standard_normal((3, 5000))).astype(np.float32)
+        p = np.exp(logits.astype(np.float64))
+        p /= p.sum(-1, keepdims=True)
+        for mass in (0.1, 0.95):
+            found = np.isfinite(np.asarray(transform(jnp.asarray(logits), top_p=mass)))
+            for row in range(3):
+                inside = np.cumsum(np.sort(p[row])[::-1])
+                assert abs(found[row].sum() - (np.searchsorted(inside, mass) + 1)) <= 1 + 1e-5 * 5000
+                assert p[row][found[row]].min() >= p[row][~found[row]].max()
+
+
+def test_a_bias_is_added_and_a_ban_is_kept():
+    bias = jnp.zeros(5).at[4].set(3.0)
+    out = transform(LOGITS, logit_bias=bias, allowed=jnp.array([True, False, True, True, True]), temperature=0.5)
+    np.testing.assert_allclose(out, np.where([1, 0, 1, 1, 1], (np.asarray(LOGITS) + np.asarray(bias)) / 0.5, -np.inf))
+
+
+def test_penalties_are_those_of_the_formula():
+    logits = jnp.array([[2.0, -1.0, 0.5, -0.5]])
+    state = SamplingState(jnp.array([[2, 0, 0, 1]]), jnp.array([[False, True, False, False]]), jnp.array([3]))
+    # Token 1 is in the prompt, 0 and 3 in the completion; presence and frequency count the completion alone.
+    found = transform(logits, state, repetition_penalty=2.0)
+    np.testing.assert_allclose(found, [[1.0, -2.0, 0.5, -1.0]])
+    found = transform(logits, state, presence_penalty=0.25, frequency_penalty=0.5)
+    np.testing.assert_allclose(found, [[2.0 - 1.25, -1.0, 0.5, -0.5 - 0.75]])
+
+
+def test_the_repetition_penalty_is_that_of_transformers():
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    random = np.random.default_rng(4)
+    logits = random.standard_normal((2, 12)).astype(np.float32)
+    said = random.integers(0, 12, (2, 7))
+    theirs = transformers.RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor(said), torch.tensor(logits)).numpy()
+    prompt = np.zeros((2, 12), bool)
+    counts = np.zeros((2, 12), np.int32)
+    for row in range(2):
+        prompt[row, said[row, :3]] = True
+        np.add.at(counts[row], said[row, 3:], 1)
+    state = SamplingState(jnp.asarray(counts), jnp.asarray(prompt), jnp.full(2, 4))
+    np.testing.assert_allclose(transform(jnp.asarray(logits), state, repetition_penalty=1.3), theirs, rtol=1e-6)
+
+
+def test_stop_tokens_are_banned_until_there_are_enough_tokens():
+    state = SamplingState(jnp.zeros((2, 5), int), jnp.zeros((2, 5), bool), jnp.array([1, 2]))
+    out = transform(jnp.stack([LOGITS, LOGITS]), state, min_tokens=2, stop_tokens=jnp.array([0, 3, -1]))
+    assert np.isfinite(np.asarray(out)).tolist() == [[False, True, True, False, True], [True] * 5]
+
+
 def test_sixteen_bit_logits_are_raised_and_float64_stays():
     assert transform(LOGITS.astype(jnp.bfloat16), temperature=0.7).dtype == jnp.float32
     with jax.enable_x64(True):
@@ -120,7 +186,8 @@ def test_sixteen_bit_logits_are_raised_and_float64_stays():
 
 def test_only_cuts_truncate():
     assert not is_truncating(SamplingParams(temperature=0.3, greedy=True, stop_tokens=(1,)))
-    assert all(is_truncating(SamplingParams(**cut)) for cut in ({"top_k": 9}, {"top_p": 0.99}, {"min_p": 0.01}))
+    cuts = ({"top_k": 9}, {"top_p": 0.99}, {"min_p": 0.01}, {"min_tokens": 1}, {"allowed": jnp.ones(5, bool)})
+    assert all(is_truncating(SamplingParams(**cut)) for cut in cuts)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +200,9 @@ def test_only_cuts_truncate():
         ({"top_k": -1}, r"top_k must be 0 \(off\) or positive, got -1"),
         ({"min_p": 1.0}, r"min_p must be in \[0, 1\), got 1.0; 0.0 turns it off"),
         ({"min_p": -0.1}, r"min_p must be in \[0, 1\), got -0.1"),
-        ({"state": ()}, "state is reserved and must be None"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive, got 0.0; 1.0 turns it off"),
+        ({"min_tokens": -1}, r"min_tokens must be 0 \(off\) or positive, got -1"),
+        ({"presence_penalty": 0.5}, "depend on what was sampled before: give state"),
     ],
 )
 def test_a_value_out_of_range_is_refused(options, message):

@@ -1,0 +1,265 @@
+"""The loop over tokens: a queue of sequences, and slots that they take, one after the other, in one program.
+
+What is drawn from a state is not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_post.mesh import constrain
+from jaxrl_post.sampling import SamplingParams
+from jaxrl_post.types import FINISH_ABORT, FINISH_LENGTH, FINISH_NONE, FINISH_STOP, Array, Params, Policy, PyTree
+
+
+class Requests(NamedTuple):
+    """`B = P * G` sequences to be sampled.
+
+    Attributes:
+        tokens: `[P, L]`, the prompts, padded on the right.
+        length: `[P]`.
+        id: `[B]` uint32, of the sequences.
+        limit: `[B]` int32, the most tokens of each; None for the static limit.
+        group_size: `G`, sequences of a prompt.
+    """
+
+    tokens: Array
+    length: Array
+    id: Array
+    limit: Array | None
+    group_size: int
+
+    @property
+    def count(self) -> int:
+        """`B`."""
+        return self.tokens.shape[0] * self.group_size
+
+
+class Drawn(NamedTuple):
+    """What is kept of each sampled token: `[R]` where it is drawn, `[B, N]` of all.
+
+    Attributes:
+        token: int32.
+        mask: 1 where there is a token; where drawing has failed, 0.
+        logp: nats, under the tempered policy.
+        sampler_logp: nats, under what was drawn from.
+        entropy: nats, of the tempered policy.
+    """
+
+    token: Array
+    mask: Array
+    logp: Array
+    sampler_logp: Array
+    entropy: Array
+
+
+class Draw(Protocol):
+    """What `decode_all` asks of a drawer; see `drawing.Drawer`."""
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """What ends a sequence is in it."""
+        ...
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Size of the counts that it wants of each sequence."""
+        ...
+
+    def __call__(self, hidden: Array, request: Array, count: Array, counts: Array | None) -> Drawn:
+        """The next token of each row."""
+        ...
+
+
+class _Slots(NamedTuple):
+    """The loop's state.
+
+    Attributes:
+        request: `[S]` int32, the sequence in each slot; `B` where there is none.
+        count: `[S]` int32, its tokens.
+        token: `[S]` int32, the last of them.
+        recent: `[S, m]` int32, the last of them, for sequences that end it; `m` may be 0.
+        counts: `[S, V]` int32 how often it has sampled each, or None.
+        ended: `[S]` bool.
+        waiting: int32, the next sequence that no slot has had.
+        cache: of the policy, a row for each slot.
+        drawn: `[B, N]` of all sequences.
+        finish: `[B]` int8.
+    """
+
+    request: Array
+    count: Array
+    token: Array
+    recent: Array
+    counts: Array | None
+    ended: Array
+    waiting: Array
+    cache: PyTree
+    drawn: Drawn
+    finish: Array
+
+
+def decode_all(
+    policy: Policy,
+    params: Params,
+    requests: Requests,
+    draw: Draw,
+    *,
+    max_new_tokens: int,
+    slots: int,
+    refill: int,
+    cache_dtype: Any = None,
+) -> tuple[Drawn, Array]:
+    """Sample all sequences; `rollout.generate` explains the arguments.
+
+    Returns:
+        `Drawn` `[B, N]`, zero behind the end of each sequence, and how each ended, `[B]` int8.
+    """
+    total, width, size = requests.count, requests.tokens.shape[1], draw.vocab_size
+    at_once = slots == total  # then every sequence has a slot from the beginning, and all have equally many tokens
+    is_end, memory = _ends(draw.sampling)
+    limit = jnp.full(total, max_new_tokens, jnp.int32) if requests.limit is None else requests.limit
+
+    def store(state: _Slots, rows: Array, drawn: Drawn) -> _Slots:
+        """The state with a new token in each of the slots `rows`; those that are not running stay as they are."""
+        request, count = state.request[rows], state.count[rows]
+        running = ~state.ended[rows] & (rows < slots) & (request < total)
+        alive = jnp.where(running, drawn.mask, 0.0)
+        token = jnp.where(alive > 0, drawn.token, 0)
+        drawn = Drawn(token, alive, *(jnp.where(alive > 0, x, 0.0) for x in drawn[2:]))
+
+        def write(buffer: Array, values: Array) -> Array:
+            values = values.astype(buffer.dtype)
+            if at_once:
+                return jax.lax.dynamic_update_slice_in_dim(buffer, values[:, None], jnp.max(state.count), axis=1)
+            return buffer.at[jnp.where(running, request, total), count].set(values, mode="drop")
+
+        recent = jnp.concatenate([state.recent[rows], token[:, None]], axis=1)[:, 1:]
+        stopped = is_end(token, recent) & (alive > 0)
+        full = count + 1 >= limit[jnp.minimum(request, total - 1)]
+        finish = jnp.where(alive == 0, FINISH_ABORT, jnp.where(stopped, FINISH_STOP, FINISH_LENGTH))
+        over = running & ((alive == 0) | stopped | full)
+        counts = state.counts
+        if counts is not None:
+            counts = counts.at[rows, token].add(alive.astype(counts.dtype), mode="drop")
+        # Of rows that do not run the count goes on where all are written to one column.
+        grown = count + 1 if at_once else count + running
+        return state._replace(
+            count=state.count.at[rows].set(grown, mode="drop"),
+            token=state.token.at[rows].set(token, mode="drop"),
+            recent=state.recent.at[rows].set(recent, mode="drop"),
+            counts=counts,
+            ended=state.ended.at[rows].set(~running | over, mode="drop"),
+            drawn=jax.tree.map(write, state.drawn, drawn),
+            finish=state.finish.at[jnp.where(over, request, total)].set(finish.astype(jnp.int8), mode="drop"),
+        )
+
+    def counts_of(state: _Slots, rows: Array) -> Array | None:
+        return None if state.counts is None else state.counts[rows]
+
+    def prefilled(tokens: Array, length: Array) -> tuple[Array, PyTree]:
+        """The states before the first new tokens, and the cache of the prompts."""
+        columns = jnp.arange(width)
+        positions = jnp.where(columns < length[:, None], columns, -1)
+        cache = policy.init_cache(len(tokens), width, cache_dtype)
+        hidden, cache = policy.prefill(params, tokens, positions, cache)
+        return jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0], cache
+
+    def begin() -> _Slots:
+        """All slots filled with the first sequences of the queue."""
+        rows = jnp.arange(slots, dtype=jnp.int32)
+        capacity = width + max_new_tokens - 1
+        state = _Slots(
+            request=rows,
+            count=jnp.zeros(slots, jnp.int32),
+            token=jnp.zeros(slots, jnp.int32),
+            recent=jnp.full((slots, memory), -1, jnp.int32),
+            counts=None if size is None else jnp.zeros((slots, size), jnp.int32),
+            ended=jnp.zeros(slots, bool),
+            waiting=jnp.asarray(slots, jnp.int32),
+            cache=None,
+            drawn=Drawn(
+                jnp.zeros((total, max_new_tokens), jnp.int32),
+                *(jnp.zeros((total, max_new_tokens), jnp.float32) for _ in range(4)),
+            ),
+            finish=jnp.full(total, FINISH_NONE, jnp.int8),
+        )
+        if policy.insert is None:
+            tokens = constrain(jnp.repeat(requests.tokens, requests.group_size, axis=0), ("batch", None))
+            length = jnp.repeat(requests.length, requests.group_size)
+            columns = jnp.arange(width)
+            cache = policy.init_cache(slots, capacity, cache_dtype)
+            hidden, cache = policy.prefill(params, tokens, jnp.where(columns < length[:, None], columns, -1), cache)
+            hidden = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
+        else:
+            prompts = -(-slots // requests.group_size)
+            hidden, read = prefilled(requests.tokens[:prompts], requests.length[:prompts])
+            cache = policy.insert(policy.init_cache(slots, capacity, cache_dtype), read, requests.group_size)
+            hidden = jnp.repeat(hidden, requests.group_size, axis=0)[:slots]
+        state = state._replace(cache=cache)
+        return store(state, rows, draw(hidden, rows, state.count, state.counts))
+
+    def admit(state: _Slots) -> _Slots:
+        """The next `refill` sequences of the queue in slots that are free."""
+        rows = jnp.nonzero(state.ended, size=refill, fill_value=slots)[0].astype(jnp.int32)
+        request = state.waiting + jnp.arange(refill, dtype=jnp.int32)
+        rows = jnp.where(request < total, rows, slots)  # at the end of the queue there are fewer
+        # Each prompt is read once, however many of its group come in.
+        first = state.waiting // requests.group_size
+        prompts = min(refill, (refill - 2) // requests.group_size + 2)
+        read = jnp.minimum(first + jnp.arange(prompts), len(requests.tokens) - 1)
+        hidden, cache = prefilled(requests.tokens[read], requests.length[read])
+        source = jnp.clip(request // requests.group_size - first, 0, prompts - 1)
+        insert: Callable[..., PyTree] = policy.insert  # type: ignore[assignment]
+        fresh = jnp.zeros(refill, jnp.int32)
+        state = state._replace(
+            request=state.request.at[rows].set(request, mode="drop"),
+            count=state.count.at[rows].set(fresh, mode="drop"),
+            recent=state.recent.at[rows].set(-1, mode="drop"),
+            counts=None if state.counts is None else state.counts.at[rows].set(0, mode="drop"),
+            ended=state.ended.at[rows].set(False, mode="drop"),
+            waiting=jnp.minimum(state.waiting + refill, total),
+            cache=insert(state.cache, cache, source, rows),
+        )
+        drawn = draw(hidden[source], request, fresh, counts_of(state, jnp.minimum(rows, slots - 1)))
+        return store(state, rows, drawn)
+
+    def advance(state: _Slots) -> _Slots:
+        if not at_once:
+            free = jnp.sum(state.ended)
+            ready = (state.waiting < total) & (free >= jnp.minimum(refill, total - state.waiting))
+            state = jax.lax.cond(ready, admit, lambda state: state, state)
+        # The cache's place of a sequence that has ended is marked as padding; its output is not used.
+        length = requests.length[jnp.minimum(state.request, total - 1) // requests.group_size]
+        position = jnp.where(state.ended, -1, length + state.count - 1)
+        hidden, cache = policy.decode(params, state.token[:, None], position[:, None], state.cache)
+        drawn = draw(hidden[:, 0], state.request, state.count, state.counts)
+        return store(state._replace(cache=cache), jnp.arange(slots, dtype=jnp.int32), drawn)
+
+    def unfinished(state: _Slots) -> Array:
+        return ~jnp.all(state.ended) | (state.waiting < total)
+
+    state = jax.lax.while_loop(unfinished, advance, begin())
+    return state.drawn, state.finish
+
+
+def _ends(sampling: SamplingParams) -> tuple[Callable[[Array, Array], Array], int]:
+    """What tells from the last tokens whether a sequence has ended, and how many tokens it must know.
+
+    The function takes the last token `[R]` and the last ones `[R, m]`, -1 where there was none, and gives `[R]` bool.
+    """
+    stops = sampling.stop_tokens
+    stop_tokens = jnp.asarray((stops or (-1,)) if isinstance(stops, tuple) else stops, jnp.int32)
+    memory = max(map(len, sampling.stop_sequences), default=0)
+
+    def is_end(token: Array, recent: Array) -> Array:
+        ended = jnp.any(token[:, None] == stop_tokens, axis=-1)
+        for sequence in sampling.stop_sequences:
+            ended |= jnp.all(recent[:, memory - len(sequence) :] == jnp.asarray(sequence), axis=-1)
+        return ended
+
+    return is_end, memory
