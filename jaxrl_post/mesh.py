@@ -2,6 +2,9 @@
 
 Arrays name their axes by meaning ("batch", "vocab", "mlp", ...); `RULES` says where each goes. A different sharding is
 a changed row, not a changed model. Nothing here moves data except `place`.
+
+To all that are no experts, the axis `expert` is what `fsdp` is: it splits the batch and the parameters. Otherwise
+attention would do the same work on all devices along it.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -24,7 +28,7 @@ Rules: TypeAlias = Mapping[str, str | tuple[str, ...] | None]
 RULES: Rules = {
     # parameters
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": ("fsdp", "expert"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
@@ -32,7 +36,7 @@ RULES: Rules = {
     "experts": "expert",
     "layers": None,
     # activations and rollouts
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": "sequence",
     "act_embed": None,
     "act_heads": "tensor",
@@ -59,7 +63,7 @@ def make_mesh(
         fsdp: ways the parameters, the optimiser state and the batch are split.
         tensor: ways heads, hidden units and the vocabulary are split.
         sequence: ways positions are split.
-        expert: ways experts are split.
+        expert: ways experts are split; all other parameters and the batch are split over it as over `fsdp`.
         devices: devices to use, `jax.devices()` by default; the first `data * fsdp * ...` of them are taken.
 
     Returns:
@@ -159,6 +163,33 @@ def constrain(x: jax.Array, axes: LogicalAxes, rules: Rules = RULES) -> jax.Arra
     return x if math.prod(sizes.values()) == 1 else jax.lax.with_sharding_constraint(x, wanted)
 
 
+def spread(axes: LogicalAxes, shape: Sequence[int], rules: Rules = RULES) -> tuple[tuple[str, ...], ...]:
+    """The axes of the ambient mesh that each dimension lies over, for what is to run per device (`jax.shard_map`).
+
+    Args:
+        axes: logical name of each dimension, None for "not split".
+        shape: the array's shape.
+        rules: logical name to mesh axis or axes.
+
+    Returns:
+        A tuple of mesh axes for each dimension. All are empty without a mesh, and where the caller handles axes of the
+        mesh himself.
+
+    Raises:
+        ValueError: as `spec`.
+
+    Example:
+        >>> spread(("batch", None), (4, 2))
+        ((), ())
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes: dict[str, int] = {}
+    if not mesh.empty and all(kind == AxisType.Auto for kind in mesh.axis_types):
+        sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
+    entries = spec(axes, shape, sizes, rules)
+    return tuple(() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in entries)
+
+
 def _names_an_array(node: Any) -> bool:
     return node is None or (isinstance(node, tuple) and all(name is None or isinstance(name, str) for name in node))
 
@@ -183,7 +214,7 @@ def shardings(tree: PyTree, axes: PyTree | None, mesh: Mesh, rules: Rules = RULE
 
 
 def rollout_shardings(rollouts: Rollouts, mesh: Mesh) -> Rollouts:
-    """Shardings of `Rollouts`: every array's leading axis over `data` and `fsdp` as far as they divide it."""
+    """Shardings of `Rollouts`: every array's leading axis over those of "batch" as far as they divide it."""
 
     def leaf(x: Any) -> NamedSharding:
         names: LogicalAxes = ("batch", *(None,) * (x.ndim - 1)) if x.ndim else ()
@@ -193,11 +224,13 @@ def rollout_shardings(rollouts: Rollouts, mesh: Mesh) -> Rollouts:
 
 
 def place(tree: PyTree, sharding: PyTree) -> PyTree:
-    """Put host arrays that every process holds whole onto the mesh."""
+    """Put arrays onto the mesh: host arrays that every process holds whole, and those that lie on it in another way."""
 
     def put(x: Any, s: NamedSharding) -> jax.Array:
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 or not getattr(x, "is_fully_addressable", True):
             return jax.device_put(x, s)
+        if jnp.issubdtype(getattr(x, "dtype", np.float32), jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(x), s), impl=jax.random.key_impl(x))
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, s, lambda index: host[index])
 

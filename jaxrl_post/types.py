@@ -110,7 +110,7 @@ class Rollouts:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenStats:
-    """What a model says about given tokens; every field is `[B, T]` float32 or wider, None where it was not asked for.
+    """What a model says about given tokens: fields float32 or wider, None where not asked for, `[B, T]` but the last.
 
     Attributes:
         logp: log-prob of the token, nats.
@@ -123,6 +123,9 @@ class TokenStats:
         group_divergence: how much the distributions differ from which the completions of the token's group chose at its
             place, nats; without gradient, 0 at tokens that no policy chose. A method that reads it has `unit="group"`.
         group_log_divergence: the same by another measure, see `models.group_divergence`.
+        router_chosen: `[B, L, E]`, of a model with experts: how many of the sequence's tokens, prompt and completion,
+            the router of each of `L` layers sent to each of `E` experts.
+        router_probability: `[B, L, E]`, sum over the same tokens of the probability that the router gave the expert.
     """
 
     logp: Array = _ABSENT
@@ -134,6 +137,8 @@ class TokenStats:
     logsumexp: Array = _ABSENT
     group_divergence: Array = _ABSENT
     group_log_divergence: Array = _ABSENT
+    router_chosen: Array = _ABSENT
+    router_probability: Array = _ABSENT
 
     def replace(self, **changes: Any) -> TokenStats:
         """A copy with some fields changed."""
@@ -164,10 +169,13 @@ class Policy(NamedTuple):
     Attributes:
         init: `(key) -> params`.
         hidden: `(params, tokens[B, T], positions[B, T], segment_ids=None, *, key=None) -> (f[B, T, D], aux)`; `aux`
-            is a dict of scalars (e.g. a load-balancing loss), empty for most models. A model that lets completions
+            is a dict, empty for most models. One with experts gives `router_chosen` and `router_probability`
+            `[B, S, L, E]`, see `TokenStats`, for each of the `S` parts of a row: the row itself, or prompt and
+            completions as below. A model that lets completions
             share a prompt also takes `completion_starts`, a static tuple of places: the row is then
             `[prompt | C_1 | C_2 | ...]`, a completion sees the prompt and itself but no other completion, positions
-            say where each token stands in its own sequence, and a position of -1 marks padding.
+            say where each token stands in its own sequence, and a position of -1 marks padding. `key` is for noise
+            (dropout), of which there is none without it: one for all rows or, as `models.score` gives, one for each.
         unembed: `(params) -> Unembedding`.
         heads: `(params, hidden[B, T, D]) -> dict[str, [B, T]]`, e.g. `value`; empty if the model has none.
         init_cache: `(batch, capacity, dtype) -> cache`.
@@ -176,6 +184,9 @@ class Policy(NamedTuple):
         decode: the same signature, on a cache that holds something.
         axes: `() -> pytree` of the structure of `params`: a tuple of logical axis names (or None) for each parameter;
             None if the model names no axes and is replicated.
+        insert: `(cache, rows, source[R], slots[R]) -> cache`, which puts rows of a prefilled cache into slots of a
+            larger one, in the place of what they held, or `(cache, rows, k)`, which fills all slots of an empty one
+            with each row `k` times, as `models.insert_rows` does; None if the cache cannot, and slots are not refilled.
     """
 
     init: Callable[..., Params]
@@ -186,6 +197,7 @@ class Policy(NamedTuple):
     prefill: Callable[..., tuple[Array, PyTree]]
     decode: Callable[..., tuple[Array, PyTree]]
     axes: Callable[[], PyTree] | None = None
+    insert: Callable[..., PyTree] | None = None
 
 
 class Targets(NamedTuple):

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_post.data import to_rollouts
-from jaxrl_post.mesh import AXES, RULES, constrain, make_mesh, place, rollout_shardings, shardings, spec
+from jaxrl_post.mesh import AXES, RULES, constrain, make_mesh, place, rollout_shardings, shardings, spec, spread
 
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1, "expert": 1}
 
@@ -155,6 +155,24 @@ def test_constrain_leaves_axes_alone_that_the_caller_handles():
     explicit = Mesh(np.asarray(jax.devices()[:2]), ("data",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(explicit):
         np.testing.assert_array_equal(jax.jit(functools.partial(constrain, axes=("batch", None)))(x), x)
+
+
+def test_what_runs_per_device_is_told_the_axes_of_each_dimension_unless_the_caller_is_per_device():
+    mesh = make_mesh(fsdp=2, tensor=2, expert=2)
+    experts = ("experts", "embed", "mlp")
+    assert spread(experts, (4, 4, 4)) == ((), (), ())
+    with jax.set_mesh(mesh):
+        assert spread(experts, (4, 4, 4)) == (("expert",), ("fsdp",), ("tensor",))
+        assert spread(experts, (3, 4, 4)) == ((), ("fsdp", "expert"), ("tensor",))
+        assert spread(("batch", "length"), (8, 3)) == (("fsdp", "expert"), ())
+
+        def local(x):
+            assert spread(("batch",), (8,)) == ((),)
+            return x
+
+        jax.eval_shape(
+            jax.shard_map(local, in_specs=PartitionSpec("fsdp"), out_specs=PartitionSpec("fsdp")), np.ones(8)
+        )
 
 
 def test_rollouts_are_split_over_the_batch_in_whole_groups():

@@ -42,7 +42,8 @@ def from_nnx(
     Args:
         build: makes the module from random number streams; traced, so it may be large.
         hidden: `(module, tokens[B, T], positions[B, T]) -> [B, T, D]`, or `([B, T, D], aux)`; it may also take
-            `segment_ids`, `completion_starts` and `key`. An unbound method such as `MyModel.encode` will do.
+            `segment_ids`, `completion_starts`, and `key` (for all rows) or `keys` (one for each, `[B]`). An unbound
+            method such as `MyModel.encode` will do.
         unembed: `(module) -> Array[V, D]` or an `Unembedding`.
         heads: `(module, hidden[B, T, D]) -> dict[str, [B, T]]`, e.g. `value`.
         init_cache: `(batch, capacity, dtype) -> cache`; together with `prefill` and `decode`, or none of the three.
@@ -118,7 +119,8 @@ def from_linen(
     Args:
         module: the unbound module.
         hidden: name of a method `(tokens[B, T], positions[B, T]) -> [B, T, D]` (or `([B, T, D], aux)`), or a function
-            with the module before these; it may also take `segment_ids`, `completion_starts` and `key`.
+            with the module before these; it may also take `segment_ids`, `completion_starts`, and `key` (for all rows)
+            or `keys` (one for each, `[B]`).
         unembed: `(params) -> Array[V, D]` or an `Unembedding`.
         init: `(key) -> params`; None for `module.init(key, tokens)["params"]`, where `__call__(tokens[B, T])` must
             reach every parameter.
@@ -242,7 +244,7 @@ def _lookup(tree: Any, path: tuple[Any, ...]) -> Any:
 
 def _keywords(function: Callable[..., Any]) -> frozenset[str]:
     """Which of the optional arguments of `Policy.hidden` a function takes."""
-    return frozenset(inspect.signature(function).parameters) & {"segment_ids", "completion_starts", "key"}
+    return frozenset(inspect.signature(function).parameters) & {"segment_ids", "completion_starts", "key", "keys"}
 
 
 def _policy(
@@ -277,8 +279,11 @@ def _policy(
                     "prompt; leave shared_prompt out, or let hidden pass them on to kernels.attention"
                 )
             optional["completion_starts"] = completion_starts
+        one_for_all = key is None or key.ndim == jax.random.key_data(key).ndim - 1 == 0
         if "key" in keywords:
-            optional["key"] = key
+            optional["key"] = key if key is None or one_for_all else key[0]
+        if "keys" in keywords and key is not None:
+            optional["keys"] = jax.random.split(key, tokens.shape[0]) if one_for_all else key
         out = run(params, tokens, positions, **optional)
         return out if isinstance(out, tuple) else (out, {})
 

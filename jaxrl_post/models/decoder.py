@@ -7,6 +7,7 @@ module goes through, so that training, scoring and sampling know nothing of this
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
@@ -18,7 +19,8 @@ from jax.typing import DTypeLike
 from jaxrl_post.kernels.attention import attention
 from jaxrl_post.mesh import LogicalAxes, constrain
 from jaxrl_post.models.adapters import from_nnx, nest
-from jaxrl_post.models.experts import Experts, load_balancing_loss
+from jaxrl_post.models.experts import Experts
+from jaxrl_post.models.insertion import insert_rows
 from jaxrl_post.models.layers import (
     ACTIVATIONS,
     CACHE_AXES,
@@ -34,9 +36,10 @@ from jaxrl_post.models.layers import (
     QKNorm,
     RMSNorm,
     accumulation_dtype,
+    looked_up,
     param,
 )
-from jaxrl_post.models.lora import Lora
+from jaxrl_post.models.lora import Lora, fold_in
 from jaxrl_post.models.rope import Rope, rotary_angles
 from jaxrl_post.types import Array, Policy, Unembedding
 
@@ -62,12 +65,12 @@ class Layer(nnx.Module):
         attend: Attend,
         cache: LayerCache | None,
         read_cache: bool,
-        key: Array | None = None,
+        keys: Array | None = None,
     ) -> tuple[Array, LayerCache | None, dict[str, Array]]:
         """`[B, T, D]` to `[B, T, D]`, the cache with this layer's keys and values written, and what the MLP reports."""
-        out, cache = self.attention(_normed(self.attention_norm, x), rotation, attend, cache, read_cache, key)
+        out, cache = self.attention(_normed(self.attention_norm, x), rotation, attend, cache, read_cache, keys)
         x = x + _normed(self.after_attention_norm, out)
-        out, report = self.mlp(_normed(self.mlp_norm, x), key)
+        out, report = self.mlp(_normed(self.mlp_norm, x), keys)
         x = x + _normed(self.after_mlp_norm, out)
         return constrain(x, ("batch", "length", "act_embed")), cache, report
 
@@ -114,15 +117,22 @@ class Decoder(nnx.Module):
         positions: Array,
         segment_ids: Array | None = None,
         completion_starts: tuple[int, ...] | None = None,
-        key: Array | None = None,
+        keys: Array | None = None,
     ) -> tuple[Array, dict[str, Array]]:
         """`[B, T, D]` states after the last norm, all tokens at once; those of a segment stand in their order.
 
-        Beside them `load_balancing_loss`, if the model has experts.
+        Beside them, if the model has experts, what `Policy.hidden` says of them.
         """
         attend = functools.partial(_in_row_order, positions, segment_ids, completion_starts)
-        hidden, _, aux = self._run(tokens, positions, attend, None, read_cache=False, key=key)
-        return hidden, aux
+        bounds = (0, *(completion_starts or ()), tokens.shape[1])
+
+        def sums(x: Array) -> Array:
+            """Over the tokens of each part of a row: `[B, T, E]` to `[B, S, E]`."""
+            x = jnp.where(positions[..., None] >= 0, x, 0)
+            return jnp.stack([jnp.sum(x[:, a:b], axis=1) for a, b in itertools.pairwise(bounds)], axis=1)
+
+        hidden, _, report = self._run(tokens, positions, attend, None, read_cache=False, keys=keys, summed=sums)
+        return hidden, {f"router_{name}": jnp.moveaxis(x, 0, 2) for name, x in report.items()}
 
     def prefill(self, tokens: Array, positions: Array, cache: KVCache) -> tuple[Array, KVCache]:
         """`hidden` that also fills an empty cache."""
@@ -148,16 +158,14 @@ class Decoder(nnx.Module):
                 f"{tokens.shape[1]} tokens do not fit a cache of capacity {cache.positions.shape[1]}; "
                 "make it with init_cache(batch, capacity) for prompt and completion together"
             )
-        written = jax.lax.dynamic_update_slice(cache.positions, positions.astype(jnp.int32), (0, cache.index))
-        # In a cache a token is found by its position: its slot also counts the padding between prompt and completion.
-        by_position = functools.partial(attention, query_positions=positions, key_positions=written)
-        attend = (
-            (lambda window: functools.partial(by_position, window=window))
-            if read_cache
-            else functools.partial(_in_row_order, positions, None, None)
-        )
+        column = cache.index % cache.positions.shape[1]
+        written = jax.lax.dynamic_update_slice(cache.positions, positions.astype(jnp.int32), (0, column))
+        after = cache.index + tokens.shape[1]
+        attend = functools.partial(_in_row_order, positions, None, None)
+        if read_cache:
+            attend = functools.partial(_by_position, positions, written)
         hidden, (k, v), _ = self._run(tokens, positions, attend, cache, read_cache=read_cache)
-        return hidden, KVCache(k, v, written, cache.index + tokens.shape[1])
+        return hidden, KVCache(k, v, written, after)
 
     def _run(
         self,
@@ -167,9 +175,10 @@ class Decoder(nnx.Module):
         cache: KVCache | None,
         *,
         read_cache: bool,
-        key: Array | None = None,
+        keys: Array | None = None,
+        summed: Callable[[Array], Array] | None = None,
     ) -> tuple[Array, Any, dict[str, Array]]:
-        """States, caches and what the experts report; `attends` makes the attention that a window leaves."""
+        """States, caches and what the experts report, summed; `attends` makes the attention that a window leaves."""
         c = self.config
         wide = accumulation_dtype(c.dtype)
         options = {"scale": c.attention_scale, "softcap": c.attention_softcap}
@@ -185,10 +194,7 @@ class Decoder(nnx.Module):
                 return rotation, everywhere
             return rotation, lambda *qkv: jax.lax.cond(local, nearby, everywhere, *qkv)
 
-        # Rows are whole on each device before the lookup: looked up in columns, they would have to be exchanged between
-        # the devices that hold the columns and those that hold the batch.
-        table = constrain(self.embedding[...], ("vocab", "act_embed"))
-        x = table[tokens].astype(c.dtype)
+        x = looked_up(self.embedding[...], tokens, c.dtype)
         if c.embedding_scale is not None:
             x = x * jnp.asarray(c.embedding_scale, c.dtype)
         x = constrain(x, ("batch", "length", "act_embed"))
@@ -203,11 +209,13 @@ class Decoder(nnx.Module):
                 rotation, attend = angles, everywhere
             else:
                 rotation, attend = mixed(local)
-            own_key = None if key is None or c.lora is None else jax.random.fold_in(key, number)
-            entry = None if cache is None else LayerCache(caches[0], caches[1], number, cache.index)
-            x, entry, report = nnx.merge(graph, state)(x, rotation, attend, entry, read_cache, own_key)
+            own_keys = fold_in(keys, number) if c.lora is not None and c.lora.dropout else None
+            entry = (
+                None if cache is None else LayerCache(caches[0], caches[1], number, cache.index % caches[0].shape[2])
+            )
+            x, entry, report = nnx.merge(graph, state)(x, rotation, attend, entry, read_cache, own_keys)
             caches = None if entry is None else (constrain(entry.k, CACHE_AXES), constrain(entry.v, CACHE_AXES))
-            return (x, caches), report
+            return (x, caches), {} if summed is None else jax.tree.map(summed, report)
 
         if c.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if c.remat == "dots" else None
@@ -216,10 +224,7 @@ class Decoder(nnx.Module):
         caches = None if cache is None else (cache.k, cache.v)
         scanned = (stacked, jnp.arange(c.layers, dtype=jnp.int32), jnp.asarray(c.local_layers))
         (x, caches), report = jax.lax.scan(layer, (x, caches), scanned)
-        aux = {}
-        if c.experts and cache is None:
-            aux["load_balancing_loss"] = load_balancing_loss(report["chosen"], report["probability"], positions >= 0)
-        return self.final_norm(x), caches, aux
+        return self.final_norm(x), caches, report
 
 
 def _in_row_order(
@@ -239,6 +244,23 @@ def _in_row_order(
             )
         window = None
     return functools.partial(attention, segment_ids=segments, completion_starts=completion_starts, window=window)
+
+
+def _by_position(positions: Array, written: Array, window: int | None) -> Callable[..., Array]:
+    """Attention to a cache, where a token is found by its position: the order of columns says nothing.
+
+    Args:
+        positions: `[B, T]`, of the queries.
+        written: `[B, S]`, of what the cache holds.
+        window: of the attention.
+    """
+
+    def attend(query: Array, cache: LayerCache, **options: Any) -> Array:
+        key, value = (jax.lax.dynamic_index_in_dim(x, cache.layer, 0, keepdims=False) for x in (cache.k, cache.v))
+        where = {"query_positions": positions, "key_positions": written}
+        return attention(query, key, value, window=window, **where, **options)
+
+    return attend
 
 
 def decoder(
@@ -285,8 +307,8 @@ def decoder(
     not grow with depth.
 
     The cache is a `KVCache`; prompts are right-padded with position -1 on padding, and every call of `decode` writes
-    the next slots of all rows. Slots beyond the capacity overwrite the last ones: `init_cache` must be given room for
-    prompt and completion.
+    the next columns of all rows, after the last one the first again: `init_cache` must be given room for prompt and
+    completion.
 
     Args:
         vocab_size: `V`.
@@ -434,7 +456,7 @@ def decoder(
 
         return nest((path, names(path, variable)) for path, variable in nnx.to_flat_state(params))
 
-    return from_nnx(
+    policy = from_nnx(
         lambda rngs: Decoder(config, rngs=rngs),
         hidden=Decoder.hidden,
         unembed=Decoder.unembed,
@@ -444,3 +466,4 @@ def decoder(
         decode=Decoder.decode,
         axes=axes,
     )
+    return policy._replace(insert=functools.partial(insert_rows, axes={"k": 1, "v": 1, "positions": 0}))

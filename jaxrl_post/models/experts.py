@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
+from jaxrl_post.kernels.ambient import vary_alike
+from jaxrl_post.mesh import spread
 from jaxrl_post.models.layers import ACTIVATIONS, DecoderConfig, accumulation_dtype, param
 from jaxrl_post.types import Array
 
@@ -18,10 +22,11 @@ class Experts(nnx.Module):
     Or $w = p / \sum p$ over the token's experts, so that its weights add up to 1.
 
     Tokens are sorted by expert and multiplied with the experts' weights in one ragged product: no token is dropped, no
-    expert has a capacity, and only the chosen ones cost anything.
+    expert has a capacity, and only the chosen ones cost anything. On a mesh every device does this for its own tokens
+    with its own experts. Tokens that are split over the axis of the experts are gathered along it before, and the
+    devices' sums scattered after: an exchange that drops nothing needs room for all of them anyway.
 
-    Reference: Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer, arXiv 1701.06538; the
-    report is that of Switch Transformers, arXiv 2101.03961.
+    Reference: Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer, arXiv 1701.06538.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
@@ -34,59 +39,127 @@ class Experts(nnx.Module):
         self.up = param(rngs, shape, ("experts", "embed", "mlp"), c, c.init_std)
         self.down = param(rngs, (c.experts, c.mlp_width, c.width), ("experts", "mlp", "embed"), c, out_std)
 
-    def __call__(self, x: Array, key: Array | None = None) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, x: Array, keys: Array | None = None) -> tuple[Array, dict[str, Array]]:
         """`[B, T, D]` to `[B, T, D]`, and for each token `chosen` and `probability` `[B, T, E]` of every expert."""
-        del key  # nothing here is random
+        del keys  # nothing here is random
         c = self.config
-        flat = x.reshape(-1, c.width)
-        wide = accumulation_dtype(x.dtype)
-        logits = (flat @ self.router[...].astype(x.dtype)).astype(wide)
-        probability = jax.nn.softmax(logits, axis=-1)
-        weight, expert = jax.lax.top_k(probability, c.experts_per_token)
-        if c.normalize_experts:
-            weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
-        weight = weight.astype(x.dtype)
-
-        count = flat.shape[0]
-        order = jnp.argsort(expert.reshape(-1), stable=True)
-        token = order // c.experts_per_token
-        sizes = jnp.bincount(expert.reshape(-1), length=c.experts).astype(jnp.int32)
-        rows = flat[token]
-
-        def product(rows: Array, weights: nnx.Param) -> Array:
-            return jax.lax.ragged_dot(rows, weights[...].astype(rows.dtype), sizes)
-
-        inner = ACTIVATIONS[c.activation](product(rows, self.gate)) * product(rows, self.up)
-        out = product(inner, self.down) * weight.reshape(-1)[order][:, None]
-        total = jnp.zeros((count, c.width), wide).at[token].add(out.astype(wide))
-        chosen = jnp.sum(jax.nn.one_hot(expert, c.experts, dtype=wide), axis=1)
-        shape = (*x.shape[:2], c.experts)
-        report = {"chosen": chosen.reshape(shape), "probability": probability.reshape(shape)}
-        return total.reshape(x.shape).astype(x.dtype), report
+        logits = (x @ self.router[...].astype(x.dtype)).astype(accumulation_dtype(x.dtype))
+        weights = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
+        out, expert = _on_each_device(c, x, logits, *weights)
+        chosen = jnp.sum(jax.nn.one_hot(expert, c.experts, dtype=logits.dtype), axis=-2)
+        return out, {"chosen": chosen, "probability": jax.nn.softmax(logits, axis=-1)}
 
 
-def load_balancing_loss(chosen: Array, probability: Array, mask: Array) -> Array:
-    r"""$E \sum_e f_e P_e$: the smaller, the more evenly the router uses the experts; $k$ where it does entirely.
+def _routed(config: DecoderConfig, logits: Array) -> tuple[Array, Array]:
+    """The weights and the numbers of each token's experts, `[..., k]`, from the router's logits `[..., E]`."""
+    weight, expert = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), config.experts_per_token)
+    if config.normalize_experts:
+        weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
+    return weight, expert
+
+
+def _mixed(
+    x: Array, weight: Array, expert: Array, gate: Array, up: Array, down: Array, first: Array | int, activation: str
+) -> Array:
+    """What the experts from number `first` on, those of `gate`, add to each token of `x` `[B, T, D]`."""
+    held, per_token = gate.shape[0], expert.shape[-1]
+    own = expert.reshape(-1) - first
+    here = (own >= 0) & (own < held)
+    own = jnp.where(here, own, held)  # what goes elsewhere is sorted behind all groups
+    order = jnp.argsort(own, stable=True)
+    token = order // per_token
+    sizes = jnp.bincount(own, length=held).astype(jnp.int32)
+    rows = x.reshape(-1, x.shape[-1])[token]
+    inner = ACTIVATIONS[activation](jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
+    out = jax.lax.ragged_dot(inner, down, sizes) * weight.reshape(-1)[order][:, None]
+    wide = jnp.where(here[order][:, None], out.astype(accumulation_dtype(out.dtype)), 0)
+    total = jnp.zeros((x.size // x.shape[-1], x.shape[-1]), wide.dtype).at[token].add(wide)
+    return total.reshape(x.shape).astype(x.dtype)
+
+
+def _no_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether the backward pass finds what an operation gave: weights are gathered again, not kept whole."""
+    return not primitive.name.startswith("all_gather")
+
+
+def _on_each_device(
+    config: DecoderConfig, x: Array, logits: Array, gate: Array, up: Array, down: Array
+) -> tuple[Array, Array]:
+    """What its experts make of each token, and which they are; on a mesh, each device for its own tokens and experts.
 
     Args:
-        chosen: `[L, B, T, E]`: 1 where the token went to the expert, in each layer.
-        probability: `[L, B, T, E]`: of the router.
-        mask: `[B, T]`: the tokens that count, padding not.
+        config: of the decoder.
+        x: `[B, T, D]`.
+        logits: `[B, T, E]`, of the router.
+        gate: `[E, D, F]`.
+        up: `[E, D, F]`.
+        down: `[E, F, D]`.
 
     Returns:
-        A scalar: $f_e$ is the share of tokens that went to expert $e$ and $P_e$ its mean probability, over all layers
-        at once.
+        `[B, T, D]`, and the numbers of the experts `[B, T, k]`.
+    """
+    rows, length, _ = spread(("batch", "length", None), x.shape)
+    experts, embed, mlp = spread(("experts", "embed", "mlp"), gate.shape)
+    # Weights are gathered along axes that split the tokens too; whatever else splits them, the compiler undoes outside.
+    embed = tuple(axis for axis in embed if axis in (*rows, *length))
+    exchanged = tuple(axis for axis in experts if axis in rows)
+    summed = tuple(axis for axis in (*experts, *mlp) if axis not in exchanged)
+
+    def local(x: Array, logits: Array, gate: Array, up: Array, down: Array) -> tuple[Array, Array]:
+        weight, own = _routed(config, logits)
+        # Before anything is gathered, so that going back the shares of devices are added up after they are scattered.
+        x, weight, expert, gate, up, down = vary_alike((x, weight.astype(x.dtype), own, gate, up, down))
+        if embed:
+            gate, up = (jax.lax.all_gather(w, embed, axis=1, tiled=True) for w in (gate, up))
+            down = jax.lax.all_gather(down, embed, axis=2, tiled=True)
+        if exchanged:
+            x, weight, expert = (jax.lax.all_gather(a, exchanged, tiled=True) for a in (x, weight, expert))
+        first = jax.lax.axis_index(experts) * gate.shape[0] if experts else 0
+        out = _mixed(x, weight, expert, gate, up, down, first, config.activation)
+        if exchanged:
+            out = jax.lax.psum_scatter(out, exchanged, tiled=True)
+        return jax.lax.psum(out, summed) if summed else out, own
+
+    if not any((rows, length, experts, embed, mlp)):
+        return local(x, logits, gate, up, down)
+    spec = PartitionSpec
+    tokens = spec(rows or None, length or None)
+    into = spec(experts or None, embed or None, mlp or None)
+    out_of = spec(experts or None, mlp or None, embed or None)
+    run = jax.shard_map(
+        jax.checkpoint(local, policy=_no_gathered, prevent_cse=False),
+        in_specs=(tokens, tokens, into, into, out_of),
+        out_specs=(tokens, tokens),
+    )
+    return run(x, logits, gate, up, down)
+
+
+def load_balancing_loss(chosen: Array, probability: Array, length: Array, *, shares: Array | None = None) -> Array:
+    r"""$E \sum_e f_e P_e$ of each sequence: how unevenly the router uses the experts; $k$ where they are used alike.
+
+    $P_e$ is the mean probability of expert $e$ over the tokens of the sequence, and $f_e$ the share of tokens that went
+    to it: of the same tokens in the same layer, and then averaged over layers; or what `shares` says. With the shares
+    of a whole batch, the mean over its tokens (sequences weighted by their length) is the loss of the batch.
+
+    Args:
+        chosen: `[B, L, E]`: how many of the sequence's tokens went to each expert, in each layer.
+        probability: `[B, L, E]`: the sum over its tokens of the router's probabilities.
+        length: `[B]`, tokens.
+        shares: `[E]` of all layers together, as in Hugging Face's models, or `[L, E]`; None for each sequence's own.
+
+    Returns:
+        `[B]`; 0 for a sequence without tokens.
 
     Example:
-        >>> even = jnp.full((1, 1, 2, 2), 0.5)
-        >>> float(load_balancing_loss(jnp.array([[[[1.0, 0.0], [0.0, 1.0]]]]), even, jnp.ones((1, 2))))
-        1.0
+        >>> one_expert, probability = jnp.array([[[2.0, 0.0]]]), jnp.array([[[1.5, 0.5]]])
+        >>> load_balancing_loss(one_expert, probability, jnp.array([2])).tolist()
+        [1.5]
+        >>> load_balancing_loss(one_expert, probability, jnp.array([2]), shares=jnp.array([0.5, 0.5])).tolist()
+        [1.0]
 
     Reference: Switch Transformers: Scaling to Trillion Parameter Models with Simple and Efficient Sparsity, arXiv
     2101.03961.
     """
-    weights = jnp.broadcast_to(mask, chosen.shape[:3]).astype(probability.dtype)
-    total = jnp.maximum(jnp.sum(weights), 1)
-    share = jnp.einsum("lbte,lbt->e", chosen, weights) / total
-    mean = jnp.einsum("lbte,lbt->e", probability, weights) / total
-    return chosen.shape[-1] * jnp.sum(share * mean)
+    tokens = jnp.maximum(length, 1)[:, None, None].astype(probability.dtype)
+    share = chosen / tokens if shares is None else shares
+    return chosen.shape[-1] * jnp.mean(jnp.sum(share * probability / tokens, axis=-1), axis=-1)

@@ -15,16 +15,19 @@ from typing import Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
-from jaxrl_post.mesh import LogicalAxes, constrain
-from jaxrl_post.models.lora import Adapter, Lora
+from jaxrl_post.kernels.ambient import vary_alike
+from jaxrl_post.mesh import LogicalAxes, constrain, spread
+from jaxrl_post.models.lora import Adapter, Lora, fold_in
 from jaxrl_post.models.rope import Rope, rotate
 from jaxrl_post.types import Array
 
 CACHE_AXES: LogicalAxes = ("layers", "batch", "cache_length", "kv_heads", "head_dim")
 
-# `(query[B, T, H, K], key[B, S, kv_heads, K], value) -> [B, T, H, K]`: which token sees which is settled outside.
-Attend: TypeAlias = Callable[[Array, Array, Array], Array]
+# `(query[B, T, H, K], key[B, S, kv_heads, K], value) -> [B, T, H, K]`, or `(query, LayerCache)` of the same where the
+# cache is read: which token sees which is settled outside.
+Attend: TypeAlias = Callable[..., Array]
 
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
@@ -83,7 +86,7 @@ class KVCache(NamedTuple):
         k: `[layers, B, S, kv_heads, head_dim]`, rotated.
         v: the same shape.
         positions: `[B, S]` int32, position of the token in each slot, -1 where the slot is empty or holds padding.
-        index: int32 scalar, number of slots written so far, the same for all rows.
+        index: int32 scalar, number of columns written so far, the same for all rows; they are written round and round.
     """
 
     k: Array
@@ -134,16 +137,67 @@ def adapter(
     rngs: nnx.Rngs,
 ) -> Adapter | None:
     """The adapter of a projection, if it is to have one."""
-    if config.lora is None or name not in config.lora.targets:
+    if config.lora is None or name not in config.lora.projections:
         return None
-    return Adapter(config, inputs, outputs, axes, rngs=rngs)
+    return Adapter(config, inputs, outputs, axes, shared=config.lora.holder(name) != name, rngs=rngs)
 
 
-def adapted(y: Array, adapter: Adapter | None, x: Array, key: Array | None, number: int) -> Array:
-    """`y`, the projection of `x`, and what the adapter adds; `number` tells the dropout of adapters apart."""
+def adapted(
+    y: Array,
+    adapter: Adapter | None,
+    x: Array,
+    keys: Array | None,
+    number: int,
+    holder: tuple[Adapter | None, int] = (None, 0),
+) -> Array:
+    """`y`, the projection of `x`, and what the adapter adds.
+
+    `number` tells the dropout of adapters apart. One without an `A` has that of `holder`, and its dropout.
+    """
     if adapter is None:
         return y
-    return y + adapter(x, None if key is None else jax.random.fold_in(key, number))
+    shared, number = holder if adapter.a is None else (None, number)
+    return y + adapter(x, fold_in(keys, number), shared)
+
+
+def looked_up(table: Array, tokens: Array, dtype: jnp.dtype) -> Array:
+    """`table[tokens]` in another dtype, where no device ever holds more of the table than its part.
+
+    Each device looks up its own columns, for the tokens of all devices that have others, and of tokens that it has no
+    row for it takes zero, which the sum over the vocabulary's devices makes right. Columns are then exchanged for
+    tokens, so that what travels is of the size of the result, forward and backward, and not of the table's.
+
+    Args:
+        table: `[V, D]`.
+        tokens: `[B, T]` int32.
+        dtype: of the result, and of what travels.
+
+    Returns:
+        `[B, T, D]`.
+    """
+    vocab, embed = spread(("vocab", "embed"), table.shape)
+    split, length = spread(("batch", "length"), tokens.shape)
+    rows = tuple(axis for axis in split if axis not in embed)
+
+    def local(table: Array, tokens: Array) -> Array:
+        if not vocab:
+            return table[tokens].astype(dtype)
+        own = tokens - jax.lax.axis_index(vocab) * table.shape[0]
+        here = (own >= 0) & (own < table.shape[0])
+        table, own, here = vary_alike((table, own, here))
+        found = jnp.where(here[..., None], table[jnp.where(here, own, 0)].astype(dtype), 0)
+        return jax.lax.psum(found, vocab)
+
+    if not vocab and not embed:
+        return local(table, tokens)
+    spec = PartitionSpec
+    of_tokens = spec(rows or None, length or None)
+    x = jax.shard_map(
+        local, in_specs=(spec(vocab or None, embed or None), of_tokens), out_specs=spec(*of_tokens, embed or None)
+    )(table, tokens)
+    if not set(embed) <= set(split):  # a batch that does not divide has no tokens to give for columns
+        x = jax.lax.with_sharding_constraint(x, of_tokens)
+    return constrain(x, ("batch", "length", "act_embed"))
 
 
 class RMSNorm(nnx.Module):
@@ -199,7 +253,7 @@ class Attention(nnx.Module):
         attend: Attend,
         cache: LayerCache | None,
         read_cache: bool,
-        key: Array | None = None,
+        keys: Array | None = None,
     ) -> tuple[Array, LayerCache | None]:
         """`[B, T, D]` to `[B, T, D]`; with `read_cache` over all that the cache holds, else over `x` alone."""
         dtype = x.dtype
@@ -208,27 +262,26 @@ class Attention(nnx.Module):
             (self.key, self.key_bias, self.key_lora),
             (self.value, self.value_bias, self.value_lora),
         )
-        query, keys, value = (
-            adapted(_plus(jnp.einsum("btd,dhk->bthk", x, weight[...].astype(dtype)), bias), lora, x, key, number)
-            for number, (weight, bias, lora) in enumerate(projections)
-        )
+
+        def project(number: int, weight: nnx.Param, bias: nnx.Param | None, lora: Adapter | None) -> Array:
+            y = _plus(jnp.einsum("btd,dhk->bthk", x, weight[...].astype(dtype)), bias)
+            return adapted(y, lora, x, keys, number, (self.query_lora, 0))
+
+        query, key, value = (project(number, *parts) for number, parts in enumerate(projections))
         if self.query_norm is not None and self.key_norm is not None:
-            query, keys = self._normalized(self.query_norm, query), self._normalized(self.key_norm, keys)
-        query, keys = rotate(query, rotation), rotate(keys, rotation)
-        query, keys, value = (constrain(a, ("batch", "length", "act_heads", None)) for a in (query, keys, value))
+            query, key = self._normalized(self.query_norm, query), self._normalized(self.key_norm, key)
+        query, key = rotate(query, rotation), rotate(key, rotation)
+        query, key, value = (constrain(a, ("batch", "length", "act_heads", None)) for a in (query, key, value))
         if cache is not None:
             # The whole stack is written at [layer, :, index:index+T], which XLA does in place; slicing a layer out,
             # updating it and stacking it again would copy the cache at every token.
             start = (cache.layer, 0, cache.index, 0, 0)
-            k = jax.lax.dynamic_update_slice(cache.k, keys[None].astype(cache.k.dtype), start)
+            k = jax.lax.dynamic_update_slice(cache.k, key[None].astype(cache.k.dtype), start)
             v = jax.lax.dynamic_update_slice(cache.v, value[None].astype(cache.v.dtype), start)
             cache = cache._replace(k=k, v=v)
-            if read_cache:
-                keys = jax.lax.dynamic_index_in_dim(k, cache.layer, 0, keepdims=False)
-                value = jax.lax.dynamic_index_in_dim(v, cache.layer, 0, keepdims=False)
-        mixed = attend(query, keys, value)
+        mixed = attend(query, key, value) if cache is None or not read_cache else attend(query, cache)
         out = _plus(jnp.einsum("bthk,hkd->btd", mixed, self.out[...].astype(dtype)), self.out_bias)
-        return adapted(out, self.out_lora, mixed, key, len(projections)), cache
+        return adapted(out, self.out_lora, mixed, keys, len(projections)), cache
 
     def _normalized(self, norm: RMSNorm, x: Array) -> Array:
         if self.config.qk_norm == "head":
@@ -255,13 +308,13 @@ class MLP(nnx.Module):
         self.up_lora = adapter("up", (c.width,), (c.mlp_width,), ("embed", "mlp"), c, rngs)
         self.down_lora = adapter("down", (c.mlp_width,), (c.width,), ("mlp", "embed"), c, rngs)
 
-    def __call__(self, x: Array, key: Array | None = None) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, x: Array, keys: Array | None = None) -> tuple[Array, dict[str, Array]]:
         """`[B, T, D]` to `[B, T, D]`, and nothing to report."""
         gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
-        gated = adapted(_plus(x @ gate, self.gate_bias), self.gate_lora, x, key, 4)
-        raised = adapted(_plus(x @ up, self.up_bias), self.up_lora, x, key, 5)
+        gated = adapted(_plus(x @ gate, self.gate_bias), self.gate_lora, x, keys, 4)
+        raised = adapted(_plus(x @ up, self.up_bias), self.up_lora, x, keys, 5, (self.gate_lora, 4))
         inner = constrain(ACTIVATIONS[self.activation](gated) * raised, ("batch", "length", "act_mlp"))
-        return adapted(_plus(inner @ down, self.down_bias), self.down_lora, inner, key, 6), {}
+        return adapted(_plus(inner @ down, self.down_bias), self.down_lora, inner, keys, 6), {}
 
 
 def _plus(x: Array, bias: nnx.Param | None) -> Array:

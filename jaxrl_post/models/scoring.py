@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,10 @@ from jaxrl_post.models.shared_prompt import share_prompts
 from jaxrl_post.types import Array, Params, Policy, Rollouts, Score, TokenStats, Unembedding, Unit
 
 VOCABULARY_FIELDS = frozenset({"logp", "entropy", "mean_logp", "sum_p_squared", "max_prob", "logsumexp"})
-"""Fields that come from the distribution over tokens; all others come from the policy's heads."""
+"""Fields that come from the distribution over tokens; all others but the router's come from the policy's heads."""
+
+ROUTER_FIELDS = frozenset({"router_chosen", "router_probability"})
+"""Fields that come from what the experts of the model's layers report, a number for each sequence, layer and expert."""
 
 
 def logits(unembedding: Unembedding, hidden: Array) -> Array:
@@ -73,8 +77,11 @@ def score(
         A `Score`: `(params, rollouts, fields, key) -> TokenStats`. Fields are `logp`, `entropy`, `mean_logp`,
         `sum_p_squared`, `max_prob`, those of `GROUP_FIELDS` (which take all logits of one place of the completions at a
         time, and groups that are scored whole) and those fields of `TokenStats` that the policy's `heads` gives. Each
-        is `[B, T]` float32 or wider, and 0 at position 0 and beyond the length of the row. With `shared_prompt` it has
-        an attribute `unit = "group"`, which tells the train step to keep groups whole in micro-batches.
+        is `[B, T]` float32 or wider, and 0 at position 0 and beyond the length of the row. A model with experts also
+        gives `router_chosen` and `router_probability`. Its attribute `unit` is
+        `"group"` with `shared_prompt`, which tells the train step to keep groups whole in micro-batches. Dropout of
+        adapters has masks that the key and a row's id decide; `still` is the same score without it, which the step
+        uses for what it does not differentiate.
 
     Raises:
         ValueError: from the score, if a field is unknown or the policy has no such head, tokens are not `[B, T]`,
@@ -97,7 +104,7 @@ def score(
     Reference: Prefix Grouper: Efficient GRPO Training through Shared-Prefix Forward, arXiv 2506.05433.
     """
 
-    def run(params: Params, rollouts: Rollouts, fields: frozenset[str], key: Array) -> TokenStats:
+    def run(params: Params, rollouts: Rollouts, fields: frozenset[str], key: Array | None) -> TokenStats:
         tokens = rollouts.tokens
         if getattr(tokens, "ndim", None) != 2:
             raise ValueError(
@@ -108,10 +115,13 @@ def score(
         # Padding may hold any value, also one that is no row of the embedding.
         tokens = jnp.where(inside, tokens, 0)
         bound = None if max_chosen is None or max_chosen >= length - 1 else max_chosen
-        of_groups, fields = fields & set(GROUP_FIELDS), fields - set(GROUP_FIELDS)
+        of_groups, of_router = fields & set(GROUP_FIELDS), fields & ROUTER_FIELDS
+        fields = fields - of_groups - of_router
         if shared_prompt is None:
             positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
-            hidden, _ = policy.hidden(params, tokens, positions, key=key)
+            if of_router:  # which counts every token that is no padding
+                positions = jnp.where(inside, positions, -1)
+            hidden, aux = policy.hidden(params, tokens, positions, key=row_keys(key, rollouts.id.reshape(-1)))
             found = _fields(
                 policy, params, hidden[:, :-1], tokens[:, 1:], fields, temperature, rollouts.mask[:, 1:], bound
             )
@@ -122,7 +132,8 @@ def score(
 
         else:
             rows = share_prompts(rollouts, shared_prompt)
-            hidden, _ = policy.hidden(params, rows.tokens, rows.positions, completion_starts=rows.starts, key=key)
+            keys = row_keys(key, rollouts.id[:, 0])
+            hidden, aux = policy.hidden(params, rows.tokens, rows.positions, completion_starts=rows.starts, key=keys)
             if bound is not None:
                 bound *= rollouts.group_size
             found = _fields(policy, params, rows.before(hidden), rows.tokens, fields, temperature, rows.chosen, bound)
@@ -155,20 +166,37 @@ def score(
             field = field.astype(jnp.promote_types(field.dtype, jnp.float32))
             return jnp.where(inside.at[:, 0].set(False), field, 0.0)
 
-        return TokenStats(**{name: align(field) for name, field in found.items()})
+        found = {name: align(field) for name, field in found.items()}
+        if missing := sorted(of_router - set(aux)):
+            raise ValueError(f"{missing} need a model with experts, and this one reports {sorted(aux)}")
+        for name in of_router:
+            parts = aux[name]  # of each row, or its prompt and its completions
+            own = parts if shared_prompt is None else parts[:, :1] + parts[:, 1:]
+            found[name] = own.reshape(batch, *parts.shape[2:])
+        return TokenStats(**found)
 
-    return run if shared_prompt is None else _GroupScore(run)
+    return _LanguageScore(run, "token" if shared_prompt is None else "group")
 
 
 @dataclasses.dataclass(frozen=True)
-class _GroupScore:
-    """A score that saves work where the rollouts of a group are scored together."""
+class _LanguageScore:
+    """A score that may save work where the rollouts of a `unit` are scored together, and has a form without noise."""
 
-    run: Score
-    unit: Unit = "group"
+    run: Callable[[Params, Rollouts, frozenset[str], Array | None], TokenStats]
+    unit: Unit
 
     def __call__(self, params: Params, rollouts: Rollouts, fields: frozenset[str], key: Array) -> TokenStats:
         return self.run(params, rollouts, fields, key)
+
+    def still(self, params: Params, rollouts: Rollouts, fields: frozenset[str], key: Array) -> TokenStats:
+        """The same without dropout."""
+        del key
+        return self.run(params, rollouts, fields, None)
+
+
+def row_keys(key: Array | None, ids: Array) -> Array | None:
+    """A key for each row, which its id decides: neither its micro-batch nor its device does."""
+    return None if key is None else jax.vmap(lambda id: jax.random.fold_in(key, id))(ids)
 
 
 def _fields(

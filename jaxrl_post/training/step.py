@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_post import mesh as mesh_lib
 from jaxrl_post.training.optimizers import by_trained_role
+from jaxrl_post.training.router import RouterLoss
 from jaxrl_post.training.state import TrainState
 from jaxrl_post.training.update import Metrics, Trained, Update, make_update
 from jaxrl_post.types import Array, Method, Params, PyTree, Rollouts, Score
@@ -32,6 +34,7 @@ def make_step(
     refresh: Callable[[dict[str, Params], Array], dict[str, Params]] | None = None,
     trainable: Mapping[str, PyTree] | None = None,
     borrows: Mapping[str, str] | None = None,
+    router_losses: Mapping[str, RouterLoss] | None = None,
     mesh: Mesh | None = None,
 ) -> Step:
     """A jitted `step(state, rollouts) -> (state, metrics)` with a donated state.
@@ -56,6 +59,8 @@ def make_step(
             same as `training.init` was given.
         borrows: roles that read the parameters of another role, by a score of their own: `{"reference": "policy"}`,
             with the score of the model without adapters, is a reference without a copy.
+        router_losses: by trained role, whose model must have experts, a load-balancing term; see `training.RouterLoss`.
+            It counts the tokens of all valid sequences, prompts among them.
         mesh: where state and batch lie; without one, wherever the state's arrays are.
 
     Returns:
@@ -63,14 +68,16 @@ def make_step(
         clipping by the optimiser), `nonfinite_updates`, `empty_updates`, `updates` (made to the policy, or to the role
         that got most), `sampling/sampling_logp_difference/mean|max` (nats, between what the sampler recorded and what
         training computes, in the first epoch), `gradient_weight/<term>` where a method combines gradients, and what
-        `method.metrics` gives; of a probe, `probe/<name>/tokens` (read with it), `probe/<name>/cost` (places that its
-        forward pass has, by those of the batch) and `probe/<name>/valid` (share of its texts). Of a chain, names that
-        several stages have are `<stage>/<name>`; `loss` and the counts are then also there as sums, `grad_norm` as the
-        root of the sum of squares.
+        `method.metrics` gives. With `router_losses`, `loss/router` (of a critic `loss/critic_router`) and
+        `router/load_max`, the largest share of tokens that an expert of any layer gets, by the even share (of each
+        sequence, and the mean of that, where the loss is over sequences). Of a probe, `probe/<name>/tokens` (read with
+        it), `probe/<name>/cost` (places that its forward pass has, by those of the batch) and `probe/<name>/valid`
+        (share of its texts). Of a chain, names that several stages have are `<stage>/<name>`; `loss` and the counts are
+        then also there as sums, `grad_norm` as the root of the sum of squares.
 
     Raises:
-        ValueError: if a role has no score; at the first call, if the micro-batches do not divide the batch, or the
-            rollouts lack what the method wants.
+        ValueError: if a role has no score, or a router loss does not apply; at the first call, if the micro-batches do
+            not divide the batch, or the rollouts lack what the method wants.
 
     Example:
         >>> from jaxrl_post import data, methods, models, training
@@ -93,6 +100,8 @@ def make_step(
         raise ValueError(f"micro_batches and epochs must be at least 1, got {micro_batches} and {epochs}")
     if trained := sorted(method.trains & set(borrows or {})):
         raise ValueError(f"a role that is trained cannot borrow its parameters, but {trained} is to")
+    if others := sorted(set(router_losses or {}) - method.trains):
+        raise ValueError(f"router_losses are for roles that are trained, {sorted(method.trains)}, got {others}")
     stages, optimizers = stages_of(method), by_trained_role(optimizer, method)
 
     def place(rollouts: Rollouts) -> Rollouts:
@@ -113,6 +122,7 @@ def make_step(
             borrows=borrows,
             compare_sampler=untouched and stage.learns_from == "rollouts" and stage.batch is None,
             place=place,
+            router_losses=router_losses,
         )
         untouched &= "policy" not in stage.trains
 
@@ -139,21 +149,46 @@ def make_step(
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
 
-    jitted: Step | None = None
+    return OnMesh(step, mesh)
 
-    def on_mesh(state: TrainState, rollouts: Rollouts) -> tuple[TrainState, Metrics]:
-        nonlocal jitted
-        layout = mesh_lib.rollout_shardings(rollouts, mesh)
-        if jitted is None:
-            state_layout = jax.tree.map(lambda x: x.sharding, state)
-            replicated = NamedSharding(mesh, PartitionSpec())
-            jitted = jax.jit(
-                step, donate_argnums=0, in_shardings=(state_layout, layout), out_shardings=(state_layout, replicated)
-            )
-        with jax.set_mesh(mesh):
+
+class OnMesh:
+    """A step whose state and batch lie on a mesh; it can be called or, as jitted functions can, lowered.
+
+    Args:
+        step: not jitted.
+        mesh: whose devices need not be there to lower it.
+    """
+
+    def __init__(self, step: Step, mesh: Mesh):
+        self._step, self._mesh = step, mesh
+        self._jitted: Any = None
+
+    def __call__(self, state: TrainState, rollouts: Rollouts) -> tuple[TrainState, Metrics]:
+        """Make the step."""
+        jitted, layout = self._on(state, rollouts)
+        with jax.set_mesh(self._mesh):
             return jitted(state, jax.device_put(rollouts, layout))
 
-    return on_mesh
+    def lower(self, state: TrainState, rollouts: Rollouts) -> Any:
+        """The step for arrays, or `jax.ShapeDtypeStruct`s with shardings, of these shapes: `.compile()` follows."""
+        jitted, layout = self._on(state, rollouts)
+        placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), rollouts, layout)
+        with jax.set_mesh(self._mesh):
+            return jitted.lower(state, placed)
+
+    def _on(self, state: TrainState, rollouts: Rollouts) -> tuple[Any, Rollouts]:
+        layout = mesh_lib.rollout_shardings(rollouts, self._mesh)
+        if self._jitted is None:
+            state_layout = jax.tree.map(lambda x: x.sharding, state)
+            replicated = NamedSharding(self._mesh, PartitionSpec())
+            self._jitted = jax.jit(
+                self._step,
+                donate_argnums=0,
+                in_shardings=(state_layout, layout),
+                out_shardings=(state_layout, replicated),
+            )
+        return self._jitted, layout
 
 
 def stages_of(method: Method) -> Mapping[str, Method]:

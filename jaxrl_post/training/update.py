@@ -17,6 +17,7 @@ import optax
 from jaxrl_post import losses
 from jaxrl_post.rollout import BUDGET, EXIT
 from jaxrl_post.training.optimizers import parted, whole
+from jaxrl_post.training.router import FIELDS, RouterLoss, batch_shares, router_term
 from jaxrl_post.training.splitting import coarsest, split, unsplit_rows
 from jaxrl_post.types import (
     ANSWER_TOKENS,
@@ -64,6 +65,7 @@ def make_update(
     trainable: Mapping[str, PyTree] | None = None,
     borrows: Mapping[str, str] | None = None,
     place: Callable[[Rollouts], Rollouts] = lambda rollouts: rollouts,
+    router_losses: Mapping[str, RouterLoss] | None = None,
 ) -> Update:
     """A function `(trained, rollouts, key) -> (trained, metrics)`; see `make_step` for what it does.
 
@@ -77,20 +79,29 @@ def make_update(
         trainable: by trained role, which of its parameters are trained, as bools; all where a role is not named.
         borrows: roles whose scores read the parameters of another role.
         place: lays out rollouts that do not come from outside.
+        router_losses: by trained role, a term for its experts; that of another stage's role is passed over.
 
     Raises:
         ValueError: when traced, if the method, its scores and the rollouts do not fit together.
     """
 
     trainable, borrows = trainable or {}, borrows or {}
+    balanced = {role: loss.checked() for role, loss in (router_losses or {}).items() if role in method.trains}
+    if balanced and method.combine is not None:
+        raise ValueError("a router loss cannot be added to a method that weighs its terms' gradients itself")
 
     # A score may want more kept together than the method does, to save work.
     wanted: list[Any] = [getattr(scores.get(role), "unit", "token") for role in method.roles]
     method = method._replace(unit=coarsest(method.unit, *wanted))
 
-    def scored(role: str, params: Params, rollouts: Rollouts, key: Array, name: str | None = None) -> TokenStats:
-        fields = method.needs[name or role]
-        stats = scores[role](params, rollouts, fields, key)
+    def scored(
+        role: str, params: Params, rollouts: Rollouts, key: Array, name: str | None = None, noise: bool = False
+    ) -> TokenStats:
+        """Stats of a role; without `noise` (dropout), which belongs into what is differentiated alone."""
+        fields, score = method.needs[name or role], scores[role]
+        if name is None and role in balanced:
+            fields = fields | FIELDS
+        stats = (score if noise else getattr(score, "still", score))(params, rollouts, fields, key)
         if missing := sorted(field for field in fields if getattr(stats, field, None) is None):
             raise ValueError(f"the method reads {missing} of the role {role!r}, which its score did not give")
         return stats
@@ -128,20 +139,32 @@ def make_update(
                 metrics[f"{PROBE}{name}/valid"] = jnp.mean(texts.valid.astype(jnp.float32))
         return found, metrics
 
+    def router_terms(
+        stats: dict[str, TokenStats], rollouts: Rollouts, shares: dict[str, Array]
+    ) -> tuple[dict[str, Term], dict[str, Metric]]:
+        """The terms of roles' experts and their metrics, by name; the policy's is `router`."""
+        terms, metrics = {}, {}
+        for role, loss in balanced.items():
+            name = "router" if role == "policy" else f"{role}_router"
+            terms[name], metrics[f"{name}/load_max"] = router_term(loss, stats[role], rollouts, shares[role])
+        return terms, metrics
+
     def reduced_terms(
         trained: dict[str, Params],
         still: dict[str, Params],
         piece: tuple[Rollouts, tuple[Targets, dict[str, TokenStats]]],
         denominators: dict[str, Array],
+        shares: dict[str, Array],
         key: Array,
     ) -> tuple[Array, dict[str, Metric]]:
         """The weighted terms `[N]` of a micro-batch, and its metrics."""
         rollouts, (targets, frozen_stats) = piece
         stats = dict(frozen_stats)
         for role, params in trained.items():
-            stats[role] = scored(role, whole(params, still[role]), rollouts, key)
-        values, metrics = [], {}
-        for name, term in method.loss(stats, rollouts, targets).items():
+            stats[role] = scored(role, whole(params, still[role]), rollouts, key, noise=True)
+        balance, metrics = router_terms(stats, rollouts, shares)
+        values = []
+        for name, term in (method.loss(stats, rollouts, targets) | balance).items():
             value = losses.aggregate(
                 term.value, term.mask, term.mode, horizon=term.horizon, denominator=denominators[name]
             )
@@ -177,17 +200,21 @@ def make_update(
         targets: Targets,
         frozen_stats: dict[str, TokenStats],
         denominators: dict[str, Array],
+        shares: dict[str, Array],
         key: Array,
     ) -> tuple[PyTree, Array, dict[str, Metric]]:
         """`differentiate` of the whole batch: sums over micro-batches."""
         if micro_batches == 1:
-            return differentiate(trained, still, (rollouts, (targets, frozen_stats)), denominators, key)
+            return differentiate(trained, still, (rollouts, (targets, frozen_stats)), denominators, shares, key)
         pieces = split(rollouts, (targets, frozen_stats), micro_batches, method.unit)
         copies = () if method.combine is None else (len(denominators),)
         zeros = jax.tree.map(lambda x: jnp.zeros((*copies, *x.shape), x.dtype), trained)
 
         def accumulate(total: PyTree, piece) -> tuple[PyTree, tuple[Array, dict[str, Metric]]]:
-            gradients, values, metrics = differentiate(trained, still, piece, denominators, key)
+            gradients, values, metrics = differentiate(trained, still, piece, denominators, shares, key)
+            # Without a barrier XLA adds the embedding's gradient row by row into the sum, and its TPU compiler then
+            # fails on a mesh (in the pass that moves sums over devices out of loops).
+            gradients = jax.lax.optimization_barrier(gradients)
             return jax.tree.map(jnp.add, total, gradients), (values, metrics)
 
         total, (values, metrics) = jax.lax.scan(accumulate, zeros, pieces)
@@ -220,14 +247,18 @@ def make_update(
         targets = jax.lax.stop_gradient(targets)
         frozen = {role: stats for role, stats in start.items() if role not in method.trains}
         terms = checked(method.loss(start, rollouts, targets), rollouts, micro_batches, method)
+        shares = {role: batch_shares(start[role], rollouts) for role in balanced}
+        named = terms | router_terms(start, rollouts, shares)[0]
         denominators = {
-            name: losses.denominator(term.mask, term.mode, horizon=term.horizon) for name, term in terms.items()
+            name: losses.denominator(term.mask, term.mode, horizon=term.horizon) for name, term in named.items()
         }
         anything = jnp.any(jnp.stack([jnp.any(term.mask != 0) for term in terms.values()]))
 
         def epoch(carry, _):
             trained, opt_state, method_state = carry
-            gradients, values, metrics = gradient(trained, still, rollouts, targets, frozen, denominators, score_key)
+            gradients, values, metrics = gradient(
+                trained, still, rollouts, targets, frozen, denominators, shares, score_key
+            )
             gradients, loss, weights, new_method_state = combined(gradients, values, method_state, tuple(terms))
             norm = optax.tree.norm(gradients)
             finite = jnp.isfinite(norm) & jnp.isfinite(loss)

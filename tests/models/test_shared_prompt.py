@@ -208,7 +208,7 @@ def test_a_configuration_shares_prompts_where_a_prompt_has_several_completions()
     }
     made = setup.build(configs.from_dict(values))
     warm, main = made.stages
-    assert not hasattr(made.scores(warm)["policy"], "unit")
+    assert made.scores(warm)["policy"].unit == "token"
     assert {score.unit for score in made.scores(main).values()} == {"group"}
 
 

@@ -112,7 +112,7 @@ def _token_logprob(
     chosen = Selection(hidden.shape[0], mask, max_tokens, at)
     hidden, targets = chosen.take((chosen.zero_masked(hidden), targets))
     if implementation is None:
-        implementation = choose(hidden, unembedding, bias) if chunk_bytes is None else "chunked"
+        implementation = choose(at, hidden, unembedding, bias) if chunk_bytes is None else "chunked"
     elif implementation == "pallas_tpu" and (reason := pallas_tpu.unsupported(hidden, unembedding, bias)):
         raise ValueError(f"implementation='pallas_tpu': {reason}")
     logger.debug("token_logprob: %s for N=%d, V=%d, D=%d", implementation, hidden.shape[0], *unembedding.shape)
@@ -133,8 +133,10 @@ def _token_logprob(
     return TokenLogprob(*(None if field is None else chosen.put_back(field) for field in result))
 
 
-def choose(hidden: Array, unembedding: Array, bias: Array | None) -> str:
+def choose(at: core.Layout, hidden: Array, unembedding: Array, bias: Array | None) -> str:
     """The implementation for a call: the kernels on a TPU that can do it, else XLA, in chunks unless it is small."""
     if current_device().platform == "tpu" and pallas_tpu.unsupported(hidden, unembedding, bias) is None:
         return "pallas_tpu"
-    return "reference" if 4 * hidden.shape[0] * unembedding.shape[0] <= SMALL_BYTES else "chunked"
+    # The reference leaves it to the compiler to gather an unembedding, which it does whole.
+    large = bool(at.width) and unembedding.size * unembedding.dtype.itemsize > core.GATHERED_BYTES
+    return "reference" if 4 * hidden.shape[0] * unembedding.shape[0] <= SMALL_BYTES and not large else "chunked"

@@ -3,7 +3,8 @@
 An implementation gives the sums over the vocabulary rows that it holds and, going back, the gradients of its inputs.
 Everything else is here: joining the sums of devices, finishing the outputs, the rule of differentiation. On a mesh
 (`jax.set_mesh`) tokens are split over every axis but `tensor`, the vocabulary stays split over `tensor` and is never
-gathered; an unembedding split over `fsdp` is gathered once a pass and its gradient scattered once.
+gathered; an unembedding split over `fsdp` is gathered once a pass and its gradient scattered once, a piece of the
+vocabulary after the other where the whole would be large.
 """
 
 from __future__ import annotations
@@ -28,12 +29,17 @@ from jaxrl_post.kernels.token_logprob.statistics import (
     Wanted,
     finish,
     join,
+    join_two,
     needed,
+    nothing,
     per_token,
 )
 from jaxrl_post.types import Array
 
 MODULES = {"chunked": chunked, "pallas_tpu": pallas_tpu}
+
+GATHERED_BYTES = 64 * 2**20
+"""How much of an unembedding that is split over `fsdp` a device gathers at a time."""
 
 
 class Layout(NamedTuple):
@@ -122,6 +128,54 @@ def local_rows(at: Layout, unembedding: Array) -> tuple[Array, Array | int]:
     return unembedding, jax.lax.axis_index(at.vocab) * unembedding.shape[0] if at.vocab else 0
 
 
+def piece_rows(at: Layout, unembedding: Array) -> int:
+    """How many of a device's rows are gathered at a time: all, or so many that there are pieces of one size."""
+    rows, row_bytes = unembedding.shape[0], unembedding.shape[1] * unembedding.dtype.itemsize
+    if not at.width:
+        return rows
+    shards = math.prod(jax.lax.axis_size(name) for name in at.width)
+    count = max(1, math.ceil(rows * row_bytes * shards / GATHERED_BYTES))
+    count = next((n for n in range(count, 2 * count) if rows % n == 0), count)
+    return math.ceil(rows / count)
+
+
+def over_pieces(
+    at: Layout, unembedding: Array, bias: Array | None, visit: Callable[..., tuple[Any, Any]], carry: Any
+) -> tuple[Any, Any]:
+    """`visit(carry, weight, bias, first) -> (carry, out)` of each piece of a device's rows.
+
+    Args:
+        at: the layout.
+        unembedding: the device's part, `[V / vocab shards, D / width shards]`.
+        bias: of the same rows.
+        visit: takes a piece's rows, whole, and the place of the first in the vocabulary.
+        carry: what the first piece is given; None where `visit` has no use for it if there is but one.
+
+    Returns:
+        The last carry, and the `out`s, whose leading axes are those of rows, one after the other.
+    """
+    held, rows = unembedding.shape[0], piece_rows(at, unembedding)
+    first = jax.lax.axis_index(at.vocab) * held if at.vocab else 0
+
+    def piece(carry: Any, start: Any, count: int) -> tuple[Any, Any]:
+        part, part_bias = (
+            x if x is None or count == held else jax.lax.dynamic_slice_in_dim(x, start, count)
+            for x in (unembedding, bias)
+        )
+        whole = jax.lax.all_gather(part, at.width, axis=1, tiled=True) if at.width else part
+        return visit(carry, whole, part_bias, first + start)
+
+    if rows == held:
+        return piece(carry, 0, held)
+    full = held // rows
+    carry, outs = jax.lax.scan(lambda carry, n: piece(carry, n * rows, rows), carry, jnp.arange(full))
+    outs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outs)
+    if full * rows < held:
+        carry, last = piece(carry, full * rows, held - full * rows)
+        outs = jax.tree.map(lambda *x: jnp.concatenate(x), outs, last)
+    return carry, outs
+
+
 def gradient_specs(where: Any) -> Gradients:
     """How the gradients lie: as the inputs do."""
     return Gradients(where.hidden, where.unembedding, where.bias, where.scalar)
@@ -135,18 +189,22 @@ def join_over(axes: tuple[str, ...], sums: Sums, temperature: Array) -> Sums:
     return join(sums, temperature, add=add, highest=highest, lowest=lowest)
 
 
+def scatter(at: Layout, d_unembedding: Array | None) -> Array | None:
+    """The device's columns of the gradient of rows that were gathered, summed over those that gathered them."""
+    if d_unembedding is None or not at.width:
+        return d_unembedding
+    return jax.lax.psum_scatter(d_unembedding, at.width, scatter_dimension=1, tiled=True)
+
+
 def add_up(at: Layout, found: Gradients) -> Gradients:
-    """The gradients of a device's parts, with the shares of all devices that have the same part."""
+    """The gradients of a device's parts (`scatter`ed) with the shares of all devices that have the same part."""
 
     def add(x: Array | None, axes: tuple[str, ...]) -> Array | None:
         return x if x is None or not axes else jax.lax.psum(x, axes)
 
-    d_unembedding = found.unembedding
-    if d_unembedding is not None and at.width:
-        d_unembedding = jax.lax.psum_scatter(d_unembedding, at.width, scatter_dimension=1, tiled=True)
     return Gradients(
         add(found.hidden, at.vocab),
-        add(d_unembedding, tuple(name for name in at.rows if name not in at.width)),
+        add(found.unembedding, tuple(name for name in at.rows if name not in at.width)),
         add(found.bias, at.rows),
         add(found.temperature, at.rows + at.vocab),
     )
@@ -157,20 +215,38 @@ def _run(problem, hidden, unembedding, bias, temperature, targets, keep) -> Any:
     where = specs(at)
 
     def local(hidden, unembedding, bias, temperature, targets):
-        weight, first = local_rows(at, unembedding)
-        sums, kept = MODULES[problem.implementation].sums(
-            hidden,
-            weight,
-            bias,
-            temperature,
-            targets - first,
-            softcap=problem.softcap,
-            fields=needed(problem.outputs),
-            keep=keep,
-            chunk_bytes=problem.chunk_bytes,
-        )
-        if sums.best is not None:
-            sums = sums._replace(best=sums.best + first)
+        fields = needed(problem.outputs)
+
+        def visit(before, weight, bias, first):
+            sums, kept = MODULES[problem.implementation].sums(
+                hidden,
+                weight,
+                bias,
+                temperature,
+                targets - first,
+                softcap=problem.softcap,
+                fields=fields,
+                keep=keep,
+                chunk_bytes=problem.chunk_bytes,
+            )
+            if sums.best is not None:
+                sums = sums._replace(best=sums.best + first)
+            if before is None:
+                return (sums, kept), None
+            both = join_two(before[0], sums, temperature)
+            if kept is not None:
+                older, newer = (jnp.exp((s.top - both.top) / temperature)[:, None] for s in (before[0], sums))
+                kept = older * before[1] + newer * kept
+            return (both, kept), None
+
+        start = None
+        if piece_rows(at, unembedding) < unembedding.shape[0]:
+            kept = keep and problem.implementation == "pallas_tpu"
+            start = (
+                nothing(targets.shape[0], temperature.dtype, fields),
+                jnp.zeros(hidden.shape, jnp.float32) if kept else None,
+            )
+        (sums, kept), _ = over_pieces(at, unembedding, bias, visit, start)
         whole = join_over(at.vocab, sums, temperature)
         result, distribution = finish(whole, targets, problem.vocab_size, temperature, problem.outputs)
         if kept is not None:
@@ -215,22 +291,38 @@ def _backward(problem, saved: _Residuals, cotangents: TokenLogprob):
     cotangents = TokenLogprob(*(None if isinstance(c, SymbolicZero) else c for c in cotangents))._replace(argmax=None)
 
     def local(hidden, unembedding, bias, temperature, targets, distribution, kept, cotangents):
-        weight, first = local_rows(at, unembedding)
-        token = per_token(cotangents, distribution, targets, problem.vocab_size, first, temperature)
         kept = None if kept is None else (kept[0][0], kept[1][0])
-        found = MODULES[problem.implementation].gradients(
-            hidden,
-            weight,
-            bias,
-            temperature,
-            token,
-            softcap=problem.softcap,
-            wanted=wanted,
-            kept=kept,
-            chunk_bytes=problem.chunk_bytes,
-        )
 
-        return add_up(at, found)
+        def visit(before, weight, bias, first):
+            token = per_token(cotangents, distribution, targets, problem.vocab_size, first, temperature)
+            # What was kept is of all pieces, so that only one of them may count it.
+            share = None if kept is None else kept[1] if before is None else jnp.where(before[0], kept[1], 0.0)
+            found = MODULES[problem.implementation].gradients(
+                hidden,
+                weight,
+                bias,
+                temperature,
+                token,
+                softcap=problem.softcap,
+                wanted=wanted,
+                kept=None if kept is None else (kept[0], share),
+                chunk_bytes=problem.chunk_bytes,
+            )
+            summed = found.hidden, found.temperature
+            if before is not None:
+                summed = jax.tree.map(jnp.add, before[1], summed)
+            return (jnp.zeros((), bool), summed), (scatter(at, found.unembedding), found.bias)
+
+        start = None
+        if piece_rows(at, unembedding) < unembedding.shape[0]:
+            wide = jnp.promote_types(jnp.promote_types(hidden.dtype, unembedding.dtype), jnp.float32)
+            summed = (
+                jnp.zeros(hidden.shape, wide) if wanted.hidden else None,
+                jnp.zeros((), temperature.dtype) if wanted.temperature else None,
+            )
+            start = (jnp.ones((), bool), summed)
+        (_, (d_hidden, d_temperature)), (d_weight, d_bias) = over_pieces(at, unembedding, bias, visit, start)
+        return add_up(at, Gradients(d_hidden, d_weight, d_bias, d_temperature))
 
     run = per_device(
         at,

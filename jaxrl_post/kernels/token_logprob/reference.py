@@ -90,10 +90,13 @@ def stats_of_logits(logits: Array, targets: Array, outputs: tuple[str, ...]) -> 
         # 0 log 0 = 0, and no NaN in the gradient where a bias of -inf forbids a token.
         fields["entropy"] = -jnp.sum(p * jnp.where(p > 0, log_p, 0.0), axis=-1)
         fields["sum_p_squared"] = jnp.sum(p * p, axis=-1)
-    if "argmax" in outputs:
-        fields["argmax"] = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if "argmax" in outputs or "max_prob" in outputs:
+        best = jnp.argmax(logits, axis=-1)
+        fields["argmax"] = best.astype(jnp.int32)
     if "max_prob" in outputs:
-        fields["max_prob"] = jnp.exp(jnp.max(centered, axis=-1) - log_sum)
+        # Not by `max`, whose gradient looks for equals of the maximum, which a compiler may have rounded otherwise.
+        best_logit = jnp.sum(jnp.where(vocabulary == best[..., None], centered, 0.0), axis=-1)
+        fields["max_prob"] = jnp.exp(best_logit - log_sum)
     if "mean_logp" in outputs:
         fields["mean_logp"] = jnp.mean(centered, axis=-1) - log_sum
     return TokenLogprob(**{name: fields[name] for name in outputs})

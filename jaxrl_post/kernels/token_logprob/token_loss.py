@@ -318,7 +318,7 @@ def _run(problem, hidden, unembedding, bias, temperature, targets, keep, aux, co
             jnp.zeros((), wide) if wanted.temperature else None,
         )
         (d_weight, d_bias, d_temperature), found = scan_chunks(step, start, (hidden, targets, keep, aux), problem.rows)
-        summed = core.add_up(at, Gradients(None, d_weight, d_bias, d_temperature))
+        summed = core.add_up(at, Gradients(None, core.scatter(at, d_weight), d_bias, d_temperature))
         return found._replace(
             gradients=Gradients(
                 found.gradients.hidden,
