@@ -280,8 +280,8 @@ class HFTokenizer:
             generation.write_text(json.dumps({"eos_token_id": list(self._eos_ids)}) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path_or_id: str | os.PathLike[str]) -> HFTokenizer:
-        """Load a tokenizer from a directory or by its hub id.
+    def load(cls, path_or_id: str | os.PathLike[str], *, revision: str | None = None) -> HFTokenizer:
+        """Load a tokenizer from a directory or by its hub id (and a branch, tag or commit there).
 
         Raises:
             ImportError: if `transformers` is not installed.
@@ -293,27 +293,31 @@ class HFTokenizer:
             raise ImportError(f"loading {path_or_id} needs transformers: pip install transformers") from error
         is_local = Path(path_or_id).is_dir()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(path_or_id), local_files_only=is_local)
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(path_or_id), local_files_only=is_local, revision=revision or "main"
+            )
         except Exception as error:
             where = "directory" if is_local else "hub id"
             raise ValueError(
                 f"no tokenizer could be loaded from the {where} {str(path_or_id)!r}: {_shorten(str(error), 300)}"
             ) from error
-        return cls(tokenizer, eos_ids=_generation_eos_ids(path_or_id, is_local))
+        return cls(tokenizer, eos_ids=_generation_eos_ids(path_or_id, is_local, revision))
 
 
-def load_tokenizer(path_or_id: str | os.PathLike[str]) -> CharTokenizer | HFTokenizer:
+def load_tokenizer(path_or_id: str | os.PathLike[str], *, revision: str | None = None) -> CharTokenizer | HFTokenizer:
     """Load a tokenizer of either kind from a directory, or one of `transformers` by its hub id.
 
     Args:
         path_or_id: a directory that a tokenizer's `save` wrote, a directory with the files of a `transformers`
             tokenizer, or the id of one on the hub (`"owner/name"`).
+        revision: branch, tag or commit on the hub; None for its main branch.
 
     Returns:
         A `CharTokenizer` if the directory holds one, otherwise an `HFTokenizer`.
 
     Raises:
-        ValueError: if the directory is missing or holds no tokenizer, or the hub id cannot be loaded.
+        ValueError: if the directory is missing or holds no tokenizer, the hub id cannot be loaded, or a revision is
+            given for a directory.
 
     Example:
         >>> import tempfile
@@ -323,6 +327,8 @@ def load_tokenizer(path_or_id: str | os.PathLike[str]) -> CharTokenizer | HFToke
         CharTokenizer(alphabet='abc')
     """
     path = Path(path_or_id)
+    if revision is not None and path.is_dir():
+        raise ValueError(f"revision {revision!r} does not apply: {path} is a directory; leave it out")
     if (path / _CHAR_FILE).is_file():
         return CharTokenizer.load(path)
     text = str(path_or_id)
@@ -330,16 +336,17 @@ def load_tokenizer(path_or_id: str | os.PathLike[str]) -> CharTokenizer | HFToke
     is_path_like = text.startswith((".", "~", os.sep)) or text.count("/") > 1 or path.is_file()
     if is_path_like and not path.is_dir():
         raise ValueError(f"tokenizer {text!r} must be a directory or a hub id like 'owner/name'; no such directory")
-    return HFTokenizer.load(path_or_id)
+    return HFTokenizer.load(path_or_id, revision=revision)
 
 
-def _generation_eos_ids(path_or_id: str | os.PathLike[str], is_local: bool) -> tuple[int, ...]:
+def _generation_eos_ids(path_or_id: str | os.PathLike[str], is_local: bool, revision: str | None) -> tuple[int, ...]:
     if is_local and not (Path(path_or_id) / _GENERATION_FILE).is_file():
         return ()
     from transformers import GenerationConfig
 
     try:
-        eos = GenerationConfig.from_pretrained(str(path_or_id), local_files_only=is_local).eos_token_id
+        name, revision = str(path_or_id), revision or "main"
+        eos = GenerationConfig.from_pretrained(name, local_files_only=is_local, revision=revision).eos_token_id
     except OSError as error:
         if is_local:
             raise ValueError(f"{Path(path_or_id) / _GENERATION_FILE} cannot be read: {error}") from error

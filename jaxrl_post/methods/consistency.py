@@ -157,7 +157,7 @@ def kimi(
     baseline: Baseline = "mean",
     length_weight: float = 0.0,
     length_warmup: int = 0,
-    correct_above: float = 0.5,
+    correct_above: float | None = None,
     old_logp: OldLogp = "rollout",
 ) -> Method:
     r"""Kimi k1.5's online policy mirror descent, with its length reward.
@@ -170,7 +170,7 @@ def kimi(
         baseline: see `losses.opmd`.
         length_weight: weight of `rewards.group_length`, added to the reward.
         length_warmup: steps over which that weight grows from 0.
-        correct_above: an answer whose reward is above this is right.
+        correct_above: an answer whose reward is above this is right, as the length reward wants to know; None for 0.5.
         old_logp: see `policy_gradient`.
 
     Returns:
@@ -190,6 +190,8 @@ def kimi(
     checks.within("length_warmup", length_warmup, 0)
     if length_warmup and not length_weight:
         raise ValueError(f"length_warmup={length_warmup} does not apply without a length_weight")
+    checks.applies(length_weight != 0, "length_weight=0", correct_above=correct_above)
+    correct_above = 0.5 if correct_above is None else correct_above
 
     def prepare(state, rollouts: Rollouts, old: Array) -> tuple[dict[str, Array], Any]:
         del old

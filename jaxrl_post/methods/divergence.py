@@ -97,8 +97,8 @@ def f_dpg(
     *,
     divergence: dpg.Divergence = "js",
     target: Target = "tilted",
-    beta: float = 0.1,
-    correct_above: float = 0.5,
+    beta: float | None = None,
+    correct_above: float | None = None,
     window: int = 1024,
     max_log_t: float = 20.0,
 ) -> Method:
@@ -113,8 +113,8 @@ def f_dpg(
     Args:
         divergence: see `losses.divergence_reward`.
         target: `"tilted"` by the reward, or `"constrained"` to answers whose reward is above `correct_above`.
-        beta: temperature of the tilted target, in units of the reward.
-        correct_above: an answer whose reward is above this satisfies the constraint.
+        beta: temperature of the tilted target, in units of the reward; None for 0.1.
+        correct_above: an answer whose reward is above this satisfies the constraint of the other one; None for 0.5.
         window: pseudo-rewards that the baseline averages.
         max_log_t: see `losses.divergence_reward`.
 
@@ -122,7 +122,7 @@ def f_dpg(
         A `Method`; it needs a reference.
 
     Raises:
-        ValueError: for a keyword out of its range.
+        ValueError: for a keyword out of its range, or one that the target does not read.
 
     Example:
         >>> sorted(f_dpg(divergence="forward_kl").needs)
@@ -133,6 +133,10 @@ def f_dpg(
     checks.one_of("divergence", divergence, dpg.Divergence)
     checks.one_of("target", target, Target)
     checks.within("beta", beta, 1e-12)
+    checks.applies(target == "tilted", f"target={target!r}", beta=beta)
+    checks.applies(target == "constrained", f"target={target!r}", correct_above=correct_above)
+    beta = 0.1 if beta is None else beta
+    correct_above = 0.5 if correct_above is None else correct_above
     checks.within("window", window, 1)
     checks.within("max_log_t", max_log_t, 1e-6, 80)
 

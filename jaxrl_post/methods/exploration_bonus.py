@@ -37,7 +37,7 @@ def novelty_bonus(
     bonus: Bonus = "product",
     ridge: float | None = None,
     embedding_size: int | None = None,
-    capacity: int = 65_536,
+    capacity: int | None = None,
     advantage: Choice | Advantage = "grpo",
     **options: Unpack[ClippedOptions],
 ) -> Method:
@@ -57,7 +57,7 @@ def novelty_bonus(
         ridge: $\lambda$ of the episodic $C_{-g} = \lambda I + \sum_{j \neq g} \phi_j \phi_j^\top$; None for 0.1.
         embedding_size: $D$ of the embedding made of the tokens, `rewards.token_embedding`; None for 64. Unused where
             the rollouts bring their own.
-        capacity: places for counts; fingerprints that share one are counted together.
+        capacity: places for counts; fingerprints that share one are counted together; None for 65,536.
         advantage: see `policy_gradient`; of the reward with the bonus.
         **options: `clip_low` (0.2), `clip_high` (0.2), `dual_clip` (None) and the others of `policy_gradient`.
 
@@ -81,6 +81,9 @@ def novelty_bonus(
     checks.within("embedding_size", embedding_size, 1)
     checks.within("capacity", capacity, 1)
     checks.applies(bonus != "global", "bonus='global'", ridge=ridge, embedding_size=embedding_size)
+    checks.applies(bonus != "episodic", "bonus='episodic'", capacity=capacity)
+    if capacity is None:
+        capacity = 1 if bonus == "episodic" else 65_536
     ridge = 0.1 if ridge is None else ridge
     size = 64 if embedding_size is None else embedding_size
     base = as_advantage(advantage)

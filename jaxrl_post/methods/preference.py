@@ -73,7 +73,7 @@ def from_pairs(kind: PairLoss) -> Method:
 
 def dpo_pairs(*, beta: float, label_smoothing: float = 0.0) -> PairLoss:
     """`losses.dpo` of the policy and the reference."""
-    checks.within("beta", beta, 0)
+    checks.within("beta", beta, 1e-12)
     checks.within("label_smoothing", label_smoothing, 0, 0.5)
 
     def log_probs(stats: Stats, rollouts: Rollouts, mask: Array) -> tuple[Array, Array, Array, Array]:

@@ -7,7 +7,14 @@ from jaxrl_post.models.families import decoder_keywords
 from jaxrl_post.models.group_divergence import group_divergence, group_fields
 from jaxrl_post.models.layers import KVCache
 from jaxrl_post.models.lora import Lora, merge_adapters, split_adapters, trainable
-from jaxrl_post.models.peft import check_targets, load_adapters, read_adapter_config, save_adapters
+from jaxrl_post.models.peft import (
+    adapter_base,
+    adapter_directory,
+    check_targets,
+    load_adapters,
+    read_adapter_config,
+    save_adapters,
+)
 from jaxrl_post.models.pretrained import Pretrained, check_vocabulary, from_config, from_pretrained, read_config
 from jaxrl_post.models.quantize import Quantized, dequantize, quantize
 from jaxrl_post.models.recompute import RecomputeCache, recompute_cache
@@ -21,6 +28,8 @@ __all__ = [
     "Quantized",
     "RecomputeCache",
     "Rope",
+    "adapter_base",
+    "adapter_directory",
     "check_targets",
     "check_vocabulary",
     "decoder",

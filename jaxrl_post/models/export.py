@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxrl_post.models.decoder import decoder
 from jaxrl_post.models.families import ACTIVATIONS, FAMILIES, Config, Head, decoder_keywords, head_of, text_config
-from jaxrl_post.models.lora import is_adapter
+from jaxrl_post.models.lora import Lora
 from jaxrl_post.models.pretrained import CONFIG, GENERATION_CONFIG, HasVocabulary, check_vocabulary, flat, from_config
 from jaxrl_post.models.rope import Rope
 from jaxrl_post.models.safetensors_io import write_checkpoint
 from jaxrl_post.models.weight_names import Path as ParamPath
 from jaxrl_post.models.weight_names import Place, places
+from jaxrl_post.models.written import to_host, written
 from jaxrl_post.types import Params
 
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -45,6 +44,7 @@ def save_pretrained(
     *,
     tokenizer: SavableTokenizer | None = None,
     generation_config: Mapping[str, Any] | None = None,
+    lora: Lora | None = None,
     head: Head | None = None,
     dtype: DTypeLike | None = None,
     max_shard_size: int = 5_000_000_000,
@@ -58,13 +58,16 @@ def save_pretrained(
     A value head becomes the classifier of a model with one label: `...ForTokenClassification`, which has a bias, or
     `...ForSequenceClassification`, which has none. Such a model has no unembedding.
 
-    On several hosts every process must call it, since parameters are gathered; the first one writes.
+    Adapters are merged into what is written and quantized weights widened, a layer of one parameter at a time, so that
+    no second model need fit on the devices. On several hosts every process must call it, since parameters are gathered;
+    the first one writes.
 
     Args:
         directory: to write.
         params: of a decoder.
         config: the `config.json` of the model that they come from, `Pretrained.config`.
         tokenizer: whose files are written too.
+        lora: what the model's adapters were made with, if it has any.
         generation_config: `generation_config.json`; None for one with the stop tokens of `tokenizer` or `config`.
         head: what to write; None for what `config` names, or a token classification if `config` names a causal language
             model and there is a value head. With `"causal_lm"` a value head is left out.
@@ -73,15 +76,13 @@ def save_pretrained(
         overwrite: whether the directory may hold a model already.
 
     Raises:
-        ValueError: if the directory holds a model already, the parameters have adapters or are not those of a model of
-            `config`, the tokenizer has more tokens than the embedding has rows, or `head` cannot be written:
-            `transformers` has no such class, there is no value head, or it has a bias and the format none.
+        ValueError: if the directory holds a model already, the parameters have adapters without `lora` or are not those
+            of a model of `config`, the tokenizer has more tokens than the embedding has rows, or `head` cannot be
+            written: `transformers` has no such class, there is no value head, or it has a bias and the format none.
     """
     target = Path(directory)
     text = text_config(config)
-    leaves = flat(params)
-    if any(is_adapter(path) for path in leaves):
-        raise ValueError("these parameters have adapters; merge them first, models.merge_adapters(params, lora)")
+    leaves = written(params, lora)
     if tokenizer is not None:
         check_vocabulary(leaves["embedding",].shape[0], tokenizer)
     head, labels = _head(head, config, leaves)
@@ -93,7 +94,7 @@ def save_pretrained(
         labels=labels,
     )
     stored = np.dtype(leaves["embedding",].dtype if dtype is None else dtype)
-    written = config_for(config, head=head, labels=labels, dtype=stored.name)
+    described = config_for(config, head=head, labels=labels, dtype=stored.name)
     exists = target.exists() and any(_is_ours(path.name) for path in target.iterdir())
     if exists and not overwrite:
         raise ValueError(f"{target} holds a model already; choose another directory, or pass overwrite=True")
@@ -107,14 +108,14 @@ def save_pretrained(
     partial.mkdir(parents=True)
     try:
         write_checkpoint(partial, specs, make, max_shard_size=max_shard_size)
-        _write_json(partial / CONFIG, written)
+        _write_json(partial / CONFIG, described)
         if generation_config is not None:
             _write_json(partial / GENERATION_CONFIG, generation_config)
         if tokenizer is not None:
             tokenizer.save(partial)
         if not (partial / GENERATION_CONFIG).exists():
             names = ("bos_token_id", "eos_token_id", "pad_token_id")
-            ids = {name: written[name] for name in names if written.get(name) is not None}
+            ids = {name: described[name] for name in names if described.get(name) is not None}
             _write_json(partial / GENERATION_CONFIG, {"_from_model_config": True, **ids})
         _publish(partial, target)
     finally:
@@ -178,7 +179,7 @@ def _head(head: Head | None, config: Mapping[str, Any], leaves: Mapping[ParamPat
         return head, 0
     if not has_value:
         raise ValueError(f"head={head!r} needs a value head, which these parameters have not; use head='causal_lm'")
-    if head == "sequence_classification" and np.any(np.asarray(leaves["value_head", "bias"])):
+    if head == "sequence_classification" and np.any(to_host(leaves["value_head", "bias"], None)):
         raise ValueError(
             "a sequence_classification has no bias, and that of this value head is not zero; write a "
             "token_classification, or set it to zero if values that differ by a constant are alike"
@@ -323,10 +324,10 @@ def _tensors(
     def fetch(path: ParamPath, index: tuple[int, ...]) -> np.ndarray:
         leaf = leaves[path]
         if not index:
-            return _to_host(leaf, None)
+            return to_host(leaf, None)
         if (path, index[0]) not in fetched:
             fetched.clear()  # one layer of one parameter is held, whose experts come one after the other
-            fetched[path, index[0]] = _to_host(leaf, index[0])
+            fetched[path, index[0]] = to_host(leaf, index[0])
         return fetched[path, index[0]][index[1:]]
 
     def make(name: str) -> np.ndarray:
@@ -339,23 +340,3 @@ def _tensors(
         path, _ = parts[name][0]
         specs.append((name, found[path].shape, np.dtype(leaves[path].dtype) if dtype is None else dtype))
     return specs, make
-
-
-def _to_host(leaf: Any, layer: int | None) -> np.ndarray:
-    """A parameter or one of its layers, gathered from the devices that hold it."""
-    if not isinstance(leaf, jax.Array):
-        return np.asarray(leaf if layer is None else leaf[layer])
-    out = leaf.sharding
-    if isinstance(out, NamedSharding):
-        out = NamedSharding(out.mesh, PartitionSpec())
-    take = jax.jit(_whole if layer is None else _layer, out_shardings=out)
-    whole = take(leaf) if layer is None else take(leaf, jnp.int32(layer))
-    return np.asarray(whole.addressable_data(0))
-
-
-def _whole(x: jax.Array) -> jax.Array:
-    return x
-
-
-def _layer(x: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)

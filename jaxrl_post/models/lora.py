@@ -7,8 +7,9 @@ A model with adapters has its own weights and the adapters in one tree. Without 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +21,15 @@ from jaxrl_post.types import Array, Params, PyTree
 PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")
 """The linear maps of a layer, which may have adapters."""
 
+FUSED = {"qkv": ("query", "key", "value"), "gate_up": ("gate", "up")}
+"""Targets of several projections whose adapters share one `A`, which is how one adapter of a fused matrix is."""
+
+TARGETS = ("qkv", *PROJECTIONS[:4], "gate_up", *PROJECTIONS[4:])
+"""What may have adapters, in their order."""
+
 HUGGING_FACE = {
+    "qkv_proj": "qkv",
+    "gate_up_proj": "gate_up",
     "q_proj": "query",
     "k_proj": "key",
     "v_proj": "value",
@@ -41,7 +50,8 @@ class Lora:
     Attributes:
         rank: $r$, rows of $A$ and columns of $B$.
         alpha: $s = \alpha / r$; with `rank_stabilized`, $s = \alpha / \sqrt r$ (rsLoRA).
-        targets: of `PROJECTIONS`, or the names that Hugging Face models have for them.
+        targets: of `TARGETS`, or the names that Hugging Face models have for them. `qkv` is query, key and value with
+            one `A` for all three, which is what an adapter of a matrix that fuses them is; `gate_up` alike.
         dropout: share of the inputs of $A$ that are zeroed while training.
         rank_stabilized: see `alpha`.
 
@@ -60,11 +70,21 @@ class Lora:
         """`s`."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The linear maps that have adapters; the targets must be checked."""
+        return tuple(name for target in self.targets for name in FUSED.get(target, (target,)))
+
+    def holder(self, projection: str) -> str:
+        """The projection whose adapter holds `A` for this one: itself, or the first of those that share it."""
+        shared = [FUSED[target] for target in self.targets if target in FUSED]
+        return next((names[0] for names in shared if projection in names), projection)
+
     def checked(self) -> Lora:
         """The same with our names of the targets, in their order.
 
         Raises:
-            ValueError: for a rank below 1, an unknown target, or none, or a dropout outside [0, 1).
+            ValueError: for a rank below 1, an unknown target, none or one twice, or a dropout outside [0, 1).
 
         Example:
             >>> Lora(rank=4, targets=("v_proj", "q_proj")).checked().targets
@@ -75,35 +95,57 @@ class Lora:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora dropout must be in [0, 1), got {self.dropout}")
         names = {HUGGING_FACE.get(name, name) for name in self.targets}
-        if not names or (unknown := sorted(names - set(PROJECTIONS))):
+        if not names or (unknown := sorted(names - set(TARGETS))):
             wrong = unknown if names else "none"
-            raise ValueError(f"lora targets must be some of {', '.join((*PROJECTIONS, *HUGGING_FACE))}, got {wrong}")
-        return dataclasses.replace(self, targets=tuple(name for name in PROJECTIONS if name in names))
+            raise ValueError(f"lora targets must be some of {', '.join((*TARGETS, *HUGGING_FACE))}, got {wrong}")
+        fused = [name for target in FUSED if target in names for name in FUSED[target]]
+        if twice := sorted(names & set(fused)):
+            raise ValueError(f"lora targets name {', '.join(twice)} twice, alone and in qkv or gate_up; leave one out")
+        return dataclasses.replace(self, targets=tuple(name for name in TARGETS if name in names))
 
 
 class Adapter(nnx.Module):
-    """`s B A x` for one projection; it starts at zero, because `B` does."""
+    """`s B A x` for one projection; it starts at zero, because `B` does. With `shared`, another adapter holds `A`."""
 
-    def __init__(self, config: Any, inputs: Sequence[int], outputs: Sequence[int], axes: Sequence[Any], *, rngs: Any):
+    def __init__(
+        self,
+        config: Any,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        axes: Sequence[Any],
+        *,
+        shared: bool = False,
+        rngs: Any,
+    ):
         lora: Lora = config.lora
         self.scale, self.dropout = lora.scale, lora.dropout
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
-        size = math.prod(self.inputs)
-        bound = 1 / math.sqrt(size)
-        a = jax.random.uniform(rngs.params(), (*self.inputs, lora.rank), jnp.float32, -bound, bound)
         into, outof = tuple(axes[: len(self.inputs)]), tuple(axes[len(self.inputs) :])
         # Adapters are small, and are trained: float32 whatever the frozen weights are stored in.
         wide = jnp.promote_types(config.param_dtype, jnp.float32)
-        self.a = nnx.Param(a.astype(wide), logical_axes=(*into, None))
+
+        def drawn() -> nnx.Param:
+            bound = 1 / math.sqrt(math.prod(self.inputs))
+            a = jax.random.uniform(rngs.params(), (*self.inputs, lora.rank), jnp.float32, -bound, bound)
+            return nnx.Param(a.astype(wide), logical_axes=(*into, None))
+
+        self.a = None if shared else drawn()
         self.b = nnx.Param(jnp.zeros((lora.rank, *self.outputs), wide), logical_axes=(None, *outof))
 
-    def __call__(self, x: Array, key: Array | None = None) -> Array:
-        """`[B, T, *inputs]` to `[B, T, *outputs]`."""
-        if self.dropout and key is not None:
-            kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+    def __call__(self, x: Array, keys: Array | None = None, holder: Adapter | None = None) -> Array:
+        """`[B, T, *inputs]` to `[B, T, *outputs]`; `keys` `[B]` of dropout, `holder` the adapter that has `A`."""
+        a = self.a if holder is None else holder.a
+        assert a is not None
+        if self.dropout and keys is not None:
+            kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.dropout, x.shape[1:]))(keys)
             x = jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
-        inner = jnp.tensordot(x, self.a[...].astype(x.dtype), axes=len(self.inputs))
+        inner = jnp.tensordot(x, a[...].astype(x.dtype), axes=len(self.inputs))
         return jnp.tensordot(inner, self.b[...].astype(x.dtype), axes=1) * jnp.asarray(self.scale, x.dtype)
+
+
+def fold_in(keys: Array | None, number: Array | int) -> Array | None:
+    """A key for each row, of which each purpose has one of its own."""
+    return None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
 def is_adapter(path: Sequence[Any]) -> bool:
@@ -170,23 +212,31 @@ def merge_adapters(params: Params, lora: Lora) -> Params:
         >>> merge_adapters({"layers": weight}, Lora(rank=1, alpha=2.0))["layers"]["query"].tolist()
         [[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
     """
-    merged = {}
+    lora, merged = lora.checked(), {}
     for name, value in params.items():
         if name.endswith(SUFFIX):
             continue
         if isinstance(value, dict):
             merged[name] = merge_adapters(value, lora)
             continue
-        adapter = params.get(name + SUFFIX)
-        if adapter is None:
-            merged[name] = value
-            continue
-        a, b = adapter["a"], adapter["b"]
-        stacked = a.ndim + b.ndim - 2 > value.ndim  # a leading axis of layers
-        product = jax.vmap(lambda a, b: jnp.tensordot(a, b, axes=1)) if stacked else lambda a, b: jnp.tensordot(a, b, 1)
-        wide = jnp.promote_types(value.dtype, a.dtype)
-        merged[name] = (value.astype(wide) + lora.scale * product(a, b).astype(wide)).astype(value.dtype)
+        halves = adapter_of(params, name, lora)
+        merged[name] = value if halves is None else merge(value, *halves, scale=lora.scale)
     return merged
+
+
+def merge(weight: Any, a: Array, b: Array, *, scale: float) -> Array:
+    """`W + s A B` in the dtype of `W`; leading axes that all three have (layers, experts) are kept apart."""
+    product = functools.partial(jnp.tensordot, axes=1)
+    for _ in range(a.ndim + b.ndim - 2 - weight.ndim):
+        product = jax.vmap(product)
+    wide = jnp.promote_types(weight.dtype, a.dtype)
+    return (weight.astype(wide) + scale * product(a, b).astype(wide)).astype(weight.dtype)
+
+
+def adapter_of(siblings: Mapping[str, Any], projection: str, lora: Lora) -> tuple[Any, Any] | None:
+    """`A` and `B` of a projection, given the parameters that stand beside it; None if it has no adapter."""
+    own = siblings.get(projection + SUFFIX)
+    return None if own is None else (siblings[lora.holder(projection) + SUFFIX]["a"], own["b"])
 
 
 def _name(part: Any) -> str:

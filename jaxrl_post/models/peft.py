@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +14,40 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_post.models.adapters import nest
-from jaxrl_post.models.lora import HUGGING_FACE, SUFFIX, Lora, is_adapter
+from jaxrl_post.models.config_keys import is_off
+from jaxrl_post.models.families import FAMILIES
+from jaxrl_post.models.hub import local_directory
+from jaxrl_post.models.lora import FUSED, HUGGING_FACE, PROJECTIONS, SUFFIX, Lora, is_adapter
 from jaxrl_post.models.pretrained import flat
-from jaxrl_post.models.safetensors_io import Tensor, read_header, write_file
+from jaxrl_post.models.safetensors_io import read_header, write_file
+from jaxrl_post.models.weight_names import Path as ParamPath
+from jaxrl_post.models.written import to_host
 from jaxrl_post.types import Params
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model.model.layers."
 _THEIRS = {ours: theirs for theirs, ours in HUGGING_FACE.items()}
-_FUSED = {"phi3": ("query", "key", "value", "gate", "up")}
-# What an adapter may have that ours have not, with the value that means it has none.
-_OFF: Mapping[str, tuple[Any, ...]] = {
-    "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
-    "use_dora": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "layers_to_transform": (None,),
-    "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
-}
+_READ = frozenset(
+    [
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "target_modules",
+        "base_model_name_or_path",
+        "revision",
+        "bias",
+        "init_lora_weights",
+    ]
+)
+# What says nothing of what the adapters are: how they started, where they are meant to run, sizes of what is off.
+_HARMLESS = frozenset(
+    ["auto_mapping", "task_type", "inference_mode", "peft_version", "qalora_group_size", "megatron_core", "eva_config"]
+)
+_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Initial values of adapters that leave the base model as it is; others come with weights of their own for it."""
 
 
 def save_adapters(
@@ -51,7 +63,8 @@ def save_adapters(
         model_type: of its `config.json`.
 
     Raises:
-        ValueError: if the parameters have no adapters, or those of projections that this type has only together.
+        ValueError: if the parameters have no adapters, or those of projections that this type has only together, or
+            only apart.
 
     Example:
         >>> import tempfile
@@ -68,21 +81,24 @@ def save_adapters(
     if not leaves:
         raise ValueError("these parameters have no adapters to save")
     check_targets(lora, model_type)
-    parts = {name: (path, layer) for path, leaf in leaves.items() for layer, name in _names(path, leaf.shape[0])}
+    parts = _parts(leaves, lora)
 
     def make(name: str) -> np.ndarray:
-        path, layer = parts[name]
-        x = np.asarray(jax.device_get(leaves[path][layer]))
-        matrix = x.reshape(-1, x.shape[-1]) if path[-1] == "a" else x.reshape(x.shape[0], -1)
-        return np.ascontiguousarray(matrix.T)
+        layer, paths = parts[name]
+        pieces = [_theirs(path, to_host(leaves[path], layer)) for path in paths]
+        return np.ascontiguousarray(np.concatenate(pieces))  # of a fused matrix the rows of all of its parts
 
-    def shape(path: tuple[str, ...]) -> tuple[int, ...]:
-        _, *axes = leaves[path].shape
-        return (axes[-1], math.prod(axes[:-1])) if path[-1] == "a" else (math.prod(axes[1:]), axes[0])
+    def shape(paths: Sequence[ParamPath]) -> tuple[int, ...]:
+        shapes = [_theirs_shape(path, leaves[path].shape[1:]) for path in paths]
+        return (sum(rows for rows, _ in shapes), shapes[0][1])
 
+    if jax.process_index() != 0:  # parameters are gathered by all processes, and the first one writes
+        for name in parts:
+            make(name)
+        return
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    specs = [(name, shape(path), np.dtype(leaves[path].dtype)) for name, (path, _) in parts.items()]
+    specs = [(name, shape(paths), np.dtype(leaves[paths[0]].dtype)) for name, (_, paths) in parts.items()]
     write_file(target / ADAPTER_WEIGHTS, specs, make)
     config = {
         "peft_type": "LORA",
@@ -109,13 +125,18 @@ def check_targets(lora: Lora, model_type: str) -> None:
         model_type: of a `config.json`.
 
     Example:
-        >>> check_targets(Lora(rank=2, targets=("out",)), "phi3")
+        >>> check_targets(Lora(rank=2, targets=("qkv", "out")), "phi3")
     """
-    if together := sorted(set(_FUSED.get(model_type, ())) & set(lora.checked().targets)):
-        raise ValueError(
-            f"{model_type} holds {', '.join(together)} in fused matrices, for which PEFT has other adapters; merge "
-            "them instead, models.merge_adapters(params, lora), or leave them out of the targets"
-        )
+    targets, fused = set(lora.checked().targets), FAMILIES[model_type].fused
+    for name, parts in FUSED.items():
+        apart = [part for part in parts if part in targets]
+        if fused and apart:
+            raise ValueError(
+                f"{model_type} holds {', '.join(parts)} in one fused matrix, whose adapter has one A for all of them; "
+                f"give the target {_THEIRS[name]} in the place of {', '.join(apart)}"
+            )
+        if not fused and name in targets:
+            raise ValueError(f"{model_type} has no {_THEIRS[name]}; give the targets {', '.join(parts)} instead")
 
 
 def read_adapter_config(directory: str | os.PathLike[str]) -> Lora:
@@ -127,15 +148,15 @@ def read_adapter_config(directory: str | os.PathLike[str]) -> Lora:
     Raises:
         ValueError: if there are none, or they are of a kind that the decoder lacks (it is named).
     """
-    path = Path(directory) / ADAPTER_CONFIG
-    if not path.is_file():
-        raise ValueError(f"{directory} holds no {ADAPTER_CONFIG}, so it holds no adapters of PEFT")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    path, config = Path(directory) / ADAPTER_CONFIG, _config(directory)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type {config.get('peft_type')!r} is not supported, only LORA")
-    for name, off in _OFF.items():
-        if config.get(name, off[0]) not in off:
-            raise ValueError(f"{path}: {name} = {config[name]!r} is not supported")
+    odd = {name: value for name, value in config.items() if name not in _READ | _HARMLESS and not is_off(value)}
+    odd |= {"bias": config["bias"]} if config.get("bias", "none") not in ("none", None) else {}
+    odd |= {} if (start := config.get("init_lora_weights")) in _STARTS else {"init_lora_weights": start}
+    if odd:
+        shown = ", ".join(f"{name} = {value!r}" for name, value in odd.items())
+        raise ValueError(f"{path}: {shown} is not supported")
     targets = config["target_modules"]
     if isinstance(targets, str):
         raise ValueError(f"{path}: target_modules {targets!r} is a pattern; give the list of names")
@@ -146,6 +167,35 @@ def read_adapter_config(directory: str | os.PathLike[str]) -> Lora:
         dropout=config.get("lora_dropout", 0.0),
         rank_stabilized=bool(config.get("use_rslora", False)),
     ).checked()
+
+
+def adapter_directory(path_or_id: str | os.PathLike[str]) -> Path:
+    """The directory of adapters, downloaded if they are named by their hub id.
+
+    Raises:
+        ValueError: as `hub.local_directory`.
+    """
+    return local_directory(path_or_id, (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+
+
+def adapter_base(directory: str | os.PathLike[str]) -> tuple[str | None, str | None]:
+    """The directory or hub id of the model that the adapters of a directory belong to, and its revision there.
+
+    Raises:
+        ValueError: if there are no adapters.
+    """
+    config = _config(directory)
+    return config.get("base_model_name_or_path") or None, config.get("revision") or None
+
+
+def _config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    path = Path(directory) / ADAPTER_CONFIG
+    if not path.is_file():
+        raise ValueError(f"{directory} holds no {ADAPTER_CONFIG}, so it holds no adapters of PEFT")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); copy it again") from error
 
 
 def load_adapters(directory: str | os.PathLike[str], params: Params) -> Params:
@@ -161,39 +211,54 @@ def load_adapters(directory: str | os.PathLike[str], params: Params) -> Params:
     Raises:
         ValueError: if tensors are missing, too many, or of another shape; all of them are named.
     """
-    tensors = read_header(Path(directory) / ADAPTER_WEIGHTS)
+    path = Path(directory) / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise ValueError(f"{directory} holds no {ADAPTER_WEIGHTS}; adapters in other formats are not read")
+    tensors = read_header(path)
     leaves = flat(params)
-    wanted = {
-        name: (path, layer)
-        for path, leaf in leaves.items()
-        if is_adapter(path)
-        for layer, name in _names(path, leaf.shape[0])
-    }
-    if wanted.keys() != tensors.keys():
-        missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    adapters = {path: leaf for path, leaf in leaves.items() if is_adapter(path)}
+    parts = _parts(adapters, read_adapter_config(directory))
+    if parts.keys() != tensors.keys():
+        missing, extra = sorted(parts.keys() - tensors.keys()), sorted(tensors.keys() - parts.keys())
         raise ValueError(f"the adapters of {directory} are not this model's: missing {missing}, not known {extra}")
+    found: dict[ParamPath, list[np.ndarray]] = {path: [] for path in adapters}
+    for name, (_, paths) in parts.items():  # layer by layer
+        matrix = np.asarray(tensors[name].view())
+        shapes = [_theirs_shape(path, leaves[path].shape[1:]) for path in paths]
+        ends = np.cumsum([rows for rows, _ in shapes])
+        if matrix.shape != (wanted := (int(ends[-1]), shapes[0][1])):
+            raise ValueError(f"{name} of {directory} is {list(matrix.shape)}, not {list(wanted)} as this model needs")
+        for path, piece in zip(paths, np.split(matrix, ends[:-1]), strict=True):
+            found[path].append(piece.T.reshape(leaves[path].shape[1:]))
 
-    def read(path: tuple[str, ...], leaf: Any) -> Any:
-        shape = leaf.shape[1:]
-        parts = []
-        for _, name in _names(path, leaf.shape[0]):
-            matrix = _matrix(tensors[name])
-            if matrix.size != math.prod(shape):
-                raise ValueError(f"{name} of {directory} is {list(matrix.shape)}, which does not fit {list(shape)}")
-            parts.append(matrix.T.reshape(shape))
-        made = jnp.asarray(np.stack(parts), leaf.dtype)
-        return jax.device_put(made, leaf.sharding) if isinstance(leaf, jax.Array) else made
+    def placed(path: ParamPath, leaf: Any) -> Any:
+        if path not in found:
+            return leaf
+        whole = np.stack(found[path]).astype(leaf.dtype)
+        return jax.device_put(whole, leaf.sharding) if isinstance(leaf, jax.Array) else jnp.asarray(whole)
 
-    return nest((path, read(path, leaf) if is_adapter(path) else leaf) for path, leaf in leaves.items())
-
-
-def _names(path: tuple[str, ...], layers: int) -> Iterator[tuple[int, str]]:
-    """The tensor of each layer of an adapter's half."""
-    block = "self_attn" if path[1] == "attention" else "mlp"
-    projection = _THEIRS[path[2].removesuffix(SUFFIX)]
-    for layer in range(layers):
-        yield layer, f"{_PREFIX}{layer}.{block}.{projection}.lora_{path[3].upper()}.weight"
+    return nest((path, placed(path, leaf)) for path, leaf in leaves.items())
 
 
-def _matrix(tensor: Tensor) -> np.ndarray:
-    return np.asarray(tensor.view())
+def _parts(adapters: Mapping[ParamPath, Any], lora: Lora) -> dict[str, tuple[int, list[ParamPath]]]:
+    """By the name of a tensor its layer and the parameters whose rows it holds, in their order."""
+    fused = {name: target for target, names in FUSED.items() if target in lora.targets for name in names}
+    parts: dict[str, tuple[int, list[ParamPath]]] = {}
+    # PROJECTIONS is the order in which projections are fused.
+    for path in sorted(adapters, key=lambda path: PROJECTIONS.index(path[2].removesuffix(SUFFIX))):
+        block = "self_attn" if path[1] == "attention" else "mlp"
+        projection = path[2].removesuffix(SUFFIX)
+        module = _THEIRS[fused.get(projection, projection)]
+        for layer in range(adapters[path].shape[0]):
+            name = f"{_PREFIX}{layer}.{block}.{module}.lora_{path[3].upper()}.weight"
+            parts.setdefault(name, (layer, []))[1].append(path)
+    return parts
+
+
+def _theirs(path: ParamPath, x: np.ndarray) -> np.ndarray:
+    """One layer of an adapter's half as PEFT holds it, `[out, in]`."""
+    return x.reshape(_theirs_shape(path, x.shape)[::-1]).T
+
+
+def _theirs_shape(path: ParamPath, shape: tuple[int, ...]) -> tuple[int, int]:
+    return (shape[-1], math.prod(shape[:-1])) if path[-1] == "a" else (math.prod(shape[1:]), shape[0])

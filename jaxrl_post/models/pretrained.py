@@ -24,6 +24,7 @@ from jaxrl_post.mesh import shardings
 from jaxrl_post.models.adapters import nest
 from jaxrl_post.models.decoder import decoder
 from jaxrl_post.models.families import decoder_keywords, head_of
+from jaxrl_post.models.hub import local_directory
 from jaxrl_post.models.lora import is_adapter
 from jaxrl_post.models.orbax_io import is_orbax, restore_orbax
 from jaxrl_post.models.safetensors_io import Tensor, open_checkpoint
@@ -160,7 +161,8 @@ def from_pretrained(
         (9, 8)
     """
     try:
-        directory = _local(path_or_id, revision, weights=not abstract)
+        wanted = [pattern for pattern in _PATTERNS if not abstract or pattern != "*.safetensors"]
+        directory = local_directory(path_or_id, wanted, revision=revision)
     except ValueError:
         if not abstract or str(path_or_id) not in known_configs():
             raise
@@ -255,25 +257,6 @@ def _json(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error}); copy it again") from error
-
-
-def _local(path_or_id: str | os.PathLike[str], revision: str | None, *, weights: bool) -> Path:
-    """The directory of a model, downloaded if it is named by its hub id."""
-    path, text = Path(path_or_id).expanduser(), str(path_or_id)
-    if path.is_dir():
-        return path
-    if text.startswith((".", "~", os.sep)) or text.count("/") > 1 or path.exists():
-        raise ValueError(f"{text} is no directory; give a model's directory or a hub id like 'owner/name'")
-    from huggingface_hub import snapshot_download
-
-    patterns = [pattern for pattern in _PATTERNS if weights or pattern != "*.safetensors"]
-    try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=patterns))
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"there is no directory {text!r} here, and no model could be downloaded by that hub id: {reason}"
-        ) from error
 
 
 def _spread(policy: Policy, shapes: Params, mesh: Mesh | None) -> Params:

@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 
 from jaxrl_post import mesh as mesh_lib
 from jaxrl_post import models
-from jaxrl_post.data import Tokenizer
+from jaxrl_post.data import Tokenizer, load_tokenizer
 from jaxrl_post.training.config import ModelConfig
 from jaxrl_post.training.config.schema import NOT_SIZES
+from jaxrl_post.training.router import RouterLoss
 from jaxrl_post.types import Array, Params, Policy, PyTree, Unembedding
 
 
@@ -36,6 +37,18 @@ class Models(NamedTuple):
     load: Callable[[Array, Mesh], Params]
 
 
+class Checkpoint(NamedTuple):
+    """A role's model, where it comes from a checkpoint of its own.
+
+    Attributes:
+        policy: runs it.
+        load: `(key, mesh) -> params`.
+    """
+
+    policy: Policy
+    load: Callable[[Array, Mesh], Params]
+
+
 def make_models(model: ModelConfig, tokenizer: Tokenizer) -> Models:
     """The models that the configuration describes.
 
@@ -45,43 +58,25 @@ def make_models(model: ModelConfig, tokenizer: Tokenizer) -> Models:
 
     Raises:
         ValueError: if there is no such checkpoint, the decoder lacks what it asks for, or the tokenizer has more tokens
-            than it.
+            than it; for a router loss, if the checkpoint has no experts.
     """
-    lora = lora_of(model)
-    source = None
+    lora, source = lora_of(model), None
     if model.path is not None:
-        source = models.from_pretrained(model.path, abstract=True, tokenizer=tokenizer, ignore=model.ignore)
+        source = models.from_pretrained(
+            model.path, abstract=True, tokenizer=tokenizer, ignore=model.ignore, revision=model.revision
+        )
+        if model.router_loss and not models.decoder_keywords(source.config, ignore=model.ignore).get("experts"):
+            raise ValueError(f"model.router_loss is for a model with experts, and {model.path} has none; leave it out")
 
     def made(lora: models.Lora | None, value_head: bool = False) -> Policy:
-        options: dict[str, Any] = {
-            "dtype": model.dtype,
-            "param_dtype": model.param_dtype,
-            "remat": model.remat,
-            "lora": lora,
-            "value_head": value_head,
-        }
-        if source is not None:
-            drawn = models.from_config(source.config, ignore=model.ignore, **options)
-            policy = within_vocabulary(drawn, tokenizer.vocab_size, source.params["embedding"].shape[0])
-        else:
-            drawn = policy = models.decoder(vocab_size=tokenizer.vocab_size, **sizes_of(model), **options)
-        if model.quantize == "none":
-            return policy
-        kind = model.quantize
-        return policy._replace(init=lambda key: models.quantize(drawn.init(key), kind=kind))
+        return _policy(model, tokenizer, source, lora=lora, value_head=value_head)
 
     def load(key: Array, mesh: Mesh) -> Params:
         if model.path is not None:
-            params = models.from_pretrained(
-                model.path,
-                dtype=model.dtype,
-                param_dtype=model.param_dtype,
-                mesh=mesh,
-                ignore=model.ignore,
-                lora=lora,
-                key=key,
-            ).params
-            return params if model.quantize == "none" else models.quantize(params, kind=model.quantize, free=True)
+            params = _read(model, model.path, key, mesh, lora=lora, revision=model.revision)
+            if model.lora is not None and model.lora.path is not None:
+                params = models.load_adapters(models.adapter_directory(model.lora.path), params)
+            return params
         shapes = jax.eval_shape(policy.init, key)
         layout = mesh_lib.shardings(shapes, None if policy.axes is None else policy.axes(), mesh)
         with jax.set_mesh(mesh):
@@ -90,6 +85,107 @@ def make_models(model: ModelConfig, tokenizer: Tokenizer) -> Models:
     policy = made(lora)
     base = policy if lora is None else made(None)
     return Models(policy, made(lora, value_head=True), base, source, load)
+
+
+def make_checkpoint(
+    model: ModelConfig, tokenizer: Tokenizer, path: str, *, value_head: bool, trained: bool
+) -> Checkpoint:
+    """The model of a role that starts from a Hugging Face directory: a reward model, a critic, a teacher.
+
+    Its sizes are its own; dtypes, recomputation and, if it is trained, adapters are those of the policy.
+
+    Args:
+        model: the section of the configuration.
+        tokenizer: the run's, whose tokens the role's model must know by the same ids.
+        path: the directory.
+        value_head: whether the role gives values; a checkpoint that has no head for them gets one that starts at zero.
+        trained: whether the method trains it.
+
+    Raises:
+        ValueError: as `make_models`, and if the directory has a tokenizer that means something else by some id.
+    """
+    source = models.from_pretrained(
+        path, abstract=True, tokenizer=tokenizer, value_head=value_head, ignore=model.ignore
+    )
+    check_same_tokens(tokenizer, path)
+    lora = lora_of(model) if trained else None
+
+    def load(key: Array, mesh: Mesh) -> Params:
+        return _read(model, path, key, mesh, lora=lora, value_head=value_head)
+
+    return Checkpoint(_policy(model, tokenizer, source, lora=lora, value_head=value_head), load)
+
+
+def read_policy(model: ModelConfig, path: str, key: Array, mesh: Mesh) -> Params:
+    """A checkpoint's parameters for a policy with the configuration's adapters."""
+    return _read(model, path, key, mesh, lora=lora_of(model))
+
+
+def check_same_tokens(tokenizer: Tokenizer, path: str) -> None:
+    """Raise ValueError if a directory has a tokenizer that means other texts by some of the ids (256 are asked)."""
+    if not any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return
+    other = load_tokenizer(path)
+    shared = min(tokenizer.vocab_size, other.vocab_size)
+    for token in range(0, shared, max(1, shared // 256)):
+        here, there = tokenizer.decode([token]), other.decode([token])
+        if here != there:
+            raise ValueError(
+                f"token {token} is {here!r} in this run but {there!r} in {path}; tokens must mean the same"
+            )
+
+
+def _policy(
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    source: models.Pretrained | None,
+    *,
+    lora: models.Lora | None,
+    value_head: bool,
+) -> Policy:
+    """The policy of a checkpoint, or of the configuration's own sizes; its `init` gives quantized weights if asked."""
+    options: dict[str, Any] = {
+        "dtype": model.dtype,
+        "param_dtype": model.param_dtype,
+        "remat": model.remat,
+        "lora": lora,
+        "value_head": value_head,
+    }
+    if source is not None:
+        drawn = models.from_config(source.config, ignore=model.ignore, **options)
+        policy = within_vocabulary(drawn, tokenizer.vocab_size, source.params["embedding"].shape[0])
+    else:
+        drawn = policy = models.decoder(vocab_size=tokenizer.vocab_size, **sizes_of(model), **options)
+    kind = model.quantize
+    if kind == "none" or lora is None:
+        return policy
+    return policy._replace(init=lambda key: models.quantize(drawn.init(key), kind=kind))
+
+
+def _read(
+    model: ModelConfig,
+    path: str,
+    key: Array,
+    mesh: Mesh,
+    *,
+    lora: models.Lora | None,
+    value_head: bool = False,
+    revision: str | None = None,
+) -> Params:
+    """A checkpoint's parameters on the mesh, with adapters that start anew and quantized under them if asked."""
+    params = models.from_pretrained(
+        path,
+        dtype=model.dtype,
+        param_dtype=model.param_dtype,
+        mesh=mesh,
+        ignore=model.ignore,
+        lora=lora,
+        key=key,
+        value_head=value_head,
+        revision=revision,
+    ).params
+    kind = model.quantize
+    return params if kind == "none" or lora is None else models.quantize(params, kind=kind, free=True)
 
 
 def within_vocabulary(policy: Policy, size: int, rows: int) -> Policy:
@@ -133,7 +229,14 @@ def sizes_of(model: ModelConfig) -> dict[str, Any]:
 
 def lora_of(model: ModelConfig) -> models.Lora | None:
     """The adapters that the configuration gives the model."""
-    return None if model.lora is None else models.Lora(**dataclasses.asdict(model.lora)).checked()
+    if model.lora is None:
+        return None
+    return models.Lora(**{name: value for name, value in vars(model.lora).items() if name != "path"}).checked()
+
+
+def router_losses(model: ModelConfig) -> dict[str, RouterLoss]:
+    """The load-balancing loss that the configuration gives the policy, by role."""
+    return {} if model.router_loss is None else {"policy": RouterLoss(**dataclasses.asdict(model.router_loss))}
 
 
 def trainable(model: ModelConfig, policy: Policy, key: Array) -> PyTree | None:
@@ -167,7 +270,6 @@ def export(
         ValueError: if the model was drawn and is one that no family of Hugging Face has.
     """
     lora = lora_of(model)
-    whole = models.dequantize(params if lora is None else models.merge_adapters(params, lora))
     if made.source is not None:
         config, generation = made.source.config, made.source.generation_config
     else:
@@ -175,8 +277,9 @@ def export(
         generation = {"eos_token_id": list(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
     models.save_pretrained(
         directory,
-        whole,
+        params,
         config,
+        lora=lora,
         tokenizer=tokenizer,
         generation_config=generation,
         dtype=dtype,

@@ -75,6 +75,7 @@ def make_problems(config: Config, tokenizer: data.Tokenizer) -> Problems:
             lowercase=options.lowercase,
             on_bad_row=options.on_bad_row,
         )
+        check_kind(source.row_type, options.kind)
         if supervised and answer_column(source) not in source.columns:
             raise ConfigError([f"data.files: rows have no {answer_column(source)!r} to train on; give data.answer"])
         return spoken(source)
@@ -106,6 +107,23 @@ def make_problems(config: Config, tokenizer: data.Tokenizer) -> Problems:
     examples = data.held_out(warm_source, warm.examples, exclude=exclude, keep=answer_fits) if warm is not None else []
     data.check_disjoint((problem["prompt"] for problem in examples), exclude)
     return Problems(train, examples, validation, held_out, exclude)
+
+
+def check_kind(found: data.RowType | None, given: str | None) -> None:
+    """Raise ConfigError for rows whose labels no method learns from; nothing passes over them in silence.
+
+    Args:
+        found: what kind of rows the files hold.
+        given: `data.kind`.
+    """
+    instead = {
+        "unpaired": "kind: completion trains on every completion alike (sft), and kind: prompt samples new ones",
+        "stepwise": "kind: prompt samples completions in the place of the given steps",
+    }
+    if found is not None and found.kind in instead:
+        key = "data.kind" if given is None else f"data.kind = {given!r}"
+        why = f"the rows are {found}, and no method learns from their labels yet"
+        raise ConfigError([f"{key}: {why}; {instead[found.kind]}"])
 
 
 def reads_answer(name: str) -> bool:

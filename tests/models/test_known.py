@@ -12,6 +12,7 @@ from jaxrl_post.models.pretrained import known_configs
 PARAMETERS = {  # billions, as their model cards say
     "Qwen/Qwen3-0.6B": 0.6,
     "Qwen/Qwen3-8B": 8.2,
+    "Qwen/Qwen3-32B": 32.8,
     "Qwen/Qwen3-30B-A3B": 30.5,
     "meta-llama/Llama-3.1-8B-Instruct": 8.03,
     "google/gemma-3-4b-it": 3.88,
@@ -30,5 +31,5 @@ def test_a_known_model_has_the_published_number_of_parameters_and_needs_no_netwo
 
 def test_what_is_not_known_still_needs_the_hub(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="hub id"):
+    with pytest.raises(ValueError, match="from the hub nothing can be read now"):
         models.from_pretrained("nobody/nothing", abstract=True)

@@ -10,6 +10,7 @@ import pytest
 
 from jaxrl_post import methods, models, training
 from jaxrl_post.mesh import make_mesh
+from jaxrl_post.types import Metric
 from tests import tiny
 
 EVERY = models.Lora(rank=3, alpha=6.0, targets=("query", "key", "value", "out", "gate", "up", "down"))
@@ -49,7 +50,9 @@ def test_adapters_add_nothing_at_first_and_the_tree_serves_the_model_without_the
 
 @pytest.mark.parametrize("rank_stabilized", [False, True])
 def test_merged_weights_give_what_weights_and_adapters_give(rank_stabilized):
-    lora = models.Lora(rank=3, alpha=6.0, targets=EVERY.targets, rank_stabilized=rank_stabilized)
+    """The second time with one `A` for query, key and value; what adapters add to them is compared with PEFT's."""
+    targets = ("qkv", *EVERY.targets[3:]) if rank_stabilized else EVERY.targets
+    lora = models.Lora(rank=3, alpha=6.0, targets=targets, rank_stabilized=rank_stabilized)
     params = params_of(model(lora))
     merged = models.merge_adapters(params, lora)
     assert jax.tree.structure(merged) == jax.tree.structure(models.decoder(**SIZES).init(jax.random.key(0)))
@@ -78,6 +81,32 @@ def test_dropout_needs_a_key_and_leaves_the_mean_where_it_was():
     np.testing.assert_array_equal(one, hidden(policy, params, key=keys[0]))
     adapter_only = jax.vmap(lambda key: _down(params, lora, key))(jax.random.split(jax.random.key(1), 4000))
     np.testing.assert_allclose(jnp.mean(adapter_only, 0), _down(params, lora, None), atol=0.1)
+
+
+def test_dropout_differs_between_rows_and_is_in_what_is_differentiated_alone():
+    policy = model(models.Lora(rank=3, alpha=6.0, targets=("down",), dropout=0.5))
+    params = params_of(policy)
+    batch, fields = tiny.batch(count=8), frozenset({"logp"})
+    same = batch.replace(tokens=jnp.broadcast_to(batch.tokens[:1], batch.tokens.shape), length=batch.length * 0 + 9)
+    score = models.score(policy)
+    by_form = [jax.jit(f, static_argnums=2) for f in (score, score.still)]
+    noisy, still = (f(params, same, fields, jax.random.key(2)).logp for f in by_form)
+    assert float(jnp.min(jnp.max(jnp.abs(noisy[1:] - noisy[0]), axis=1))) > 1e-4
+    np.testing.assert_array_equal(still, jnp.broadcast_to(still[:1], still.shape))
+
+    def seen(stats, rollouts, targets):
+        return {
+            "old": Metric.mean(targets.old_logp, rollouts.mask),
+            "new": Metric.mean(stats["policy"].logp, rollouts.mask),
+        }
+
+    method = methods.grpo(beta=0.0, old_logp="recompute")._replace(metrics=seen)
+    state = training.init({"policy": params}, method, optax.sgd(0.1), jax.random.key(5))
+    expected = by_form[1](params, batch, fields, jax.random.key(0)).logp
+    _, metrics = training.make_step(score, method, optax.sgd(0.1))(state, batch)
+    mean = float(jnp.sum(expected * batch.mask) / jnp.sum(batch.mask))
+    np.testing.assert_allclose(metrics["old"], mean, rtol=1e-5)
+    assert abs(float(metrics["new"]) - mean) > 1e-4
 
 
 def _down(params, lora, key):
@@ -134,12 +163,16 @@ def test_the_gradient_of_adapters_is_that_of_the_merged_weights():
     np.testing.assert_allclose((before["b"] - after["b"])[0], expected, rtol=2e-3, atol=2e-5)
 
 
+DROPPED = models.Lora(rank=3, alpha=6.0, targets=("qkv", "out", "gate_up", "down"), dropout=0.3)
+
+
 @pytest.mark.parametrize("options", [{"micro_batches": 4}, {"mesh": {"fsdp": 4, "tensor": 2}}], ids=str)
-def test_an_update_of_adapters_does_not_depend_on_micro_batches_or_devices(options):
+def test_an_update_of_adapters_and_its_dropout_do_not_depend_on_micro_batches_or_devices(options):
     options = {name: make_mesh(**value) if name == "mesh" else value for name, value in options.items()}
-    params = params_of(model())
-    _, plain, _ = one_step(model(), params, optimizer=optax.sgd(0.1))
-    _, other, _ = one_step(model(), params, optimizer=optax.sgd(0.1), **options)
+    policy = model(DROPPED)
+    params = params_of(policy)
+    _, plain, _ = one_step(policy, params, optimizer=optax.sgd(0.1))
+    _, other, _ = one_step(policy, params, optimizer=optax.sgd(0.1), **options)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
         jax.device_get(plain.params),
@@ -170,6 +203,7 @@ def test_frozen_weights_cost_no_gradient():
         (models.Lora(rank=0), "rank"),
         (models.Lora(rank=2, targets=("q_proj", "lm_head")), "targets"),
         (models.Lora(rank=2, targets=()), "targets"),
+        (models.Lora(rank=2, targets=("qkv_proj", "key")), "key twice"),
         (models.Lora(rank=2, dropout=1.0), "dropout"),
     ],
 )

@@ -1,6 +1,7 @@
 """Runs that start from a Hugging Face checkpoint and give one back."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from jaxrl_post import models as hf_models
 from jaxrl_post.training import config as configs
 from jaxrl_post.training import inference, loop
 from jaxrl_post.training.config import ConfigError
@@ -20,18 +22,21 @@ ALPHABET = "_$>0123456789"
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A tiny random Qwen3 with a tokenizer of single characters, as transformers saves them."""
-    directory = tmp_path_factory.mktemp("qwen3")
+    return save_qwen3(tmp_path_factory.mktemp("qwen3"))
+
+
+def save_qwen3(directory, kind=transformers.Qwen3ForCausalLM, **changes):
     tokenizer = Tokenizer(models.WordLevel({character: i for i, character in enumerate(ALPHABET)}, unk_token="_"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="_", eos_token="$", unk_token="_")
     fast.save_pretrained(directory)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 6}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 6, **changes}
     config = transformers.Qwen3Config(
         vocab_size=16, num_attention_heads=2, num_key_value_heads=1, eos_token_id=1, pad_token_id=0, **sizes
     )
     torch.manual_seed(0)
-    transformers.Qwen3ForCausalLM(config).save_pretrained(directory)
+    kind(config).save_pretrained(directory)
     return directory
 
 
@@ -39,7 +44,7 @@ def run(tmp_path, checkpoint, *overrides, **model):
     tmp_path.mkdir(exist_ok=True)
     path = runs.tiny_run(
         tmp_path,
-        model={"path": str(checkpoint), "export": str(tmp_path / "out"), **model},
+        model={"path": checkpoint and str(checkpoint), "export": str(tmp_path / "out"), **model},
         data={
             "files": [str(runs.write_problems(tmp_path / "train.jsonl"))],
             "eval_files": [str(runs.write_problems(tmp_path / "eval.jsonl", 8, 60))],
@@ -83,6 +88,108 @@ def test_a_run_of_adapters_gives_back_the_merged_model_and_the_adapters(tmp_path
     setup, params = inference.load_run(tmp_path / "run")
     hidden, _ = setup.policy.hidden(params, np.array(ids), np.arange(4)[None])
     np.testing.assert_allclose(found, hidden @ setup.policy.unembed(params).weight.T, rtol=1e-3, atol=1e-4)
+
+
+def adapters_of(params):
+    return hf_models.split_adapters(jax.device_get(params))[1]
+
+
+def test_a_run_goes_on_from_adapters_whose_options_and_base_it_takes_from_their_directory(tmp_path, checkpoint):
+    from jaxrl_post.training import setup
+
+    lora = {"rank": 2, "alpha": 3.0, "targets": ["q_proj", "up"], "dropout": 0.25, "rank_stabilized": True}
+    run(tmp_path / "first", checkpoint, "training.steps=1", lora=lora)
+    adapter = str(tmp_path / "first" / "out" / "adapter")
+    path = run(tmp_path / "second", None, "training.steps=1", path=None, lora={"path": adapter, "dropout": 0.0})
+    config = configs.load(path)
+    assert config.model.path == config.data.tokenizer == str(checkpoint)
+    assert vars(config.model.lora) == {**lora, "path": adapter, "targets": ("query", "up"), "dropout": 0.0}
+    assert config.roles["reference"].sources == ("policy",)  # what the method starts from is not the bare model
+    parts = setup.build(config)
+    before, trained = (inference.load_run(tmp_path / name / "run")[1] for name in ("first", "second"))
+    jax.tree.map(np.testing.assert_array_equal, adapters_of(parts.initial_params()), adapters_of(before))
+    assert runs.lines(tmp_path / "second" / "run")[0]["kl"] == pytest.approx(0, abs=1e-6)
+    moved = jax.tree.map(lambda a, b: (a != b).any(), adapters_of(before), adapters_of(trained))
+    assert any(jax.tree.leaves(moved))
+
+    for wrong in ({"rank": 3}, {"alpha": 16.0}, {"targets": ["q_proj"]}, {"rank_stabilized": False}):
+        with pytest.raises(ConfigError, match=rf"model\.lora\.{next(iter(wrong))} = .*leave it out"):
+            configs.load(path, [f"model.lora={json.dumps({'path': adapter, **wrong})}"])
+    with pytest.raises(ConfigError, match=r"model\.lora\.path.*no adapter_config"):
+        configs.load(path, [f"model.lora={{path: {checkpoint}}}"])
+    with pytest.raises(ConfigError, match=r"model\.lora\.rank: is missing"):
+        configs.load(path, ["model.lora={alpha: 2}", f"model.path={checkpoint}"])
+    shutil.rmtree(tmp_path / "first")  # an old run can be used without what it started from
+    assert inference.load_run(tmp_path / "second" / "run")[1].keys() == trained.keys()
+
+
+def test_a_critic_and_a_reference_start_from_checkpoints_of_their_own_sizes(tmp_path, checkpoint):
+    from jaxrl_post.training import setup
+
+    critic = save_qwen3(
+        tmp_path / "critic", transformers.Qwen3ForSequenceClassification, num_labels=1, num_hidden_layers=1
+    )
+    reference = save_qwen3(tmp_path / "reference", hidden_size=8)
+    files = [str(runs.write_problems(tmp_path / "train.jsonl"))]
+    values = {
+        "model": {"path": str(checkpoint), "lora": {"rank": 2}},
+        "data": {"files": files, "max_prompt_length": 3},
+        "method": {"name": "ppo", "beta": 0.1},
+        "roles": {"critic": {"from": str(critic)}, "reference": {"from": str(reference)}},
+        "warm_start": None,
+        "eval": {"problems": 0},
+    }
+    path = runs.tiny_run(tmp_path, **values)
+    parts = setup.build(configs.load(path))
+    stage = parts.stages[0]
+    params = parts.begin(stage, parts.initial_params(), step=0).params
+    ids = np.array([[3, 4, 2, 5]])
+    hidden, _ = parts.model("critic").hidden(params["critic"], ids, np.arange(4)[None])
+    found = parts.model("critic").heads(params["critic"], hidden)["value"]
+    with torch.no_grad():
+        scores = transformers.Qwen3ForSequenceClassification.from_pretrained(critic, num_labels=1)
+        theirs = scores.score(scores.model(torch.tensor(ids)).last_hidden_state)[..., 0].numpy()
+    np.testing.assert_allclose(found, theirs, rtol=2e-5, atol=2e-6)
+    assert np.abs(theirs).max() > 1e-3
+    hidden, _ = parts.model("reference").hidden(params["reference"], ids, np.arange(4)[None])
+    ours = hidden @ parts.model("reference").unembed(params["reference"]).weight.T
+    np.testing.assert_allclose(ours, logits(reference, ids)[..., : len(ALPHABET)], rtol=2e-4, atol=2e-5)
+    # The critic, which is trained, has adapters as the policy has; the reference has none.
+    assert "query_lora" in params["critic"]["layers"]["attention"]
+    assert "query_lora" not in params["reference"]["layers"]["attention"]
+    loop.run(configs.load(path, ["training.steps=1", "eval.problems=0"]))
+    assert np.isfinite(runs.lines(tmp_path / "run")[-1]["loss"])
+    assert runs.final_state(tmp_path / "run")[0] == 1
+
+    both = configs.load(path, [f"roles.reference={{from: [policy, {reference}]}}"])
+    parts = setup.build(both)
+    with pytest.raises(ConfigError, match=r"the model of this run and .*reference differ at .*\[16, 16\].*\[16, 8\]"):
+        parts.begin(parts.stages[0], parts.initial_params(), step=0)
+    (critic / "tokenizer.json").write_text((critic / "tokenizer.json").read_text().replace('"3"', '"x"'))
+    with pytest.raises(ValueError, match=r"is '3' in this run but 'x' in .*critic; tokens must mean the same"):
+        setup.build(configs.load(path)).prepare()
+    with pytest.raises(ConfigError, match=r"roles\.policy.*model\.path"):
+        configs.load(path, [f"roles.policy.from={reference}"])
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "1>", "completion": "1", "label": True}, "labelled good or bad.*kind: completion.*kind: prompt"),
+        ({"prompt": "1>", "completions": ["1"], "labels": [True]}, "a label for each.*kind: prompt"),
+    ],
+)
+def test_rows_whose_labels_no_method_learns_from_are_refused_with_what_can_be_done(tmp_path, row, words):
+    from jaxrl_post.training import setup
+
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    data = {"files": [str(tmp_path / "rows.jsonl")], "alphabet": ALPHABET[2:], "max_prompt_length": 3}
+    for method, sizes in {"sft": {}, "grpo": {"group_size": 2, "prompts": 1}}.items():
+        changes = {"data": data, "warm_start": None, "eval": {"problems": 0}, "rollout": {"max_new_tokens": 3, **sizes}}
+        path = runs.tiny_run(tmp_path, method={"name": method}, **changes)
+        with pytest.raises(ConfigError, match=rf"data\.kind: .*{words}"):
+            setup.build(configs.load(path)).prepare()
+    assert setup.build(configs.load(path, ["data.kind=prompt"])).problems.train[0]["prompt"] == "1>"
 
 
 def test_a_run_from_a_checkpoint_is_resumed_from_its_own(tmp_path, checkpoint):

@@ -175,7 +175,7 @@ def test_a_run_of_another_model_or_alphabet_is_an_error_that_says_where_they_dif
         (
             {"reference": {"from": ["policy", "RUN"], "refresh": "every", "every": 2}},
             "roles.reference.refresh",
-            "is a run, which stays as it is",
+            "is a directory, which stays as it is",
         ),
         ({"policy": {"from": "reference"}}, "roles.policy", "give from: the directory of a run"),
         (

@@ -15,6 +15,7 @@ from typing import Any
 
 from jaxrl_post.data import PRINTABLE
 from jaxrl_post.training.config import checks, parsing, yaml_text
+from jaxrl_post.training.config.adapter_checks import with_adapters
 from jaxrl_post.training.config.checks import check_devices
 from jaxrl_post.training.config.document import defaults, document
 from jaxrl_post.training.config.errors import ConfigError, ConfigWarning, Problems
@@ -37,6 +38,7 @@ from jaxrl_post.training.config.schema import (
     RewardConfig,
     RoleConfig,
     RolloutConfig,
+    RouterLossConfig,
     SamplingConfig,
     TrainingConfig,
     WarmStartConfig,
@@ -61,6 +63,7 @@ __all__ = [
     "RewardConfig",
     "RoleConfig",
     "RolloutConfig",
+    "RouterLossConfig",
     "SamplingConfig",
     "TrainingConfig",
     "WarmStartConfig",
@@ -184,10 +187,11 @@ def validate(config: Config, *, namespace: Any = None, check_files: bool = True)
 def _build(values: Any, source: str, problems: Problems, namespace: Any, check_files: bool) -> Config:
     if not isinstance(values, Mapping):
         raise ConfigError([*problems.messages, "must be a mapping of sections (run_dir, data, training, ...)"], source)
-    config: Config = parsing.parse_section(Config, values, "", problems)
+    config: Config = with_adapters(parsing.parse_section(Config, values, "", problems), problems, check_files)
     model, data = config.model, config.data
     if model is not None and data is not None and model.path and data.tokenizer is None and data.alphabet is None:
-        config = dataclasses.replace(config, data=dataclasses.replace(data, tokenizer=model.path))
+        data = dataclasses.replace(data, tokenizer=model.path, tokenizer_revision=model.revision)
+        config = dataclasses.replace(config, data=data)
     made = None
     if problems.ok("method") and config.method is not None:
         method = encode_texts(config.method, config.data, problems)
@@ -212,8 +216,10 @@ def _resolve(config: Config, roles: frozenset[str], trained: frozenset[str]) -> 
         )
     if data.alphabet is None and data.tokenizer is None:
         data = dataclasses.replace(data, alphabet=PRINTABLE)
-    # Where adapters have been trained before (a warm start, another run) the base is not what the method starts from.
-    begun = config.warm_start is not None or "policy" in config.roles
+    # Where adapters have been trained before (a warm start, another run, those of lora.path) the base is not what the
+    # method starts from.
+    continued = model.lora is not None and model.lora.path is not None
+    begun = continued or config.warm_start is not None or "policy" in config.roles
     source = "policy" if model.lora is None or begun else BASE
     missing = {role: RoleConfig(source="policy" if role in trained else source) for role in sorted(roles - {"policy"})}
     return dataclasses.replace(config, model=model, data=data, roles={**missing, **config.roles})

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 from jaxrl_post.models.lora import Lora
 from jaxrl_post.training.config import content_checks
 from jaxrl_post.training.config.content_checks import refuse_unused
 from jaxrl_post.training.config.errors import ConfigError, Problems
+from jaxrl_post.training.config.fields import yaml_key
 from jaxrl_post.training.config.role_checks import check_roles
-from jaxrl_post.training.config.schema import NOT_SIZES, Config, OptimizerConfig, yaml_key
+from jaxrl_post.training.config.schema import NOT_SIZES, Config, OptimizerConfig
 from jaxrl_post.training.config.subgroup_checks import check_subgroups
 from jaxrl_post.training.splitting import coarsest
 from jaxrl_post.types import Method
@@ -31,6 +33,10 @@ def check(config: Config, made: Method | None, problems: Problems, check_files: 
     content_checks.check_data(config, made, problems)
     content_checks.check_rewards(config, made, problems)
     if made is not None:
+        combining = [method for method in (made, *made.stages.values()) if method.combine is not None]
+        if combining and config.model is not None and config.model.router_loss is not None:
+            why = f"cannot be added to {config.method.name}, which weighs its terms' gradients itself; leave it out"
+            problems.add("model.router_loss", why)
         _source(config, made, problems)
         if made.learns_from == "rollouts":
             _groups(config, made, problems)
@@ -64,20 +70,26 @@ def _model(config: Config, problems: Problems) -> None:
     if model.path is not None:
         names = [field.name for field in dataclasses.fields(model) if field.name not in NOT_SIZES]
         refuse_unused(model, "model", names, "the checkpoint of model.path has sizes of its own", problems)
-    elif model.ignore:
-        problems.add("model.ignore", "does not apply: there is no model.path; leave it out", list(model.ignore))
+        if model.revision is not None and Path(model.path).is_dir():
+            problems.add("model.revision", "does not apply: model.path is a directory; leave it out", model.revision)
+    else:
+        refuse_unused(model, "model", ("ignore", "revision"), "there is no model.path", problems)
     if model.quantize not in (None, "none") and model.remat == "none":
         problems.warnings.append(
             "model.quantize with model.remat = none: the backward pass keeps every weight in full; set model.remat to "
             "full or dots"
         )
+    if model.router_loss is not None and model.path is None and problems.ok("model.path", "model.lora"):
+        problems.add(
+            "model.router_loss", "is for a model with experts, and one that is built here has none; leave it out"
+        )
     if model.quantize not in (None, "none") and model.lora is None:
         problems.add(
             "model.quantize", "freezes the projections, and without model.lora they are what is trained", model.quantize
         )
-    if model.lora is not None:
+    if model.lora is not None and problems.ok("model.lora"):
         try:
-            Lora(**dataclasses.asdict(model.lora)).checked()
+            Lora(**{name: value for name, value in vars(model.lora).items() if name != "path"}).checked()
         except (ValueError, TypeError) as error:
             problems.add("model.lora", str(error))
     if not problems.ok("model.width", "model.heads", "model.kv_heads", "model.head_dim"):
@@ -156,11 +168,8 @@ def _mesh(config: Config, problems: Problems) -> None:
     mesh = config.mesh
     if mesh is None:
         return
-    for axis in ("sequence", "expert"):
-        if problems.ok(f"mesh.{axis}") and getattr(mesh, axis) > 1:
-            problems.add(
-                f"mesh.{axis}", "splitting over this axis is not available yet; set it to 1", getattr(mesh, axis)
-            )
+    if problems.ok("mesh.sequence") and mesh.sequence > 1:
+        problems.add("mesh.sequence", "splitting over this axis is not available yet; set it to 1", mesh.sequence)
     drawn = problems.ok("mesh.tensor", "model") and config.model.path is None
     if drawn and mesh.tensor > 1 and config.model.heads % mesh.tensor:
         problems.warnings.append(
@@ -173,7 +182,8 @@ def _batch(config: Config, made: Method, problems: Problems) -> None:
     # Micro-batches against the batch and the piece that the method may not split, and both against the mesh.
     if not problems.ok("rollout", "training", "mesh", "method"):
         return
-    micro, shards = config.training.micro_batches, config.mesh.data * config.mesh.fsdp
+    micro, mesh = config.training.micro_batches, config.mesh
+    shards = mesh.data * mesh.fsdp * mesh.expert
     if made.learns_from == "rollouts":
         groups, size = config.rollout.prompts, config.rollout.group_size
         source = f"rollout.prompts * rollout.group_size = {groups} * {size} = {groups * size} completions"
@@ -202,14 +212,14 @@ def _batch(config: Config, made: Method, problems: Problems) -> None:
         multiple = micro * shards // math.gcd(micro * shards, rows)
         problems.add(
             "mesh",
-            f"data * fsdp = {config.mesh.data} * {config.mesh.fsdp} = {shards} devices cannot share {source}{each} "
-            f"evenly; make {change} a multiple of {multiple}",
+            f"data * fsdp * expert = {mesh.data} * {mesh.fsdp} * {mesh.expert} = {shards} devices cannot share "
+            f"{source}{each} evenly; make {change} a multiple of {multiple}",
         )
     warm = config.warm_start
     if warm is not None and problems.ok("warm_start.batch_size") and warm.batch_size % shards:
         problems.add(
             "warm_start.batch_size",
-            f"must be a multiple of mesh.data * mesh.fsdp = {shards}; "
+            f"must be a multiple of mesh.data * mesh.fsdp * mesh.expert = {shards}; "
             f"try {math.ceil(warm.batch_size / shards) * shards}",
             warm.batch_size,
         )

@@ -70,6 +70,9 @@ def check_data(config: Config, made: Method | None, problems: Problems) -> None:
                 "exactly one of data.alphabet and data.tokenizer can be given; remove one",
                 data.tokenizer,
             )
+        elif data.tokenizer_revision is not None and (data.tokenizer is None or Path(data.tokenizer).is_dir()):
+            why = "it is for a tokenizer of the hub; leave it out"
+            problems.add("data.tokenizer_revision", f"does not apply: {why}", data.tokenizer_revision)
         elif data.alphabet is not None:
             twice = sorted({character for character in data.alphabet if data.alphabet.count(character) > 1})
             if not data.alphabet:

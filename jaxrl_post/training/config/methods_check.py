@@ -89,7 +89,7 @@ def encode_texts(method: MethodConfig, data: DataConfig | None, problems: Proble
 def tokenizer_of(options: DataConfig) -> Tokenizer:
     """The character tokenizer of `alphabet`, or the one at `tokenizer`."""
     if options.tokenizer is not None:
-        return load_tokenizer(options.tokenizer)
+        return load_tokenizer(options.tokenizer, revision=options.tokenizer_revision)
     return CharTokenizer(options.alphabet or PRINTABLE)
 
 

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Union
 
 from jaxrl_post.training.config.errors import Problems, nearest, show
-from jaxrl_post.training.config.schema import Config, MethodConfig, yaml_key
+from jaxrl_post.training.config.fields import yaml_key
+from jaxrl_post.training.config.schema import Config, MethodConfig
 
 BAD: Any = object()
 """What `coerce` returns for a value that does not fit."""

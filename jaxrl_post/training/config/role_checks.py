@@ -33,6 +33,9 @@ def check_roles(config: Config, made: Method, problems: Problems, check_files: b
                     "it from that run's policy, or remove it here",
                 )
                 continue
+            if len(options.sources) == 1 and is_checkpoint(options.sources[0]):
+                problems.add(key, "starts from a checkpoint by model.path; give it there", options.sources[0])
+                continue
         elif role not in needed:
             settings = f"method {name} as configured"
             have = f"; {nearest(role, needed)}" if needed else "; it needs no role beside the policy: remove it"
@@ -57,13 +60,19 @@ def check_roles(config: Config, made: Method, problems: Problems, check_files: b
                 problems.add(f"{key}.refresh", f"method {name} trains this role itself; use frozen", "every")
             elif runs:
                 problems.add(
-                    f"{key}.refresh", f"renews from roles, but {runs[0]} is a run, which stays as it is", "every"
+                    f"{key}.refresh", f"renews from roles, but {runs[0]} is a directory, which stays as it is", "every"
                 )
             elif options.every is None:
                 problems.add(f"{key}.every", "is missing; give the steps between renewals, e.g. 50")
         else:
             refuse_unused(options, key, ("every", "mix"), "refresh is frozen", problems)
     _check_circles({role: options for role, options in roles.items() if options is not None}, problems)
+
+
+def is_checkpoint(source: str) -> bool:
+    """Whether a role's source is the directory of a Hugging Face checkpoint, or of what `convert` made of one."""
+    directory = Path(source)
+    return (directory / "config.json").is_file() and not (directory / "config.yaml").is_file()
 
 
 def _check_base(config: Config, role: str, made: Method, key: str, problems: Problems) -> None:
@@ -87,12 +96,15 @@ def _check_sources(
         directory = Path(source)
         if "/" not in source and not directory.is_dir():
             problems.add(
-                f"{key}.from", f"must be another role or the directory of a run; {nearest(source, others)}", source
+                f"{key}.from",
+                f"must be another role, or the directory of a run or checkpoint; {nearest(source, others)}",
+                source,
             )
-        elif check_files and not (directory / "config.yaml").is_file():
+        elif check_files and not ("://" in source or (directory / "config.yaml").is_file() or is_checkpoint(source)):
             problems.add(
                 f"{key}.from",
-                f"no run in this directory (looked from {Path.cwd()}): it holds no config.yaml; correct the path",
+                f"no run in this directory (looked from {Path.cwd()}): it holds no config.yaml, nor the config.json of "
+                "a Hugging Face checkpoint; correct the path, or download a model of the hub",
                 source,
             )
     return runs

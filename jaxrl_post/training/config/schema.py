@@ -8,69 +8,53 @@ because it follows from others (`model.kv_heads`) is filled in when the configur
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-NOT_SIZES = ("path", "ignore", "lora", "quantize", "dtype", "param_dtype", "remat", "export")
+from jaxrl_post.training.config.fields import option
+
+NOT_SIZES = ("path", "revision", "ignore", "lora", "router_loss", "quantize", "dtype", "param_dtype", "remat", "export")
 """Options of a model that a checkpoint leaves open."""
 
 BASE = "base"
 """Source of a role that is the policy's model without its adapters."""
 
 
-def option(
-    help: str,
-    default: Any = dataclasses.MISSING,
-    *,
-    factory: Callable[[], Any] | None = None,
-    minimum: float | None = None,
-    above: float | None = None,
-    maximum: float | None = None,
-    below: float | None = None,
-    key: str | None = None,
-) -> Any:
-    """A field with its meaning and bounds; required if it has neither `default` nor `factory`.
-
-    Args:
-        help: meaning and unit, one line.
-        default: value where the file says nothing.
-        factory: makes the default of a section or container.
-        minimum: smallest allowed value.
-        above: the value must be larger.
-        maximum: largest allowed value.
-        below: the value must be smaller.
-        key: name in YAML where it cannot be the field's (a Python keyword).
-    """
-    bounds = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
-    metadata = {
-        "help": help,
-        "key": key,
-        "bounds": {name: value for name, value in bounds.items() if value is not None},
-    }
-    if factory is not None:
-        return dataclasses.field(default_factory=factory, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def yaml_key(field: dataclasses.Field[Any]) -> str:
-    """The name that `field` has in YAML."""
-    return field.metadata.get("key") or field.name
-
-
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """Low-rank adapters, which are trained alone while the model stays as it is."""
 
-    rank: int = option("rows of A and columns of B", minimum=1)
-    alpha: float = option("what the adapters add is multiplied by alpha / rank", 16.0, above=0)
-    targets: tuple[str, ...] = option(
-        "projections with an adapter: query, key, value, out, gate, up, down, or q_proj, k_proj, ...",
-        ("query", "value"),
+    path: str | None = option(
+        "directory or hub id of adapters in PEFT's format to go on from; the options below are then theirs, and so is "
+        "the model where model.path is null",
+        None,
     )
-    dropout: float = option("share of an adapter's inputs that is zeroed in training", 0.0, minimum=0, below=1)
-    rank_stabilized: bool = option("multiply by alpha / sqrt(rank) instead", False)
+    rank: int | None = option("rows of A and columns of B; null: that of path", None, minimum=1)
+    alpha: float | None = option(
+        "what the adapters add is multiplied by alpha / rank; null: that of path, else 16", None, above=0
+    )
+    targets: tuple[str, ...] | None = option(
+        "projections with an adapter: query, key, value, out, gate, up, down, or q_proj, k_proj, ...; qkv and gate_up "
+        "have one A for all their parts, as adapters of fused matrices do (phi3); null: those of path, else query and "
+        "value",
+        None,
+    )
+    dropout: float | None = option(
+        "share of an adapter's inputs that is zeroed in training; null: that of path, else 0", None, minimum=0, below=1
+    )
+    rank_stabilized: bool | None = option("multiply by alpha / sqrt(rank) instead; null: as in path, else false", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterLossConfig:
+    """The load-balancing loss of a model with experts, added to the method's."""
+
+    coefficient: float = option("factor of the loss, as router_aux_loss_coef of Hugging Face's models", above=0)
+    over: Literal["batch", "sequence"] = option(
+        "whose load is balanced: a step's batch, at the cost of a forward pass where the method has none before its "
+        "gradient, or each sequence alone",
+        "batch",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +66,13 @@ class ModelConfig:
         "below",
         None,
     )
+    revision: str | None = option("branch, tag or commit of path on the hub; null: its main branch", None)
     ignore: tuple[str, ...] = option(
         "keys of the checkpoint's config.json that are known to make no difference, though they are not known here",
         factory=tuple,
     )
     lora: LoraConfig | None = option("adapters, which alone are trained; null: all parameters are", None)
+    router_loss: RouterLossConfig | None = option("what keeps experts evenly used; null: nothing", None)
     quantize: Literal["none", "int8", "nf4"] = option("bits of the frozen projections under adapters", "none")
     export: str | None = option(
         "directory that receives the trained policy as a Hugging Face checkpoint, and its adapters if it has any", None
@@ -138,7 +124,12 @@ class DataConfig:
     alphabet: str | None = option(
         "characters of the character tokenizer; null without a tokenizer: printable ASCII and newline", None
     )
-    tokenizer: str | None = option("directory or hub id of a tokenizer, in place of alphabet", None)
+    tokenizer: str | None = option(
+        "directory or hub id of a tokenizer, in place of alphabet; null with model.path: the model's", None
+    )
+    tokenizer_revision: str | None = option(
+        "branch, tag or commit of tokenizer on the hub; null: its main branch", None
+    )
     size: int = option("problems to draw from the task's generator", 100_000, minimum=1)
     max_prompt_length: int = option("longest prompt, tokens", minimum=1)
     on_long_prompt: Literal["filter", "error"] = option("a longer prompt is dropped and counted, or an error", "filter")
@@ -260,9 +251,10 @@ class RoleConfig:
     """A model beside the policy, e.g. the reference: where its parameters come from, and whether they are renewed."""
 
     source: str | tuple[str, ...] = option(
-        "whose parameters it starts (and is renewed) from: policy, another role, or the directory of another run, "
-        "whose newest policy is meant; a list is averaged; base: the policy without its adapters, whose weights it "
-        "shares (the default where model.lora is given, without a warm start)",
+        "whose parameters it starts (and is renewed) from: policy, another role, the directory of another run, whose "
+        "newest policy is meant, or of a Hugging Face checkpoint (a reward model, a critic, a teacher), whose sizes "
+        "are its own; a list is averaged; base: the policy without its adapters, whose weights it shares (the default "
+        "where model.lora is given and its adapters start anew)",
         "policy",
         key="from",
     )
@@ -329,7 +321,7 @@ class MeshConfig:
     fsdp: int = option("shards of parameters that split the batch too", 1, minimum=1)
     tensor: int = option("shards of heads, MLP and vocabulary", 1, minimum=1)
     sequence: int = option("shards of the sequence", 1, minimum=1)
-    expert: int = option("shards of the experts", 1, minimum=1)
+    expert: int = option("shards of the experts; of all else what fsdp is", 1, minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,7 +348,9 @@ class LoggingConfig:
 class Config:
     """A whole run."""
 
-    run_dir: str = option("directory that receives metrics.jsonl, config.yaml, checkpoints and curves.png")
+    run_dir: str = option(
+        "directory, also in a bucket (gs://...), that receives metrics.jsonl, config.yaml, checkpoints and curves.png"
+    )
     seed: int = option("seed of everything random", 0, minimum=0, below=2**32)
     model: ModelConfig = option("the model", factory=ModelConfig)
     data: DataConfig = option("the problems")

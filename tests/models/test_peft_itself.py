@@ -1,0 +1,77 @@
+"""Adapters that PEFT wrote and adapters that PEFT reads: the same logits there and here."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+from jaxrl_post import models
+from jaxrl_post.models.peft import load_adapters, read_adapter_config, save_adapters
+from jaxrl_post.training.convert import convert
+from tests.models import hf
+
+TOKENS = np.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+CASES = {
+    "qwen3": {"target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"], "use_rslora": True},
+    "phi3": {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj"]},
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request, tmp_path):
+    """A family's name, the directory of a random model of it, and one with adapters that PEFT made for it."""
+    hf.model(request.param).save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(
+        copy.deepcopy(hf.model(request.param)), peft.LoraConfig(r=3, lora_alpha=5, **CASES[request.param])
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    adapted.save_pretrained(tmp_path / "adapter")
+    return request.param, tmp_path, adapted
+
+
+def read(directory, adapter):
+    found = models.from_pretrained(directory / "base", lora=read_adapter_config(adapter), key=jax.random.key(0))
+    return found.policy, load_adapters(adapter, found.params)
+
+
+def ours(policy, params):
+    hidden, _ = policy.hidden(params, jnp.asarray(TOKENS), jnp.arange(TOKENS.size)[None])
+    return np.asarray(models.logits(policy.unembed(params), hidden))
+
+
+def theirs(model):
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS)).logits.numpy()
+
+
+def test_adapters_go_from_peft_to_here_and_back_with_the_same_logits(case):
+    name, directory, adapted = case
+    policy, params = read(directory, directory / "adapter")
+    found = ours(policy, params)
+    np.testing.assert_allclose(found, theirs(adapted), rtol=2e-5, atol=2e-5)
+    assert np.abs(found - theirs(hf.model(name))).max() > 0.1
+
+    noise = iter(jax.random.split(jax.random.key(7), 1000))
+    moved = jax.tree.map(
+        lambda x, train: x + 0.1 * jax.random.normal(next(noise), x.shape) if train else x,
+        params,
+        models.trainable(params),
+    )
+    lora = read_adapter_config(directory / "adapter")
+    save_adapters(directory / "ours", moved, lora, base=str(directory / "base"), model_type=name)
+    given = peft.PeftModel.from_pretrained(copy.deepcopy(hf.model(name)), directory / "ours").eval()
+    np.testing.assert_allclose(theirs(given), ours(policy, moved), rtol=2e-5, atol=2e-5)
+    _, again = read(directory, directory / "ours")
+    jax.tree.map(np.testing.assert_array_equal, again, moved)
+    convert(str(directory / "ours"), str(directory / "merged"))
+    merged = transformers.AutoModelForCausalLM.from_pretrained(directory / "merged", attn_implementation="eager")
+    np.testing.assert_allclose(theirs(merged), theirs(given), rtol=2e-4, atol=2e-4)
