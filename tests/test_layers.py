@@ -19,6 +19,7 @@ LINES = (  # the lowest line first; parts on one line do not import each other
     ("rollout", "rewards", "curation", "data"),
     ("methods",),
     ("training",),
+    ("planning",),
     ("cli",),
 )
 LINE = {part: number for number, line in enumerate(LINES) for part in line}

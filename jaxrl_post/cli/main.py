@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrl_post import __version__
+from jaxrl_post.cli import compile as compile_command
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 after success, 2 after a mistake of the user, 130 after Ctrl-C. Other errors are raised.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     debug = getattr(arguments, "debug", False)
     if not debug:
         # The storage layer warns of options that it sets itself.
@@ -58,6 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"jaxrl-post {arguments.command}: {_message(error)}", file=sys.stderr)
         return USER_ERROR
     return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; `key=value` may also stand after options."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    later = [word for word in rest if "=" in word and not word.startswith("-")]
+    if len(later) < len(rest) or (later and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if later:
+        arguments.overrides = [*arguments.overrides, *later]
+    return arguments
 
 
 def is_user_error(error: BaseException) -> bool:
@@ -131,6 +144,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("target", metavar="DST", help="directory to write")
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the parameters (as they are)")
 
+    compiled = command("compile", _compile, "compile a run for TPUs that are not here: does it fit, how fast is it")
+    compile_command.add_arguments(compiled, _count)
+
     plot = command("plot", _plot, "draw the curves of one or several runs")
     plot.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="directories of runs")
     plot.add_argument("--output", metavar="FILE", help="the picture (curves.png in the first run's directory)")
@@ -177,9 +193,17 @@ def _train(arguments: argparse.Namespace) -> None:
     for warning in caught:
         if issubclass(warning.category, configs.ConfigWarning):
             print(f"warning: {warning.message}", file=sys.stderr)
-    from jaxrl_post.training import loop
+    from jaxrl_post.training import distributed, loop
 
-    loop.run(config)
+    def report(error: Exception) -> int:
+        if getattr(arguments, "debug", False) or not is_user_error(error):
+            traceback.print_exception(error)
+            return 1
+        print(f"jaxrl-post train: {_message(error)}", file=sys.stderr)
+        return USER_ERROR
+
+    with distributed.session(report):
+        loop.run(config)
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -226,6 +250,10 @@ def _convert(arguments: argparse.Namespace) -> None:
     from jaxrl_post.training.convert import convert
 
     print(convert(arguments.source, arguments.target, dtype=arguments.dtype))
+
+
+def _compile(arguments: argparse.Namespace) -> None:
+    compile_command.run(arguments)
 
 
 def _plot(arguments: argparse.Namespace) -> None:
@@ -278,7 +306,7 @@ def _config(arguments: argparse.Namespace) -> None:
 
 def _require_run(run_dir: str) -> None:
     # Before the slow imports, and in the words of somebody who mistyped a directory.
-    if not (Path(run_dir) / "config.yaml").is_file():
+    if "://" not in run_dir and not (Path(run_dir) / "config.yaml").is_file():
         raise FileNotFoundError(f"{run_dir} is not the directory of a run: it holds no config.yaml")
 
 

@@ -1,0 +1,303 @@
+"""The programs of a run, for devices that need not be there: from a configuration to what can be lowered.
+
+Nothing is read but the configuration and the model's `config.json`: parameters, rollouts and caches are shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxrl_post import data
+from jaxrl_post import mesh as mesh_lib
+from jaxrl_post.models.layers import CACHE_AXES
+from jaxrl_post.models.pretrained import known_configs
+from jaxrl_post.rollout import Prompts
+from jaxrl_post.training import setup as setups
+from jaxrl_post.training.config import Config, ConfigError
+from jaxrl_post.training.sampler import compiled_generate
+from jaxrl_post.training.setup import Setup
+from jaxrl_post.training.splitting import split, unsplit_rows
+from jaxrl_post.training.stages import Stage
+from jaxrl_post.training.subgroups import make_budgets
+from jaxrl_post.types import PyTree, Rollouts, TokenStats
+
+PARTS = ("rollout", "score", "step")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function of a run and the shapes that it is called with.
+
+    Attributes:
+        name: `rollout`, `score` or `step`; of a run with several stages `step/<stage>`.
+        lower: gives what `.compile()` compiles.
+        arguments: bytes on a device of what goes in, by kind.
+        resident: bytes on a device of what stays there meanwhile and does not go in, by kind.
+        cache: bytes on a device of the key-value cache that the program makes.
+        rounds: of a loop that only the data ends: the most that there can be.
+        tokens: tokens of all devices that it samples, scores or trains on.
+        model_flops: what the model's definition asks of all devices, without anything that is computed again.
+    """
+
+    name: str
+    lower: Callable[[], Any]
+    arguments: dict[str, int]
+    resident: dict[str, int]
+    cache: int
+    rounds: int
+    tokens: int
+    model_flops: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _SizedTokenizer:
+    """What planning needs of a tokenizer that is not here: how many ids there are, and which end a sequence."""
+
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+    pad_id: int = 0
+
+    def encode(self, text: str) -> list[int]:
+        raise ConfigError(["the tokenizer is not here, and this configuration needs it to turn texts into tokens"])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        raise NotImplementedError
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        raise NotImplementedError
+
+
+class _PlannedSetup(Setup):
+    """A setup whose data need not be there."""
+
+    @property
+    def num_prompts(self) -> int:
+        options = self.config.data
+        there = options.task is not None or all(os.path.exists(file) for file in options.files)
+        return super().num_prompts if there else options.size
+
+
+def plan(config: Config, devices: Sequence[Any]) -> Setup:
+    """A run's parts on described devices, without its data, its weights and, if need be, its tokenizer.
+
+    Args:
+        config: loaded with `check_files=False`.
+        devices: as many as the mesh has.
+
+    Raises:
+        ConfigError: if the mesh does not have as many devices.
+    """
+    wanted = math.prod(dataclasses.asdict(config.mesh).values())
+    if wanted != len(devices):
+        raise ConfigError(
+            [
+                f"mesh: {dataclasses.asdict(config.mesh)} is {wanted} devices, but the topology has {len(devices)}; "
+                "make the product of the sizes that number, or pass --suggest"
+            ]
+        )
+    made = setups.build(config, devices=devices, tokenizer=_tokenizer(config))
+    return _PlannedSetup(**{field.name: getattr(made, field.name) for field in dataclasses.fields(made)})
+
+
+def programs(setup: Setup, parts: Sequence[str] = PARTS) -> list[Program]:
+    """The programs of a run: sampling, scoring and the steps of its stages.
+
+    Args:
+        setup: from `plan`.
+        parts: some of `PARTS`.
+    """
+    found = []
+    for stage in setup.stages:
+        name = "step" if len(setup.stages) == 1 else f"step/{stage.name}"
+        state, rollouts = setup.state_shapes(stage), setup.rollout_shapes(stage)
+        if stage.kind == "rollouts" and "rollout" in parts:
+            found.append(_rollout(setup, state))
+        if stage.kind == "rollouts" and "score" in parts:
+            found.append(_score(setup, stage, state, rollouts))
+        if "step" in parts:
+            found.append(_step(setup, stage, name, state, rollouts))
+    return found
+
+
+def _step(setup: Setup, stage: Stage, name: str, state: Any, rollouts: Rollouts) -> Program:
+    sizes = ModelSizes.of(setup)
+    batch = _placed(rollouts, setup.mesh)
+    forward = sizes.forward(*_tokens(setup, rollouts))
+    # Forward, gradient of what goes in, gradient of the parameters: which adapters alone hardly cost anything.
+    updated = len(stage.method.trains) * stage.epochs * (3 if setup.config.model.lora is None else 2)
+    return Program(
+        name,
+        lambda: setup.step(stage).lower(state, rollouts),
+        state_bytes(state) | {"batch": _bytes(batch)},
+        {},
+        0,
+        1,
+        rollouts.tokens.size,
+        forward * (updated + len(stage.method.roles - stage.method.trains)),
+    )
+
+
+def _score(setup: Setup, stage: Stage, state: Any, rollouts: Rollouts) -> Program:
+    """Log-probs of a whole batch without a gradient, as a step computes those of its frozen roles."""
+    score, params = setup.scores(stage)["policy"], state.params["policy"]
+    unit: Any = getattr(score, "unit", stage.method.unit)
+    fields = frozenset({"logp"})
+
+    def run(params: PyTree, rollouts: Rollouts, key: jax.Array) -> TokenStats:
+        if stage.micro_batches == 1:
+            return score(params, rollouts, fields, key)
+        pieces, _ = split(rollouts, (), stage.micro_batches, unit)
+        stats = jax.lax.map(lambda piece: score(params, piece, fields, key), pieces)
+        group = 1 if unit in ("token", "sequence") else rollouts.group_size
+        return jax.tree.map(lambda x: unsplit_rows(x, group), stats)
+
+    # Nothing may be computed while a mesh of described devices is set: keys are made before.
+    batch, key = _placed(rollouts, setup.mesh), _key(setup)
+
+    def lower() -> Any:
+        with jax.set_mesh(setup.mesh):
+            return jax.jit(run).lower(params, batch, key)
+
+    every = state_bytes(state)
+    own = _bytes(params)
+    return Program(
+        "score",
+        lower,
+        {"parameters": own, "batch": _bytes(batch)},
+        every | {"parameters": every["parameters"] - own},
+        0,
+        1,
+        rollouts.tokens.size,
+        ModelSizes.of(setup).forward(*_tokens(setup, rollouts)),
+    )
+
+
+def _rollout(setup: Setup, state: Any) -> Program:
+    config, params = setup.config, state.params["policy"]
+    count = config.rollout.prompts * config.curriculum.oversample
+    budgets = make_budgets(config)
+    parts = 1 if budgets is None else budgets.parts
+    group, new = config.rollout.group_size, config.rollout.max_new_tokens
+    length = config.data.max_prompt_length
+    prompts = _placed(
+        Prompts(
+            tokens=jax.ShapeDtypeStruct((count * parts, length), jnp.int32),  # type: ignore[arg-type]
+            length=jax.ShapeDtypeStruct((count * parts,), jnp.int32),  # type: ignore[arg-type]
+            prompt_id=jax.ShapeDtypeStruct((count * parts,), jnp.int32),  # type: ignore[arg-type]
+            id=jax.ShapeDtypeStruct((count * parts, group // parts), jnp.uint32),  # type: ignore[arg-type]
+        ),
+        setup.mesh,
+    )
+    sampling, key = setup.sampling()._replace(stop_tokens=setup.stop_tokens), _key(setup)
+
+    def lower() -> Any:
+        generate: Any = compiled_generate(setup.policy, sampling, new, group, parts, setup.exits)
+        with jax.set_mesh(setup.mesh):
+            return generate.lower(params, prompts, key, version=0)
+
+    every, own = state_bytes(state), _bytes(params)
+    rows = count * group
+    cache = jax.eval_shape(lambda: setup.policy.init_cache(rows, length + new - 1))
+    sizes = ModelSizes.of(setup)
+    return Program(
+        "rollout",
+        lower,
+        {"parameters": own, "batch": _bytes(prompts)},
+        every | {"parameters": every["parameters"] - own},
+        sum(_cache_bytes(leaf, setup.mesh) for leaf in jax.tree.leaves(cache)),
+        new - 1,
+        rows * new,
+        sizes.forward(rows, length, rows) + sizes.forward(rows, new, rows * new, before=length),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSizes:
+    """What a forward pass multiplies with.
+
+    Attributes:
+        per_token: elements of the matrices of all layers that a token goes through; of experts only those chosen.
+        head: elements of the unembedding.
+        attention: heads times their size, of all layers.
+    """
+
+    per_token: float
+    head: int
+    attention: int
+
+    @classmethod
+    def of(cls, setup: Setup) -> ModelSizes:
+        """The sizes of a run's policy."""
+        shapes = jax.eval_shape(setup.policy.init, setup.key)
+        source = {} if setup.models.source is None else setup.models.source.config
+        chosen = source.get("num_experts_per_tok", 1)
+        total = 0.0
+        for leaf in jax.tree.leaves(shapes["layers"]["attention"]):
+            total += leaf.size if leaf.ndim > 2 else 0  # others are scales and biases, stacked over layers
+        for leaf in jax.tree.leaves(shapes["layers"]["mlp"]):
+            experts = leaf.shape[1] if leaf.ndim == 4 else 1
+            total += leaf.size * (chosen / experts if experts > 1 else 1) if leaf.ndim > 2 else 0
+        query = jax.tree.leaves(shapes["layers"]["attention"]["query"])[0].shape
+        head = jax.tree.leaves(shapes["embedding"])[0].size
+        return cls(total, head, query[0] * query[-2] * query[-1])
+
+    def forward(self, rows: int, length: int, scored: int, *, before: int = 0) -> float:
+        """Operations of `rows` rows of `length` tokens after `before` others, `scored` of all of which have logits."""
+        seen = rows * (length * before + length * (length + 1) / 2)
+        return 2.0 * (rows * length * self.per_token + scored * self.head) + 4.0 * self.attention * seen
+
+
+def _tokens(setup: Setup, rollouts: Rollouts) -> tuple[int, int, int]:
+    rows, length = rollouts.tokens.shape
+    return rows, length, rows * min(length, setup.config.rollout.max_new_tokens)
+
+
+def _tokenizer(config: Config) -> data.Tokenizer | None:
+    """None for the one that the configuration names; what is known of it where it is not here."""
+    path, name = config.model.path, config.data.tokenizer
+    if name is None or os.path.isdir(name):
+        return None
+    known = known_configs().get(path or "")
+    if known is None or name != path:
+        return None
+    ends = known.get("eos_token_id", 0)
+    return _SizedTokenizer(known["vocab_size"], tuple(ends) if isinstance(ends, list) else (int(ends),))
+
+
+def _key(setup: Setup) -> Any:
+    return jax.ShapeDtypeStruct((), setup.key.dtype, sharding=NamedSharding(setup.mesh, PartitionSpec()))
+
+
+def _placed(tree: Any, mesh: Mesh) -> Any:
+    """Shapes of a batch, its leading axes over the devices."""
+    layout = mesh_lib.rollout_shardings(tree, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, layout)
+
+
+def _bytes(tree: PyTree) -> int:
+    """Of shapes with shardings, on one device."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        size = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+        total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * size
+    return total
+
+
+def state_bytes(state: Any) -> dict[str, int]:
+    """Of a train state on one device, by kind."""
+    rest = (state.step, state.method_state, state.curriculum_state, state.key)
+    return {"parameters": _bytes(state.params), "optimizer": _bytes(state.opt_state), "other state": _bytes(rest)}
+
+
+def _cache_bytes(leaf: Any, mesh: Mesh) -> int:
+    names = CACHE_AXES if leaf.ndim == len(CACHE_AXES) else ("batch", *(None,) * (leaf.ndim - 1)) if leaf.ndim else ()
+    spec = mesh_lib.spec(names, leaf.shape, dict(mesh.shape))
+    return math.prod(NamedSharding(mesh, spec).shard_shape(leaf.shape)) * leaf.dtype.itemsize
