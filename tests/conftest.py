@@ -13,6 +13,7 @@ os.environ |= {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+_CPU_ONLY = "--xla_cpu_use_fusion_emitters=false"
 _flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in _flags:
     _flags += " --xla_force_host_platform_device_count=8"
@@ -21,10 +22,13 @@ if "xla_force_host_platform_device_count" not in _flags:
 if "xla_backend_optimization_level" not in _flags:
     _flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     if int(version("jax").split(".")[1]) < 11:  # later ones do not know it, and end the process
-        _flags += " --xla_cpu_use_fusion_emitters=false"
+        _flags += f" {_CPU_ONLY}"
 os.environ["XLA_FLAGS"] = _flags.strip()
 
 import jax  # noqa: E402
+
+jax.devices()  # reads the flags
+os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(_CPU_ONLY, "").strip()  # libtpu does not know it either
 
 # Subprocesses of tests inherit the directory through the environment.
 _CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "jaxrl_post_jax_cache"))

@@ -57,6 +57,7 @@ def to_rollouts(
     prompt_id: ArrayLike | None = None,
     rewards: ArrayLike | None = None,
     first_id: int = 0,
+    rows: ArrayLike | None = None,
     pad_id: int = 0,
 ) -> Rollouts:
     """`Rollouts` of given completions, for supervised and preference training.
@@ -70,7 +71,8 @@ def to_rollouts(
         length: `T`, width of the arrays, tokens of prompt and completion.
         prompt_id: int `[P]`, index of each prompt in its data set; `arange(P)` if None.
         rewards: float `[P, G]`; zeros if None.
-        first_id: the sequences have the ids `first_id ..  first_id + P*G - 1`, modulo 2**32.
+        first_id: the sequences of prompt `p` have the ids `first_id + rows[p] * G + g`, modulo 2**32.
+        rows: int `[P]`, where each prompt stands in a batch of which these are a part; `arange(P)` if None.
         pad_id: fills the rest; any id will do.
 
     Returns:
@@ -115,7 +117,9 @@ def to_rollouts(
             )
         tokens[row, : total[row]] = [*prompt, *completion]
         mask[row, len(prompt) : total[row]] = 1.0
-    ids = (np.arange(batch, dtype=np.uint64) + np.uint64(first_id % 2**32)) % np.uint64(2**32)
+    place = _shaped(rows, shape[:1], "rows", np.arange(num_prompts)).astype(np.uint64)[:, None]
+    ids = place * np.uint64(group_size) + np.arange(group_size, dtype=np.uint64) + np.uint64(first_id % 2**32)
+    ids %= np.uint64(2**32)
     return Rollouts(
         tokens=jnp.asarray(tokens),
         mask=jnp.asarray(mask),
@@ -127,7 +131,7 @@ def to_rollouts(
         valid=jnp.ones(shape, bool),
         length=jnp.asarray(total.reshape(shape)),
         finish=jnp.full(shape, FINISH_NONE, jnp.int8),
-        id=jnp.asarray(ids.astype(np.uint32).reshape(shape)),
+        id=jnp.asarray(ids.astype(np.uint32)),
         prompt_id=jnp.asarray(_shaped(prompt_id, shape[:1], "prompt_id", np.arange(num_prompts)), jnp.int32),
     )
 

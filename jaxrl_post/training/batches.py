@@ -11,12 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import NDArray
 
 from jaxrl_post import curation, data
 from jaxrl_post.rollout import BUDGET, EXIT, SamplingParams
+from jaxrl_post.training import distributed
 from jaxrl_post.training.problem_setup import answer_column, completion_fits
 from jaxrl_post.training.sampler import Sampled, Sampler, sampled_metrics
 from jaxrl_post.training.setup import Setup, Stage
+from jaxrl_post.training.shares import make_share
 from jaxrl_post.training.state import TrainState
 from jaxrl_post.training.subgroups import make_budgets
 from jaxrl_post.types import ANSWER_TOKENS, Rollouts
@@ -69,6 +72,7 @@ class Batch:
         sampled: its completions, if they were sampled.
         sequences: number of sequences sampled.
         tokens: number of completion tokens.
+        shown: prompt, completion and reward of a few of them, for the log.
     """
 
     rollouts: Rollouts | None
@@ -76,6 +80,7 @@ class Batch:
     sampled: Sampled | None
     sequences: int
     tokens: int
+    shown: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 class Batches:
@@ -108,6 +113,7 @@ class Batches:
         if cursor.data is not None:
             self._stream.set_state(cursor.data)
         self.problems: list[data.Problem] = []
+        self._share = make_share(stage.batch_size, setup.mesh)
         rollout = config.rollout
         self._length = config.data.max_prompt_length + rollout.max_new_tokens
         if stage.kind == "rollouts":
@@ -150,18 +156,22 @@ class Batches:
         metrics = sampled_metrics(sampled, config.eval.correct_at)
         if GREEDY_REWARD in self._stage.method.wants:
             greedy = self._greedy(state.params["policy"], self.problems, self._setup.key).rollouts
-            known = np.asarray(greedy.valid)
+            known = distributed.to_host(greedy.valid)
             if known.any():
-                metrics["rewards/greedy"] = float(np.asarray(greedy.reward)[known].mean())
+                metrics["rewards/greedy"] = float(distributed.to_host(greedy.reward)[known].mean())
             metrics["rewards/greedy_unscored"] = float(1.0 - known.mean())
             sampled = sampled._replace(rollouts=with_greedy_reward(sampled.rollouts, greedy))
         every = sampled.rollouts.replace(extras={**sampled.rollouts.extras, **self._columns()})
-        chosen: Rollouts | None = every if np.asarray(every.valid).any() else None
+        valid = distributed.to_host(every.valid)
+        chosen: Rollouts | None = every if valid.any() else None
         if config.curriculum.oversample > 1:
-            useful = np.asarray(curation.informative(every.reward, every.valid))
+            useful = np.asarray(
+                curation.informative(jnp.asarray(distributed.to_host(every.reward)), jnp.asarray(valid))
+            )
             metrics["curriculum/informative_groups"] = float(useful.mean())
             chosen = self._select(every, config.rollout.prompts) if useful.any() else None
-        return Batch(chosen, metrics, sampled, every.batch_size, int(jnp.sum(every.mask)))
+        tokens = int(sampled.rows["new_tokens"].sum())
+        return Batch(chosen, metrics, sampled, every.batch_size, tokens, shown(sampled, self.problems))
 
     def _prompt_fits(self) -> Callable[[data.Problem], bool]:
         """Whether a problem's prompt is within the limit, with every sentence about a budget that may follow it."""
@@ -197,41 +207,43 @@ class Batches:
         return fits
 
     def _given(self) -> Batch:
+        """The given completions as rollouts; a process makes those that its devices hold."""
         tokenizer = self._setup.tokenizer
-        completions = [
-            [data.encode_completion(tokenizer, problem, name) for name in self._names] for problem in self.problems
-        ]
-        rollouts = data.to_rollouts(
-            [data.encode_prompt(tokenizer, problem) for problem in self.problems],
-            completions,
+        held = [self.problems[i] for i in self._share.held]
+        local = data.to_rollouts(
+            [data.encode_prompt(tokenizer, problem) for problem in held],
+            [[data.encode_completion(tokenizer, problem, name) for name in self._names] for problem in held],
             length=self._length,
-            prompt_id=[problem["prompt_id"] for problem in self.problems],
+            prompt_id=[problem["prompt_id"] for problem in held],
+            rows=self._share.held,
         )
-        tokens = int(np.sum(np.asarray(rollouts.mask)))
+        rollouts = self._share.place(local)
         rollouts = rollouts.replace(extras={**rollouts.extras, **self._columns()})
+        tokens = int(jnp.sum(rollouts.mask))
         return Batch(rollouts, {"completions/mean_length": tokens / rollouts.batch_size}, None, 0, tokens)
 
     def _columns(self) -> dict[str, jax.Array]:
         """What the method wants of the data: columns of numbers, `[P]` each, and the answers' tokens."""
         found = {}
+        held = [self.problems[i] for i in self._share.held]
         if ANSWER_TOKENS in self._stage.method.wants:
-            found[ANSWER_TOKENS] = self._answer_tokens()
+            found[ANSWER_TOKENS] = self._answer_tokens(held)
         for name in sorted(self._stage.method.wants - NO_COLUMNS):
-            values = [problem.get(name) for problem in self.problems]
-            for problem, value in zip(self.problems, values, strict=True):
+            values = [problem.get(name) for problem in held]
+            for problem, value in zip(held, values, strict=True):
                 if not isinstance(value, int | float) or not math.isfinite(value):
                     raise TrainingError(
                         f"{self._stage.name} reads the column {name!r} of the data, which must hold a number for every "
                         f"problem, but is {value!r} for {problem['prompt'][:80]!r}"
                     )
-            found[name] = jnp.asarray(values, jnp.float32)
-        return found
+            found[name] = np.asarray(values, np.float32)
+        return self._share.place(found)
 
-    def _answer_tokens(self) -> jax.Array:
-        """`[P, N]`: -1 behind the tokens, and everywhere for an answer that is longer than a completion may be."""
+    def _answer_tokens(self, problems: list[data.Problem]) -> NDArray[np.int32]:
+        """`[H, N]`: -1 behind the tokens, and everywhere for an answer that is longer than a completion may be."""
         tokenizer, room = self._setup.tokenizer, self._setup.config.rollout.max_new_tokens
-        found = np.full((len(self.problems), room), -1, np.int32)
-        for row, problem in zip(found, self.problems, strict=True):
+        found = np.full((len(problems), room), -1, np.int32)
+        for row, problem in zip(found, problems, strict=True):
             if not isinstance(problem.get("answer"), str):
                 raise TrainingError(
                     f"{self._stage.name} reads the right answers, but a problem has no 'answer': "
@@ -239,7 +251,22 @@ class Batches:
                 )
             tokens = tokenizer.encode(problem["answer"])
             row[: len(tokens)] = tokens if len(tokens) <= room else -1
-        return jnp.asarray(found)
+        return found
+
+
+def shown(sampled: Sampled, problems: list[data.Problem]) -> list[dict[str, Any]]:
+    """The first completion of some problems, with its reward."""
+    assert sampled.scored is not None
+    reward, valid = sampled.scored.total, sampled.scored.valid
+    group = sampled.rollouts.group_size
+    return [
+        {
+            "prompt": problem["prompt"],
+            "completion": completion,
+            "reward": float(reward[index * group]) if valid[index * group] else None,
+        }
+        for index, (problem, completion) in enumerate(zip(problems, sampled.shown, strict=False))
+    ]
 
 
 def with_greedy_reward(rollouts: Rollouts, greedy: Rollouts) -> Rollouts:

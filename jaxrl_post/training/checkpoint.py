@@ -1,24 +1,36 @@
 """Checkpoints of everything that a run is: asynchronous, atomic, verified when read.
 
-Orbax writes and commits; this file adds what it leaves open: a fingerprint of every array, so that a damaged checkpoint
-is noticed, and the way back to the newest one that is whole.
+Orbax writes and commits, to local disks and to `gs://` buckets alike; this file adds what it leaves open: a fingerprint
+of every array, so that a damaged checkpoint is noticed; the way back to the newest one that is whole; one copy of what
+never changes, in place of one in every checkpoint; and what happens when the store fails.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from etils import epath
 
+from jaxrl_post.training import distributed
+from jaxrl_post.training.fingerprints import content, fingerprints, named, shapes
 from jaxrl_post.types import Array, PyTree
 
 logger = logging.getLogger(__name__)
+
+ATTEMPTS = 4
+"""How often `Checkpointer.commit` tries to save."""
+
+PAUSE_SECONDS = 2.0
+"""Between the first two of them; twice as long each time."""
+
+SLOW_SECONDS = 60.0
+"""A save that keeps training waiting for longer is reported."""
 
 
 class CheckpointError(ValueError):
@@ -45,55 +57,25 @@ class Restored(NamedTuple):
     damaged: list[str]
 
 
-@jax.jit
-def fingerprint(tree: PyTree) -> Array:
-    """One number per leaf that changes with any of its bits; the same for every sharding.
-
-    A sum modulo 2**32 of the elements' bits, each multiplied by an odd number that depends on its place.
-
-    Example:
-        >>> a, b = fingerprint({"x": jnp.arange(3.0)}), fingerprint({"x": jnp.array([0.0, 2.0, 1.0])})
-        >>> bool(a[0] == b[0])
-        False
-    """
-
-    def one(x: Array) -> Array:
-        if x.dtype == jnp.bool_:
-            x = x.astype(jnp.uint8)
-        width = np.dtype(x.dtype).itemsize
-        bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[width])
-        place = jnp.zeros(bits.shape, jnp.uint32)
-        for axis, size in enumerate(bits.shape):
-            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1) * jnp.uint32(0x9E3779B1), dtype=jnp.uint32)
-
-    return jnp.stack([one(leaf) for leaf in jax.tree.leaves(tree)])
-
-
 def _with_raw_keys(tree: PyTree) -> PyTree:
     """Typed keys as their data, which every version of the storage format can hold."""
-    return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
+
+    def raw(x: Any) -> Any:
+        if not _is_key(x):
+            return x
+        return jax.random.key_data(x) if isinstance(x, jax.Array) else jax.eval_shape(jax.random.key_data, x)
+
+    return jax.tree.map(raw, tree)
 
 
 def _is_key(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def shapes(tree: PyTree) -> dict[str, str]:
-    """Shape and dtype of every array by its path, as text.
-
-    Example:
-        >>> shapes({"w": jnp.zeros((2, 3)), "n": ()})
-        {"['w']": 'float32[2, 3]'}
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
-
-
-def _check_shapes(step: int, saved: dict[str, str], wanted: dict[str, str]) -> None:
+def _check_shapes(step: int, saved: Mapping[str, str], wanted: Mapping[str, str], partial: bool) -> None:
     lines = [
         f"\n  {name}: {saved.get(name, 'nothing')} saved, {wanted.get(name, 'nothing')} wanted"
-        for name in sorted(saved.keys() | wanted.keys())
+        for name in sorted(wanted.keys() if partial else saved.keys() | wanted.keys())
         if saved.get(name) != wanted.get(name)
     ]
     if lines:
@@ -105,10 +87,12 @@ def _check_shapes(step: int, saved: dict[str, str], wanted: dict[str, str]) -> N
 
 
 class Checkpointer:
-    """The checkpoints of one run, in `<directory>/<step>/`.
+    """The checkpoints of one run, in `<directory>/<step>/`; what never changes is in `<directory>-frozen/`.
+
+    Of several processes all make one, on a directory that all of them reach, and call it alike.
 
     Args:
-        directory: made if it does not exist.
+        directory: made if it does not exist; local, or in a bucket (`gs://...`).
         keep: how many of the newest to keep; at least 2, or a damaged one leaves nothing to fall back to.
         read_only: change nothing in the directory: for whoever looks at a run that another process may be training.
 
@@ -116,11 +100,12 @@ class Checkpointer:
         CheckpointError: if it is to be read only and does not exist.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int = 2, read_only: bool = False):
+    def __init__(self, directory: str | Path | epath.Path, *, keep: int = 2, read_only: bool = False):
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
-        self.directory = Path(directory).absolute()
+        path = epath.Path(directory)
+        self.directory = path if "://" in str(directory) else path.absolute()
         if not read_only:
             self.directory.mkdir(parents=True, exist_ok=True)
         elif not self.directory.is_dir():
@@ -142,24 +127,109 @@ class Checkpointer:
         """Steps of the committed checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: PyTree, run: dict[str, Any]) -> None:
+    def save(self, step: int, state: PyTree, run: dict[str, Any], *, frozen: Collection[str] = ()) -> None:
         """Save in the background. Returns once `state` may be donated.
 
         Args:
             step: larger than any step saved before.
             state: arrays.
             run: what else the run needs, as JSON.
+            frozen: paths (`params/policy/embedding`) of arrays that do not change: they are written once, and again
+                only if they have changed after all.
         """
-        raw = _with_raw_keys(state)
-        record = {"run": run, "shapes": shapes(raw), "fingerprint": np.asarray(fingerprint(raw)).tolist()}
-        args = self._ocp.args.Composite(state=self._ocp.args.StandardSave(raw), record=self._ocp.args.JsonSave(record))
+        started = time.monotonic()
+        leaves = named(_with_raw_keys(state))
+        prints = fingerprints(leaves)
+        groups: dict[str, dict[str, Array]] = {}
+        for name, leaf in leaves.items():
+            if name in frozen:
+                groups.setdefault("-".join(name.split("/")[:2]), {})[name] = leaf
+        kept = {f"{group}-{content(some, prints)}": some for group, some in groups.items()}
+        for place, some in kept.items():
+            self._save_frozen(place, some)
+        record = {
+            "run": run,
+            "shapes": shapes(leaves),
+            "fingerprint": prints,
+            "frozen": {name: place for place, some in kept.items() for name in some},
+        }
+        moving = {name: leaf for name, leaf in leaves.items() if name not in frozen}
+        args = self._ocp.args.Composite(state=self._ocp.args.PyTreeSave(moving), record=self._ocp.args.JsonSave(record))
         self._manager.save(step, args=args, force=True)
+        if (seconds := time.monotonic() - started) > SLOW_SECONDS:
+            logger.warning("saving step %d kept training waiting for %.0f s: the store is slow", step, seconds)
 
-    def restore(self, template: Callable[[dict[str, Any]], PyTree]) -> Restored | None:
+    def _save_frozen(self, place: str, leaves: dict[str, Array]) -> None:
+        target = self._frozen / place
+        if distributed.on_main(target.exists):
+            return
+        with self._ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(target, leaves)
+
+    @property
+    def _frozen(self) -> epath.Path:
+        return self.directory.with_name(self.directory.name + "-frozen")
+
+    def failure(self) -> str | None:
+        """What went wrong with a save in the background, told once; None if nothing did. Save again if it did."""
+        problem: str | None = None
+        try:
+            if not self._manager.is_saving_in_progress():
+                self._manager.wait_until_finished()  # nothing to wait for; raises what went wrong
+        except Exception as error:
+            problem = _reason(error)
+        if not distributed.any_process(problem is not None):
+            return None
+        self._reopen()
+        return f"a checkpoint could not be saved ({problem or 'on another host'}); the newest is {self._newest()}"
+
+    def commit(self, step: int, state: PyTree, run: dict[str, Any], *, frozen: Collection[str] = ()) -> None:
+        """`save`, unless the step is saved already, and wait until it is there; a store that fails is tried again.
+
+        Raises:
+            CheckpointError: if it failed every time.
+        """
+        for attempt in range(1, ATTEMPTS + 1):
+            problem: str | None = None
+            try:
+                self.wait()  # for a save under way, which may be of this step
+                if step not in self.steps():
+                    self.save(step, state, run, frozen=frozen)
+                    self.wait()
+            except Exception as error:
+                if distributed.lost_peer(error):
+                    raise
+                problem = _reason(error)
+            if not distributed.any_process(problem is not None):
+                return
+            problem = problem or "on another host"
+            self._reopen()
+            if attempt < ATTEMPTS:
+                logger.warning("checkpoint %d could not be saved (%s); trying again", step, problem)
+                time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
+        raise CheckpointError(
+            f"checkpoint {step} could not be saved to {self.directory}, tried {ATTEMPTS} times ({problem}); the newest "
+            f"is {self._newest()}. Look for a full disk or missing permissions, and resume the run"
+        )
+
+    def _newest(self) -> str:
+        steps = self.steps()
+        return f"that of step {steps[-1]}" if steps else "none"
+
+    def _reopen(self) -> None:
+        """Begin anew: after a failure the manager takes what it was writing for a checkpoint, or raises once more."""
+        try:
+            self._manager.close()
+        except Exception as error:
+            logger.debug("closing after a failed save: %s", error)
+        self._manager = self._open()
+
+    def restore(self, template: Callable[[dict[str, Any]], PyTree], *, partial: bool = False) -> Restored | None:
         """The newest checkpoint that is whole.
 
         Args:
             template: makes, from the checkpoint's `run`, a state of the right structure, shapes and shardings.
+            partial: read only the arrays that the template has, found by their paths.
 
         Returns:
             None if there has never been a checkpoint. A damaged checkpoint is moved to `<directory>-damaged/`
@@ -171,34 +241,22 @@ class Checkpointer:
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
+            found: tuple[PyTree, dict[str, Any]] | None = None
+            reason = "on another host"
             try:
-                record = self._manager.restore(
-                    step, args=self._ocp.args.Composite(record=self._ocp.args.JsonRestore())
-                )["record"]
-                like = template(record["run"])
-                _check_shapes(step, record["shapes"], shapes(_with_raw_keys(like)))
-                abstract = jax.tree.map(
-                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _with_raw_keys(like)
-                )
-                raw = self._manager.restore(
-                    step, args=self._ocp.args.Composite(state=self._ocp.args.StandardRestore(abstract))
-                )["state"]
-                if np.asarray(fingerprint(raw)).tolist() != record["fingerprint"]:
-                    raise CheckpointError("its arrays are not those that were saved")
+                found = self._read(step, template, partial)
             except MismatchError:
                 raise
             except Exception as error:  # whatever a damaged file makes the storage layers raise
-                reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
-                damaged[step] = f"checkpoint {step} is damaged ({type(error).__name__}: {reason})"
+                reason = _reason(error)
+            if distributed.any_process(found is None) or found is None:
+                damaged[step] = f"checkpoint {step} is damaged ({reason})"
                 logger.warning("%s; trying the one before it", damaged[step])
                 continue
             if not self._read_only:
                 for bad in damaged:
                     self._set_aside(bad)
-            state = jax.tree.map(
-                lambda x, t: jax.random.wrap_key_data(x, impl=jax.random.key_impl(t)) if _is_key(t) else x, raw, like
-            )
-            return Restored(step, state, record["run"], list(damaged.values()))
+            return Restored(step, *found, list(damaged.values()))
         if damaged:
             raise CheckpointError(
                 f"no checkpoint in {self.directory} can be read:\n  "
@@ -207,13 +265,50 @@ class Checkpointer:
             )
         return None
 
+    def _read(
+        self, step: int, template: Callable[[dict[str, Any]], PyTree], partial: bool
+    ) -> tuple[PyTree, dict[str, Any]]:
+        args = self._ocp.args
+        record = self._manager.restore(step, args=args.Composite(record=args.JsonRestore()))["record"]
+        like = template(record["run"])
+        wanted = named(_with_raw_keys(like))
+        _check_shapes(step, record["shapes"], shapes(wanted), partial)
+        places: dict[str | None, dict[str, jax.ShapeDtypeStruct]] = {}
+        for name, x in wanted.items():
+            abstract = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            places.setdefault(record["frozen"].get(name), {})[name] = abstract
+        leaves: dict[str, Array] = {}
+        for place, some in places.items():
+            given = {
+                "item": some,
+                "restore_args": self._ocp.checkpoint_utils.construct_restore_args(some),
+                "partial_restore": True,
+            }
+            if place is None:
+                leaves |= self._manager.restore(step, args=args.Composite(state=args.PyTreeRestore(**given)))["state"]
+            else:
+                with self._ocp.PyTreeCheckpointer() as checkpointer:
+                    leaves |= checkpointer.restore(self._frozen / place, args=args.PyTreeRestore(**given))
+        leaves = {name: leaves[name] for name in wanted}
+        prints = fingerprints(leaves)
+        if wrong := [name for name in prints if prints[name] != record["fingerprint"][name]]:
+            raise CheckpointError(f"its arrays are not those that were saved, e.g. {wrong[0]}")
+        raw = jax.tree.unflatten(jax.tree.structure(like), list(leaves.values()))
+        state = jax.tree.map(
+            lambda x, t: jax.random.wrap_key_data(x, impl=jax.random.key_impl(t)) if _is_key(t) else x, raw, like
+        )
+        return state, record["run"]
+
     def _set_aside(self, step: int) -> None:
         self._manager.close()
-        aside = self.directory.with_name(self.directory.name + "-damaged")
-        aside.mkdir(exist_ok=True)
-        target = aside / str(step)
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.move(self.directory / str(step), target)
+        if distributed.is_main():
+            aside = self.directory.with_name(self.directory.name + "-damaged")
+            aside.mkdir(exist_ok=True)
+            target = aside / str(step)
+            if target.exists():
+                target.rmtree()
+            (self.directory / str(step)).rename(target)
+        distributed.any_process(False)  # nobody looks before it is gone
         self._manager = self._open()
 
     def wait(self) -> None:
@@ -227,8 +322,15 @@ class Checkpointer:
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After an error the other processes may be gone, and a commit would wait for them.
+        if kind is None or issubclass(kind, KeyboardInterrupt) or jax.process_count() == 1:
+            self.close()
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:200] if text else ''}"
 
 
 def save(directory: str | Path, step: int, state: PyTree, run: dict[str, Any] | None = None, *, keep: int = 2) -> None:

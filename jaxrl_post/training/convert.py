@@ -1,10 +1,12 @@
-"""Models from one form into another: runs and Orbax checkpoints to Hugging Face directories, and these to Orbax."""
+"""Models in another form: runs, adapters and Orbax checkpoints as Hugging Face directories, and these as Orbax."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -20,17 +22,19 @@ def convert(source: str, target: str, *, dtype: str | None = None) -> str:
     """Write the model of `source` in its other form.
 
     Args:
-        source: the directory of a run, of a Hugging Face checkpoint (or its hub id), or of an Orbax checkpoint that
-            came from one.
+        source: the directory of a run, of adapters in PEFT's format, of a Hugging Face checkpoint (or its hub id), or
+            of an Orbax checkpoint that came from one.
         target: directory to write. From a run or Orbax it becomes a Hugging Face checkpoint, with adapters merged into
-            the model and, beside it, in PEFT's format; from a Hugging Face checkpoint an Orbax one.
+            the model and, beside it, in PEFT's format; from adapters the model that they belong to with them merged;
+            from a Hugging Face checkpoint an Orbax one.
         dtype: of the parameters; None for that of the source.
 
     Returns:
         What was written, in words.
 
     Raises:
-        ValueError: if the source is none of these, or the target holds a model already.
+        ValueError: if the source is none of these, its adapters do not name their model, or the target holds a model
+            already.
     """
     if (Path(source) / "config.yaml").is_file():
         from jaxrl_post.training.inference import load_run
@@ -38,9 +42,26 @@ def convert(source: str, target: str, *, dtype: str | None = None) -> str:
         setup, params = load_run(source)
         export(setup.models, setup.config.model, setup.tokenizer, params, target, dtype=dtype, overwrite=False)
         return f"{target} is a Hugging Face checkpoint of the policy of {source}"
+    if (Path(source) / "adapter_config.json").is_file():
+        lora, (base, revision) = models.read_adapter_config(source), models.adapter_base(source)
+        if base is None:
+            raise ValueError(
+                f"{source}/adapter_config.json does not name the model: give base_model_name_or_path there"
+            )
+        stored = dtype or _dtype(models.from_pretrained(base, abstract=True, revision=revision).config)
+        found = models.from_pretrained(base, param_dtype=stored, revision=revision, lora=lora, key=jax.random.key(0))
+        models.save_pretrained(
+            target,
+            models.load_adapters(source, found.params),
+            found.config,
+            lora=lora,
+            tokenizer=_tokenizer(found.directory),
+            generation_config=found.generation_config,
+        )
+        return f"{target} is a Hugging Face checkpoint of {base} with the adapters of {source} merged into it"
     if is_orbax(source):
         config = models.read_config(source)
-        stored = dtype or str(config.get("dtype") or config.get("torch_dtype") or "float32")
+        stored = dtype or _dtype(config)
         policy = models.from_config(config, param_dtype=stored)
         params = restore_orbax(source, jax.eval_shape(policy.init, jax.random.key(0)))
         given = Path(source) / "generation_config.json"
@@ -48,7 +69,7 @@ def convert(source: str, target: str, *, dtype: str | None = None) -> str:
         models.save_pretrained(target, params, config, tokenizer=_tokenizer(source), generation_config=generation)
         return f"{target} is a Hugging Face checkpoint"
     found = models.from_pretrained(source, abstract=True)
-    stored = dtype or str(found.config.get("dtype") or found.config.get("torch_dtype") or "float32")
+    stored = dtype or _dtype(found.config)
     read = models.from_pretrained(source, param_dtype=stored)
     save_orbax(target, read.params, {**read.config, "dtype": stored})
     for path in read.directory.iterdir():
@@ -57,6 +78,10 @@ def convert(source: str, target: str, *, dtype: str | None = None) -> str:
     return f"{target} is an Orbax checkpoint"
 
 
-def _tokenizer(directory: str):
+def _dtype(config: Mapping[str, Any]) -> str:
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+def _tokenizer(directory: str | Path):
     there = any((Path(directory) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     return load_tokenizer(directory) if there else None

@@ -18,8 +18,11 @@ from jaxrl_post.training import config as configs
 from jaxrl_post.training import setup as setups
 from jaxrl_post.training.checkpoint import Checkpointer, CheckpointError
 from jaxrl_post.training.evaluate import Evaluator
+from jaxrl_post.training.run_files import RunFiles
+from jaxrl_post.training.run_log import CHECKPOINTS, CONFIG_FILE
 from jaxrl_post.training.sampler import Sampler
 from jaxrl_post.training.setup import Setup
+from jaxrl_post.training.state import TrainState
 from jaxrl_post.types import FINISH_STOP, Params
 
 logger = logging.getLogger(__name__)
@@ -39,9 +42,11 @@ def load_run(
         FileNotFoundError: if the directory is not one of a run.
         CheckpointError: if it holds no checkpoint that can be read.
     """
-    directory = Path(run_dir)
+    files = RunFiles(run_dir)
+    files.pull()
+    checkpoint_dir = files.root / CHECKPOINTS
     # The data that it was trained on may be gone by now.
-    config = configs.load(directory / "config.yaml", overrides, check_files=False)
+    config = configs.load(files.local / CONFIG_FILE, overrides, check_files=False)
     if mesh is not None:
         config = dataclasses.replace(config, mesh=mesh)
     sizes = dataclasses.asdict(config.mesh)
@@ -49,13 +54,20 @@ def load_run(
         logger.warning("the run's mesh %s needs more than the %d devices here; using one", sizes, jax.device_count())
         config = dataclasses.replace(config, mesh=configs.MeshConfig())
     setup = setups.build(config)
-    if not (directory / "checkpoints").is_dir():
-        raise CheckpointError(f"{directory} holds no checkpoint yet; train first, or wait for the first save")
-    with Checkpointer(directory / "checkpoints", read_only=True) as checkpoints:
-        restored = checkpoints.restore(lambda saved: setup.template(setup.stages[saved["stage"]]))
+    if not checkpoint_dir.is_dir():
+        raise CheckpointError(f"{run_dir} holds no checkpoint yet; train first, or wait for the first save")
+    with Checkpointer(checkpoint_dir, read_only=True) as checkpoints:
+        restored = checkpoints.restore(
+            lambda saved: policy_alone(setup.template(setup.stages[saved["stage"]])), partial=True
+        )
     if restored is None:
-        raise CheckpointError(f"{directory} holds no checkpoint yet; train first, or wait for the first save")
-    return setup, restored.state.params["policy"]
+        raise CheckpointError(f"{run_dir} holds no checkpoint yet; train first, or wait for the first save")
+    return setup, restored.state["params"]["policy"]
+
+
+def policy_alone(state: TrainState) -> dict[str, Any]:
+    """The part of a state that holds the policy's parameters, as a checkpoint names them."""
+    return {"params": {"policy": state.params["policy"]}}
 
 
 def evaluate_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str, float]:

@@ -46,4 +46,5 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         yield lambda: seen
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            # None: a handler that was not set from Python, as the JAX runtime of several processes has one.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

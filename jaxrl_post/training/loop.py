@@ -2,39 +2,40 @@
 
 Each step draws problems, samples and scores completions (or takes the given ones), updates, and writes one line of
 metrics; every so often it evaluates and saves. Whatever a later step depends on is in the checkpoint: the state on the
-device, and the `Cursor`.
+device, and the `Cursor`. Of several processes all run this; what only one of them can know (an error, a signal) they
+tell each other at places that all of them reach, and the first one writes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxrl_post import data
 from jaxrl_post.training import config as configs
+from jaxrl_post.training import distributed
 from jaxrl_post.training import setup as setups
 from jaxrl_post.training.batches import Batches, Cursor, TrainingError
 from jaxrl_post.training.checkpoint import Checkpointer
 from jaxrl_post.training.config import Config
 from jaxrl_post.training.evaluate import Evaluator
+from jaxrl_post.training.fingerprints import named
+from jaxrl_post.training.in_flight import InFlight
 from jaxrl_post.training.interrupt import stop_requests
 from jaxrl_post.training.model_setup import export
+from jaxrl_post.training.optimizers import parted
 from jaxrl_post.training.plot import plot
 from jaxrl_post.training.progress import Progress
 from jaxrl_post.training.roles import Refresh, make_refresh
-from jaxrl_post.training.run_log import RunLog, lock_run_dir, prepare_run_dir
-from jaxrl_post.training.sampler import Sampled
+from jaxrl_post.training.run_files import RunFiles
+from jaxrl_post.training.run_log import CHECKPOINTS, NoLog, RunLog, lock_run_dir, prepare_run_dir
 from jaxrl_post.training.setup import Setup, Stage
 from jaxrl_post.training.state import TrainState
-from jaxrl_post.training.step import make_step
-
-SHOWN_COMPLETIONS = 4
 
 
 class Services(NamedTuple):
@@ -43,13 +44,17 @@ class Services(NamedTuple):
     Attributes:
         evaluator: of the held-out and the validation problems.
         checkpoints: where to save.
+        in_flight: where to save rollouts that there is no time to train on.
+        files: where the log's files are, to be copied with each checkpoint.
         log: where to write metrics.
         progress: where to show them.
-        stop_requested: asked after each step.
+        stop_requested: asked after sampling and after each step; the same answer on every process.
     """
 
     evaluator: Evaluator
     checkpoints: Checkpointer
+    in_flight: InFlight
+    files: RunFiles
     log: RunLog
     progress: Progress
     stop_requested: Callable[[], bool]
@@ -62,25 +67,46 @@ def run(config: Config) -> None:
         ValueError: for whatever the user can change; the message says what.
         KeyboardInterrupt: on SIGINT or SIGTERM, after the step under way has been saved.
     """
-    with lock_run_dir(config.run_dir), stop_requests() as stop_requested:
-        setup = setups.build(config)
-        setup.prepare()
+    with contextlib.ExitStack() as held:
+        asked = held.enter_context(stop_requests())
+        files = RunFiles(config.run_dir)
+        distributed.on_main(lambda: held.enter_context(lock_run_dir(files.local)) is None)
+        setup = distributed.together(lambda: prepared(config))
         # Last, so that a set-up that fails leaves nothing that the corrected configuration would be held against.
-        resume = prepare_run_dir(config)
-        run_stages(setup, resume, stop_requested)
+        resume = distributed.on_main(lambda: begin(config, files))
+        if distributed.is_main():
+            held.callback(files.push)
+        run_stages(setup, files, resume, lambda: distributed.any_process(asked()))
 
 
-def run_stages(setup: Setup, resume: bool, stop_requested: Callable[[], bool]) -> None:
+def begin(config: Config, files: RunFiles) -> bool:
+    """Prepare the run directory; tells whether there is a run to be resumed."""
+    files.pull()
+    return prepare_run_dir(config, files)
+
+
+def prepared(config: Config) -> Setup:
+    """The run's parts, with problems and reward functions made, so that what is wrong with them shows."""
+    setup = setups.build(config)
+    setup.prepare()
+    return setup
+
+
+def run_stages(setup: Setup, files: RunFiles, resume: bool, stop_requested: Callable[[], bool]) -> None:
     """Train every stage that the run's checkpoints do not show as done.
 
     Args:
         setup: the run's parts.
+        files: where its files are.
         resume: whether the run directory holds this run already.
-        stop_requested: asked after each step.
+        stop_requested: asked after sampling and after each step; the same answer on every process.
     """
     config = setup.config
-    directory = Path(config.run_dir)
-    with Checkpointer(directory / "checkpoints", keep=config.training.keep_checkpoints) as checkpoints:
+    directory, main = files.root, distributed.is_main()
+    with (
+        Checkpointer(directory / CHECKPOINTS, keep=config.training.keep_checkpoints) as checkpoints,
+        InFlight(directory / f"{CHECKPOINTS}-in-flight") as in_flight,
+    ):
         restored = None
         if resume:
             restored = checkpoints.restore(lambda saved: setup.template(setup.stages[saved["stage"]]))
@@ -88,20 +114,14 @@ def run_stages(setup: Setup, resume: bool, stop_requested: Callable[[], bool]) -
         state = restored.state if restored else None
         done = restored.step if restored else 0
         total = done - cursor.stage_step + sum(stage.steps for stage in setup.stages[cursor.stage :])
-        log = RunLog(
-            directory,
-            resume_from=done,
-            tensorboard=config.logging.tensorboard,
-            wandb=config.logging.wandb,
-            config=configs.to_dict(config),
-        )
-        with log, Progress(total, config.logging.progress) as progress:
+        log = distributed.together(lambda: make_log(config, files, resume_from=done) if main else NoLog())
+        with log, Progress(total, config.logging.progress and main, messages=main) as progress:
             if restored:
                 for line in restored.damaged:
                     progress.message(f"{line}; it was moved to checkpoints-damaged/")
                 progress.message(f"resuming {directory} from step {done}")
             params = setup.initial_params() if state is None else None
-            services = Services(Evaluator(setup), checkpoints, log, progress, stop_requested)
+            services = Services(Evaluator(setup), checkpoints, in_flight, files, log, progress, stop_requested)
             for index in range(cursor.stage, len(setup.stages)):
                 stage = setup.stages[index]
                 if state is None:
@@ -113,11 +133,22 @@ def run_stages(setup: Setup, resume: bool, stop_requested: Callable[[], bool]) -
                     cursor = dataclasses.replace(
                         cursor, stage=index + 1, stage_step=0, ended=False, data=None, updates=0, nonfinite=0, empty=0
                     )
-            checkpoints.wait()
             if config.model.export is not None and state is not None:
                 export(setup.models, config.model, setup.tokenizer, state.params["policy"], config.model.export)
                 progress.message(f"the policy is in {config.model.export}, as a Hugging Face checkpoint")
-        plot([directory], directory / "curves.png")
+        if main:
+            plot([files.local], files.local / "curves.png")
+
+
+def make_log(config: Config, files: RunFiles, *, resume_from: int) -> RunLog:
+    """The run's log, from which everything after the step `resume_from` is cut."""
+    return RunLog(
+        files.local,
+        resume_from=resume_from,
+        tensorboard=config.logging.tensorboard,
+        wandb=config.logging.wandb,
+        config=configs.to_dict(config),
+    )
 
 
 def run_stage(
@@ -145,26 +176,23 @@ def run_stage(
         KeyboardInterrupt: if it was asked to stop, after saving.
     """
     config = setup.config
-    evaluator, checkpoints, log, progress, stop_requested = services
+    evaluator, checkpoints, in_flight, files, log, progress, stop_requested = services
     if cursor.ended or cursor.stage_step >= stage.steps:
         return state, cursor, done
-    batches = Batches(setup, stage, cursor)
+    frozen, main = never_changing(setup, stage, state), distributed.is_main()
+    waiting = in_flight.restore(setup, stage, done, cursor)
+    batches = Batches(setup, stage, cursor if waiting is None else waiting.cursor)
     refresh = make_refresh(stage.roles)
     skip = make_skip(refresh)
-    step = make_step(
-        setup.scores(stage),
-        stage.method,
-        stage.optimizer,
-        micro_batches=stage.micro_batches,
-        epochs=stage.epochs,
-        refresh=refresh,
-        trainable=setup.trainable(stage),
-        borrows=setup.borrows(stage),
-        mesh=setup.mesh,
-    )
+    step = setup.step(stage)
     while not (cursor.ended or cursor.stage_step >= stage.steps):
         started = time.perf_counter()
-        batch = batches.next(state, cursor)
+        batch, waiting = batches.next(state, cursor) if waiting is None else waiting.batch, None
+        if batch.sampled is not None and batch.rollouts is not None and stop_requested():
+            checkpoints.commit(done, state, dataclasses.asdict(cursor), frozen=frozen)
+            in_flight.save(setup, done, batch, dataclasses.replace(cursor, data=batches.position()))
+            progress.message(f"stopped after step {done}, which is saved with the rollouts of the next one")
+            raise KeyboardInterrupt
         prepared = time.perf_counter()
         metrics = {**batch.metrics, "learning_rate": float(np.asarray(stage.schedule(cursor.updates)))}
         if batch.rollouts is None:
@@ -206,17 +234,22 @@ def run_stage(
             metrics |= evaluator(state.params["policy"])
         log.write(done, metrics)
         every = config.training.log_completions_every
-        if batch.sampled is not None and every and (last or cursor.stage_step % every == 1 % every):
-            rows = shown_completions(batch.sampled, batches.problems, SHOWN_COMPLETIONS)
-            log.completions(done, rows)
-            progress.completions(done, rows)
+        if batch.shown and every and (last or cursor.stage_step % every == 1 % every):
+            log.completions(done, batch.shown)
+            progress.completions(done, batch.shown)
         progress.update(done, metrics, stage=stage.name)
         stop_if_stuck(config, cursor, metrics)
-        stopping = stop_requested()
-        if last or stopping or cursor.stage_step % config.training.checkpoint_every == 0:
-            checkpoints.save(done, state, dataclasses.asdict(cursor))
+        stopping = stop_requested() or distributed.preemption_noticed(done)
+        if failure := checkpoints.failure():
+            progress.message(f"{failure}; saving again")
+        saved = dataclasses.asdict(cursor)
+        if last or stopping:
+            checkpoints.commit(done, state, saved, frozen=frozen)
+        elif failure or cursor.stage_step % config.training.checkpoint_every == 0:
+            checkpoints.save(done, state, saved, frozen=frozen)
+            if main:
+                files.push()
         if stopping:
-            checkpoints.wait()
             progress.message(f"stopped after step {done}, which is saved")
             raise KeyboardInterrupt
     if stage.until is not None and not cursor.ended:
@@ -224,6 +257,18 @@ def run_stage(
             f"the warm start took all its {stage.steps} steps without reaching an accuracy of {stage.until}; going on"
         )
     return state, cursor, done
+
+
+def never_changing(setup: Setup, stage: Stage, state: TrainState) -> frozenset[str]:
+    """Paths of the parameters that stay as they are for the whole stage: a frozen base, a reference."""
+    trainable, found = setup.trainable(stage), set()
+    for role, params in state.params.items():
+        if role in stage.method.trains:
+            _, params = parted(params, trainable.get(role))
+        elif role in stage.roles and stage.roles[role].every:
+            continue
+        found |= {f"params/{role}/{name}" for name in named(params)}
+    return frozenset(found)
 
 
 def make_skip(refresh: Refresh | None) -> Callable[[TrainState], TrainState]:
@@ -260,17 +305,3 @@ def stop_if_stuck(config: Config, cursor: Cursor, metrics: dict[str, Any]) -> No
             "task is too hard or too easy for the policy, or the reward functions fail; try another warm start, larger "
             "groups or more oversampling; training.max_empty_steps is this limit"
         )
-
-
-def shown_completions(sampled: Sampled, problems: Sequence[data.Problem], count: int) -> list[dict[str, Any]]:
-    """The first completion of some problems, with its reward."""
-    reward, valid = jax.device_get((sampled.rollouts.reward, sampled.rollouts.valid))
-    group = reward.shape[1]
-    return [
-        {
-            "prompt": problem["prompt"],
-            "completion": sampled.completions[index * group],
-            "reward": float(reward[index, 0]) if valid[index, 0] else None,
-        }
-        for index, problem in enumerate(problems[:count])
-    ]

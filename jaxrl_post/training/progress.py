@@ -29,6 +29,7 @@ class Progress:
             `interval` seconds, and nothing that moves the cursor.
         interval: seconds between plain lines.
         clock: seconds that pass.
+        messages: False shows no messages either: for the processes of a run beside the first.
 
     Example:
         >>> with Progress(10, True, stream=sys.stdout, interval=0.0) as progress:
@@ -44,12 +45,14 @@ class Progress:
         stream: TextIO | None = None,
         interval: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
+        messages: bool = True,
     ) -> None:
         self._total = total_steps
         self._enabled = enabled
         self._stream = stream
         self._interval = interval
         self._clock = clock
+        self._messages = messages
         self._values: dict[str, Any] = {}
         self._step = 0
         self._stage = ""
@@ -113,6 +116,8 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Show text above the live display, exactly as it is; on standard error if the display is disabled."""
+        if not self._messages:
+            return
         if not self._enabled:
             # A notice (what was resumed, which checkpoint was damaged) matters more than the display it stands above.
             print(text, file=sys.stderr, flush=True)

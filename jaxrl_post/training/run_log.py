@@ -18,35 +18,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from jaxrl_post.training import config as configs
-from jaxrl_post.training.config import Config, ConfigError, ConfigWarning, yaml_text
+from jaxrl_post.training.config import Config, ConfigError, yaml_text
+from jaxrl_post.training.run_files import RunFiles
+from jaxrl_post.training.same_run import RunDirError, check_same_run
 
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
-
-HARMLESS_KEYS = (
-    "run_dir",  # a run that was moved is still that run
-    "training.steps",  # unless the step size decays over them
-    "training.checkpoint_every",
-    "training.keep_checkpoints",
-    "training.log_completions_every",
-    "training.max_nonfinite_steps",
-    "training.max_empty_steps",
-    "logging",
-    # Not eval.problems: prompts that are held out are left out of training.
-    "eval.every",
-    "eval.samples",
-    "eval.k",
-    "eval.correct_at",
-)
-"""Keys, or sections, that may change when a run is resumed: how long it trains, what is measured and written."""
-
-
-class RunDirError(ValueError):
-    """A run directory that cannot be used; the message says why and what to do."""
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -67,11 +50,12 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def prepare_run_dir(config: Config) -> bool:
+def prepare_run_dir(config: Config, files: RunFiles | None = None) -> bool:
     """Make the run directory, hold it against the configuration, and write config.yaml into it.
 
     Args:
         config: the resolved configuration.
+        files: where the run's files are; in its `run_dir` if None.
 
     Returns:
         True if the directory holds a run of this configuration, to be resumed; False if it is new. A run that has
@@ -82,20 +66,21 @@ def prepare_run_dir(config: Config) -> bool:
         RunDirError: the directory cannot be written, holds another configuration's run, remains of a run without its
             configuration, or a config.yaml that is not a run's.
     """
-    directory = Path(config.run_dir)
+    files = RunFiles(config.run_dir) if files is None else files
+    directory, checkpoints = files.local, files.root / CHECKPOINTS
     path = directory / CONFIG_FILE
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        begun = _has_begun(directory)
+        begun = _has_begun(directory, checkpoints)
         if path.exists():
             stored = _read_config(path)
             if begun:
-                _check_same_run(path, stored, config)
+                check_same_run(config.run_dir, stored, config)
         elif begun:
-            left = [name for name in (METRICS_FILE, CHECKPOINTS) if (directory / name).exists()]
+            left = [path.name for path in (epath.Path(directory / METRICS_FILE), checkpoints) if path.exists()]
             raise RunDirError(
-                f"run_dir {directory} holds {' and '.join(left)} but no {CONFIG_FILE}, so that it cannot be told whose "
-                "they are; give another run_dir, or move them away"
+                f"run_dir {config.run_dir} holds {' and '.join(left)} but no {CONFIG_FILE}, so that it cannot be told "
+                "whose they are; give another run_dir, or move them away"
             )
         write_atomically(path, configs.dump(config))
     except OSError as error:
@@ -173,25 +158,12 @@ def _cannot_write(directory: Path, error: OSError) -> RunDirError:
     )
 
 
-def _has_begun(directory: Path) -> bool:
+def _has_begun(directory: Path, checkpoints: epath.Path) -> bool:
     """Whether there is anything that a later start of the run would go on from."""
-    checkpoints, metrics = directory / CHECKPOINTS, directory / METRICS_FILE
+    metrics = directory / METRICS_FILE
     # A checkpoint that is still being written, or was given up, has a longer name than its step.
     saved = checkpoints.is_dir() and any(path.name.isdigit() and path.is_dir() for path in checkpoints.iterdir())
     return saved or (metrics.is_file() and bool(_complete_lines(metrics)))
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping) and value:
-        items = value.items()
-    elif isinstance(value, list) and value:
-        items = enumerate(value)
-    else:
-        return {path: value}
-    result: dict[str, Any] = {}
-    for key, item in items:
-        result.update(_flat(item, f"{path}.{key}" if path else str(key)))
-    return result
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -203,30 +175,6 @@ def _read_config(path: Path) -> dict[str, Any]:
         # Somebody's file of another kind, which must not be overwritten.
         raise RunDirError(f"{path} is not the configuration of a run; give another run_dir, or move the file away")
     return stored
-
-
-def _check_same_run(path: Path, stored: dict[str, Any], config: Config) -> None:
-    advice = "give another run_dir, or the configuration of this run, to resume it"
-    with contextlib.suppress(ValueError), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConfigWarning)  # whoever resumes has changed it, or was warned already
-        # Fills in keys that this version of the library added since the run was started.
-        stored = configs.to_dict(configs.from_dict(stored, check_files=False))
-    old, new = _flat(stored), _flat(configs.to_dict(config))
-    absent = "(not set)"
-    schedule = config.training.optimizer.schedule
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        there, here = old.get(key, absent), new.get(key, absent)
-        if there == here:
-            continue
-        why = ""
-        if key == "training.steps" and schedule != "constant":
-            why = f" (the {schedule} schedule of the step size depends on it)"
-        elif any(key == harmless or key.startswith(harmless + ".") for harmless in HARMLESS_KEYS):
-            continue
-        lines.append(f"\n  - {key}: {there!r} there, {here!r} here{why}")
-    if lines:
-        raise RunDirError(f"run_dir {path.parent} holds the run of another configuration:{''.join(lines)}\n{advice}")
 
 
 def _number(value: Any) -> float | int | str | bool | None:
@@ -370,6 +318,20 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class NoLog(RunLog):
+    """What the processes of a run beside the first write: nothing."""
+
+    def __init__(self) -> None:
+        self._metrics = self._completions = -1
+        self._tensorboard = self._wandb = None
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write nothing."""
+
+    def completions(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write nothing."""
 
 
 def _append(descriptor: int, row: Mapping[str, Any]) -> None:

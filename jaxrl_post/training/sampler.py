@@ -1,20 +1,36 @@
-"""Between texts and rollouts: prompts are encoded, completions sampled, decoded and scored."""
+"""Between texts and rollouts: prompts are encoded, completions sampled, decoded and scored.
+
+Of several processes each does this for its own problems; what they found is put together, so that all of them know
+every reward and none holds all tokens. A reward function that compares completions sees whole groups, of one process.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from numpy.typing import NDArray
 
 from jaxrl_post import data, rewards
+from jaxrl_post import mesh as mesh_lib
 from jaxrl_post.rollout import BUDGET, EXIT, Exits, Prompts, SamplingParams
+from jaxrl_post.training import distributed
 from jaxrl_post.training.setup import Setup
+from jaxrl_post.training.shares import Share, make_share
 from jaxrl_post.training.subgroups import Budgets, sample_groups, subgroup_metrics, with_budgets
 from jaxrl_post.types import FINISH_LENGTH, Array, Params, Policy, Rollouts
+
+COMPONENT = "component/"
+"""What the names of the reward's components begin with in a process's report."""
+
+SHOWN = 4
+"""Problems of a batch whose first completion every process gets to see, for the log."""
 
 
 class Sampled(NamedTuple):
@@ -22,12 +38,17 @@ class Sampled(NamedTuple):
 
     Attributes:
         rollouts: on the device, rewards and validity filled in.
-        completions: `B` texts.
-        scored: by the reward functions; None where there are none.
+        completions: texts of the problems that are this process's own, in order: all `B` where there is one process.
+        shown: the first completion of each of the first `SHOWN` problems.
+        rows: host arrays `[P, G]`, those of all processes: `new_tokens`, `entropy` (nats, summed over them), `finish`,
+            and `budget` and `exit` where there are.
+        scored: by the reward functions of all processes; None where there are none.
     """
 
     rollouts: Rollouts
     completions: list[str]
+    shown: list[str]
+    rows: dict[str, NDArray]
     scored: rewards.Scored | None
 
 
@@ -79,7 +100,7 @@ class Sampler:
         self._prompt_length = prompt_length
         self._rewarded = rewarded
         self._budgets = budgets
-        stops = setup.stop_tokens + sampling.stop_tokens
+        stops = (*setup.stop_tokens, *(int(token) for token in sampling.stop_tokens))
         self._generate = compiled_generate(
             setup.policy,
             sampling._replace(stop_tokens=stops),
@@ -107,59 +128,147 @@ class Sampler:
             first_id: id of the first sequence; the others follow.
             version: the policy's version, recorded with every token; scheduled budgets are those of this step.
         """
-        tokenizer = self._setup.tokenizer
         budgets = (None,) if self._budgets is None else self._budgets.at(version)
-        asked = [self._asked(problem, budget) for problem in problems for budget in budgets]
-        encoded = [data.encode_prompt(tokenizer, problem) for problem in asked]
-        each = self._group_size // len(budgets)  # completions of one text
-        pieces = []
+        share = make_share(self._prompts, self._setup.mesh)
+        pieces, own = [], []
         for start in range(0, len(problems), self._prompts):
-            some = problems[start : start + self._prompts]
-            rows = len(some)
-            chunk = encoded[start * len(budgets) : (start + rows) * len(budgets)]
-            chunk = chunk + chunk[:1] * (self._prompts * len(budgets) - len(chunk))  # filled up to the compiled shape
-            tokens, length = data.pad_prompts(chunk, self._prompt_length)
-            ids = first_id + start * self._group_size + np.arange(len(chunk) * each, dtype=np.uint64)
-            prompt_ids = [problem.get("prompt_id", -1) for problem in some for _ in budgets]
-            prompts = Prompts(
-                tokens=jnp.asarray(tokens),
-                length=jnp.asarray(length),
-                prompt_id=jnp.asarray(prompt_ids + [-1] * (len(chunk) - len(prompt_ids)), jnp.int32),
-                id=jnp.asarray((ids % 2**32).astype(np.uint32).reshape(len(chunk), each)),
-            )
+            some = list(problems[start : start + self._prompts])
+            count = len(some)
+            some += some[:1] * (self._prompts - count)  # filled up to the compiled shape
+            texts = {int(i): [self._asked(some[i], budget) for budget in budgets] for i in share.held}
+            prompts = self._prompts_of(share, texts, first_id + start * self._group_size, count)
             with jax.set_mesh(self._setup.mesh):
                 piece = self._generate(params, prompts, key, version=version)
-            pieces.append(piece if rows == self._prompts else _first_prompts(piece, rows))
+            if self._budgets is not None:
+                piece = with_budgets(piece, budgets)
+            mine = share.own[share.own < count]
+            own.append(_Own(start + mine, [some[i] for i in mine], [texts[i] for i in mine], _rows(share, piece)))
+            pieces.append(piece if count == self._prompts else _first_prompts(piece, count))
         rollouts = pieces[0] if len(pieces) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *pieces)
-        if self._budgets is not None:
-            rollouts = with_budgets(rollouts, budgets)
-        completions = self._decode(rollouts, [len(prompt) for prompt in encoded for _ in range(each)])
-        if not self._rewarded:
-            return Sampled(rollouts, completions, None)
-        scored = rewards.score(
-            self._setup.reward_functions,
-            [problem["prompt"] for problem in asked for _ in range(each)],
-            completions,
-            data.columns(problems, repeat=self._group_size),
-            on_error=self._setup.config.on_reward_error,
-        )
-        shape = (len(problems), self._group_size)
-        rollouts = rollouts.replace(
-            reward=jnp.asarray(scored.total.reshape(shape)),
-            rewards={name: jnp.asarray(values.reshape(shape)) for name, values in scored.components.items()},
-            valid=jnp.asarray(scored.valid.reshape(shape)),
-        )
-        return Sampled(rollouts, completions, scored)
+        completions = [text for part in own for text in self._decode(part)]
+        every = distributed.exchange(lambda: self._report(own, completions))
+        return self._merged(rollouts, completions, every, len(problems))
 
     def _asked(self, problem: data.Problem, budget: int | None) -> data.Problem:
         return problem if self._budgets is None else data.extend_prompt(problem, self._budgets.prompt("", budget))
 
-    def _decode(self, rollouts: Rollouts, prompt_lengths: list[int]) -> list[str]:
-        tokens, lengths = jax.device_get((rollouts.tokens, rollouts.length))
-        texts = []
-        for row, (start, length) in enumerate(zip(prompt_lengths, lengths.reshape(-1), strict=True)):
-            texts.append(self._setup.tokenizer.decode(tokens[row, start:length].tolist()))
+    def _prompts_of(self, share: Share, texts: dict[int, list[data.Problem]], first_id: int, count: int) -> Prompts:
+        """The prompts of one compiled call; those after the first `count` only fill it up."""
+        encoded = [data.encode_prompt(self._setup.tokenizer, asked) for i in texts for asked in texts[i]]
+        tokens, length = data.pad_prompts(encoded, self._prompt_length)
+        prompt_id = [asked.get("prompt_id", -1) if i < count else -1 for i in texts for asked in texts[i]]
+        ids = first_id + share.held.astype(np.uint64)[:, None] * self._group_size + np.arange(self._group_size)
+        ids = (ids % 2**32).astype(np.uint32).reshape(len(encoded), -1)
+        return Prompts(*share.place((tokens, length, np.asarray(prompt_id, np.int32), ids)))
+
+    def _decode(self, own: _Own) -> list[str]:
+        tokenizer, each = self._setup.tokenizer, self._group_size // len(own.asked[0]) if own.asked else 1
+        texts, row = [], 0
+        for problem, lengths in zip(own.asked, own.rows["length"], strict=False):
+            starts = [len(data.encode_prompt(tokenizer, asked)) for asked in problem for _ in range(each)]
+            for start, length in zip(starts, lengths, strict=True):
+                texts.append(tokenizer.decode(own.rows["tokens"][row, start:length].tolist()))
+                row += 1
         return texts
+
+    def _report(self, own: list[_Own], completions: list[str]) -> dict[str, NDArray]:
+        """What the other processes have to know of this one's problems: a few numbers a completion."""
+        group = self._group_size
+        problem = np.concatenate([part.index for part in own])
+        report = {"problem": problem}
+        for name in own[0].rows.keys() - {"tokens", "length"}:
+            report[name] = np.concatenate([part.rows[name][: len(part.index)] for part in own])
+        shown = {int(i): completions[row * group] for row, i in enumerate(problem) if i < SHOWN}
+        report["shown"] = np.asarray(json.dumps(shown))
+        if not self._rewarded:
+            return report
+        functions, shape = self._setup.reward_functions, (len(problem), group)
+        if not len(problem):  # more processes than problems
+            nothing = {COMPONENT + function.name: np.zeros(shape, np.float32) for function in functions}
+            errors = np.zeros(len(functions), np.int64)
+            return report | nothing | {"total": np.zeros(shape), "valid": np.zeros(shape, bool), "errors": errors}
+        problems = [problem for part in own for problem in part.problems]
+        scored = rewards.score(
+            functions,
+            [
+                asked["prompt"]
+                for part in own
+                for several in part.asked
+                for asked in several
+                for _ in range(group // len(several))
+            ],
+            completions,
+            data.columns(problems, repeat=group),
+            on_error=self._setup.config.on_reward_error,
+        )
+        components = {COMPONENT + name: values.reshape(shape) for name, values in scored.components.items()}
+        errors = np.asarray([scored.errors[function.name] for function in functions])
+        return (
+            report
+            | components
+            | {
+                "total": scored.total.reshape(shape),
+                "valid": scored.valid.reshape(shape),
+                "errors": errors,
+            }
+        )
+
+    def _merged(
+        self, rollouts: Rollouts, completions: list[str], every: list[dict[str, NDArray]], count: int
+    ) -> Sampled:
+        """The reports of all processes put together."""
+        rows: dict[str, NDArray] = {}
+        for name in every[0].keys() - {"problem", "shown", "errors"}:
+            rows[name] = np.empty((count, self._group_size), every[0][name].dtype)
+            for report in every:
+                rows[name][report["problem"]] = report[name]
+        texts = {int(i): text for report in every for i, text in json.loads(str(report["shown"])).items()}
+        shown = [texts[i] for i in sorted(texts)]
+        if not self._rewarded:
+            return Sampled(rollouts, completions, shown, rows, None)
+        errors = np.sum([report["errors"] for report in every], axis=0)
+        names = [function.name for function in self._setup.reward_functions]
+        components = {name: rows.pop(COMPONENT + name) for name in names}
+        total, valid = rows.pop("total").astype(np.float32), rows.pop("valid")
+        layout = NamedSharding(self._setup.mesh, mesh_lib.spec(("batch", None), total.shape, self._setup.mesh.shape))
+        placed = mesh_lib.place((total, components, valid), (layout, dict.fromkeys(components, layout), layout))
+        rollouts = rollouts.replace(reward=placed[0], rewards=placed[1], valid=placed[2])
+        scored = rewards.Scored(
+            total.reshape(-1),
+            {name: values.reshape(-1) for name, values in components.items()},
+            valid.reshape(-1),
+            {name: int(error) for name, error in zip(names, errors, strict=True)},
+        )
+        return Sampled(rollouts, completions, shown, rows, scored)
+
+
+class _Own(NamedTuple):
+    """What one compiled call gave of the problems that are this process's own.
+
+    Attributes:
+        index: of each problem among those that were asked for.
+        problems: as the data has them.
+        asked: the prompts of each: one, or one for each sub-group.
+        rows: host arrays, `tokens` `[O * G, T]` and numbers `[O, G]`.
+    """
+
+    index: NDArray
+    problems: list[data.Problem]
+    asked: list[list[data.Problem]]
+    rows: dict[str, NDArray]
+
+
+def _rows(share: Share, rollouts: Rollouts) -> dict[str, NDArray]:
+    """What is read back of the completions that are this process's own."""
+    group = rollouts.group_size
+    rows = {
+        "tokens": share.read(rollouts.tokens),
+        "length": share.read(rollouts.length),
+        "finish": share.read(rollouts.finish),
+        "new_tokens": share.read(rollouts.mask).sum(axis=1).reshape(-1, group),
+        "entropy": share.read(rollouts.extras["entropy"]).sum(axis=1).reshape(-1, group),
+    }
+    return rows | {name: share.read(rollouts.extras[name]) for name in (BUDGET, EXIT) if name in rollouts.extras}
 
 
 def _first_prompts(rollouts: Rollouts, count: int) -> Rollouts:
@@ -180,21 +289,11 @@ def sampled_metrics(sampled: Sampled, correct_at: float) -> dict[str, float]:
         `rewards/unscored` (fraction), `completions/*` (tokens; `clipped_ratio` is the fraction cut at the limit),
         `entropy` (nats per token, of the tempered distribution), and those of `subgroup_metrics`.
     """
-    rollouts = sampled.rollouts
-    arrays = jax.device_get(
-        {
-            "mask": rollouts.mask,
-            "entropy": rollouts.extras["entropy"],
-            "finish": rollouts.finish,
-            "reward": rollouts.reward,
-            "valid": rollouts.valid,
-            **{name: rollouts.extras[name] for name in (BUDGET, EXIT) if name in rollouts.extras},
-        }
-    )
-    lengths = arrays["mask"].sum(axis=1)
-    ended = arrays["finish"].reshape(-1) != FINISH_LENGTH
+    rows = sampled.rows
+    lengths = rows["new_tokens"].reshape(-1)
+    ended = rows["finish"].reshape(-1) != FINISH_LENGTH
     metrics = {
-        "entropy": float(arrays["entropy"].sum() / max(arrays["mask"].sum(), 1.0)),
+        "entropy": float(rows["entropy"].sum() / max(lengths.sum(), 1.0)),
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
@@ -204,8 +303,10 @@ def sampled_metrics(sampled: Sampled, correct_at: float) -> dict[str, float]:
         metrics["completions/mean_terminated_length"] = float(lengths[ended].mean())
     if sampled.scored is None:
         return metrics
-    metrics |= subgroup_metrics({**arrays, "length": lengths.reshape(arrays["reward"].shape)}, correct_at)
-    reward, valid = arrays["reward"].astype(np.float64), arrays["valid"]
+    shape = rows["new_tokens"].shape
+    reward, valid = sampled.scored.total.astype(np.float64).reshape(shape), sampled.scored.valid.reshape(shape)
+    arrays = {**rows, "length": rows["new_tokens"], "reward": reward, "valid": valid}
+    metrics |= subgroup_metrics(arrays, correct_at)
     counts = valid.sum(axis=1)
     metrics["rewards/unscored"] = float(1.0 - valid.mean())
     if not valid.any():

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,23 @@ from jaxrl_post.rollout import Prompts, SamplingParams
 from jaxrl_post.training.config import BASE, Config, ConfigError, check_devices
 from jaxrl_post.training.config.content_checks import reward_names
 from jaxrl_post.training.config.methods_check import tokenizer_of
-from jaxrl_post.training.model_setup import Models, check_export, make_models, trainable
+from jaxrl_post.training.config.role_checks import is_checkpoint
+from jaxrl_post.training.model_setup import (
+    Checkpoint,
+    Models,
+    check_export,
+    check_same_tokens,
+    make_checkpoint,
+    make_models,
+    read_policy,
+    router_losses,
+    trainable,
+)
 from jaxrl_post.training.problem_setup import Problems, make_problems
-from jaxrl_post.training.roles import Role, check_same_shapes, role_params
+from jaxrl_post.training.roles import Role, check_same_shapes, make_refresh, role_params
 from jaxrl_post.training.stages import Stage, make_stages
 from jaxrl_post.training.state import TrainState, init, state_shardings
+from jaxrl_post.training.step import Step, make_step
 from jaxrl_post.training.subgroups import Exits, make_budgets, make_exits, sample_groups, with_budgets
 from jaxrl_post.types import ANSWER_TOKENS, Array, Params, Policy, PyTree, Rollouts, Score
 
@@ -55,8 +68,8 @@ class Setup:
         return make_rewards(self.config, lambda: self.problems.train)
 
     def prepare(self) -> None:
-        """Make the problems and the reward functions now, so that what is wrong with them shows."""
-        _ = self.problems, self.reward_functions
+        """Make the problems, the reward functions and the roles' models now, so that what is wrong with them shows."""
+        _ = self.problems, self.reward_functions, self.checkpoints
 
     @property
     def num_prompts(self) -> int:
@@ -68,9 +81,30 @@ class Setup:
         """The run's key; sampling and training fold different numbers into it."""
         return jax.random.key(self.config.seed)
 
+    @functools.cached_property
+    def checkpoints(self) -> dict[str, Checkpoint]:
+        """The models of roles that start from a Hugging Face directory, which may be of other sizes than the policy."""
+        method = self.stages[-1].method
+        return {
+            role: make_checkpoint(
+                self.config.model,
+                self.tokenizer,
+                given.sources[0],
+                value_head=self._gives_values(role),
+                trained=role in method.trains,
+            )
+            for role, given in self.config.roles.items()
+            if role != "policy" and len(given.sources) == 1 and is_checkpoint(given.sources[0])
+        }
+
+    def _gives_values(self, role: str) -> bool:
+        return role != "policy" and "value" in self.stages[-1].method.needs.get(role, ())
+
     def model(self, role: str) -> Policy:
         """The model that plays a role: those that give values have a value head."""
-        return self.models.critic if role == "critic" else self.policy
+        if role in self.checkpoints:
+            return self.checkpoints[role].policy
+        return self.models.critic if self._gives_values(role) else self.policy
 
     def borrows(self, stage: Stage) -> dict[str, str]:
         """The roles that are the policy without its adapters, and read its parameters."""
@@ -100,6 +134,21 @@ class Setup:
             )
             for role in stage.method.roles
         }
+
+    def step(self, stage: Stage) -> Step:
+        """The train step of a stage, on the run's mesh."""
+        return make_step(
+            self.scores(stage),
+            stage.method,
+            stage.optimizer,
+            micro_batches=stage.micro_batches,
+            epochs=stage.epochs,
+            refresh=make_refresh(stage.roles),
+            trainable=self.trainable(stage),
+            borrows=self.borrows(stage),
+            router_losses=router_losses(self.config.model),
+            mesh=self.mesh,
+        )
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -169,7 +218,7 @@ class Setup:
     def begin(self, stage: Stage, policy_params: Params, *, step: int) -> TrainState:
         """The state before a stage's first step: each role gets its parameters."""
         return init(
-            self._role_params(stage, policy_params, self.load_policy),
+            self._role_params(stage, policy_params, self.load_policy, self._read_checkpoint),
             stage.method,
             stage.optimizer,
             jax.random.fold_in(self.key, 2),
@@ -184,11 +233,21 @@ class Setup:
 
     def template(self, stage: Stage) -> TrainState:
         """Shapes and shardings of a stage's state, with nothing allocated but the key."""
+        shapes = self.state_shapes(stage)
+        return shapes.replace(key=mesh_lib.place(self.key, shapes.key.sharding))
+
+    def state_shapes(self, stage: Stage) -> TrainState:
+        """Shapes and shardings of a stage's state, on devices that need not be there."""
         key, rollouts, chosen = self.key, self.rollout_shapes(stage), self.trainable(stage)
 
         def build() -> TrainState:
             # The parameters of other runs are in the checkpoint by now; only their shapes matter here.
-            params = self._role_params(stage, self.policy.init(key), lambda run: self.policy.init(key))
+            params = self._role_params(
+                stage,
+                self.policy.init(key),
+                lambda run: self.policy.init(key),
+                lambda role: self.model(role).init(key),
+            )
             return init(
                 params,
                 stage.method,
@@ -202,15 +261,14 @@ class Setup:
 
         shapes = jax.eval_shape(build)
         layout = state_shardings(shapes, stage.method, stage.optimizer, self.mesh, self._axes(stage), chosen)
-        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
-        return abstract.replace(key=jax.device_put(key, layout.key))
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
 
     def _axes(self, stage: Stage) -> dict[str, object]:
         axes = {role: self.model(role).axes for role in stage.method.roles}
         return {role: None if function is None else function() for role, function in axes.items()}
 
     def load_policy(self, run_dir: str) -> Params:
-        """The policy of another run, as its newest checkpoint has it, on this run's mesh.
+        """The policy of another run, as its newest checkpoint has it, or of a Hugging Face directory, on this mesh.
 
         Raises:
             ConfigError: if its model or its tokenizer is another one.
@@ -218,11 +276,18 @@ class Setup:
         """
         from jaxrl_post.training.inference import load_run  # which sets up runs with this module
 
-        other, params = load_run(run_dir, mesh=self.config.mesh)
+        other = None
+        if is_checkpoint(run_dir):
+            check_same_tokens(self.tokenizer, run_dir)
+            params = read_policy(self.config.model, run_dir, jax.random.fold_in(self.key, 1), self.mesh)
+        else:
+            other, params = load_run(run_dir, mesh=self.config.mesh)
         try:
             check_same_shapes(jax.eval_shape(self.policy.init, self.key), params, "the model of this run", run_dir)
         except ValueError as error:
             raise ConfigError([f"roles: {error}; give both runs the same model"]) from None
+        if other is None:
+            return params
         for name in ("tokenizer", "alphabet"):
             own, found = getattr(self.config.data, name), getattr(other.config.data, name)
             if own != found:
@@ -231,9 +296,20 @@ class Setup:
                 )
         return params
 
-    def _role_params(self, stage: Stage, policy_params: Params, load: Callable[[str], Params]) -> dict[str, Params]:
+    def _read_checkpoint(self, role: str) -> Params:
+        return self.checkpoints[role].load(jax.random.fold_in(self.key, 3), self.mesh)
+
+    def _role_params(
+        self,
+        stage: Stage,
+        policy_params: Params,
+        load: Callable[[str], Params],
+        read: Callable[[str], Params],
+    ) -> dict[str, Params]:
+        """Parameters by role: `load` gives those of a directory for the policy's model, `read` a role's own."""
+
         def adapt(role: str, source: Params) -> Params:
-            if role != "critic":
+            if not self._gives_values(role):
                 return source
             # What the policy does not have (the value head) is drawn anew, and nothing else is.
             critic = self.models.critic
@@ -242,17 +318,32 @@ class Setup:
             return {**source, **draw(jax.random.fold_in(self.key, 3))}
 
         roles = {role: stage.roles[role] for role in stage.method.roles - {"policy"} - set(self.borrows(stage))}
-        return role_params(roles, {"policy": policy_params}, load, adapt)
+        own = {role: read(role) for role in sorted(set(self.checkpoints) & set(roles))}
+        found = role_params(roles, {"policy": policy_params, **own}, load, adapt)
+        for role in roles:
+            try:
+                shapes = jax.eval_shape(self.model(role).init, self.key)
+                check_same_shapes(shapes, found[role], f"the model of {role}", "what it starts from")
+            except ValueError as error:
+                raise ConfigError([f"roles.{role}.from: {error}"]) from None
+        return found
 
 
-def build(config: Config) -> Setup:
+def build(config: Config, *, devices: Sequence[Any] | None = None, tokenizer: data.Tokenizer | None = None) -> Setup:
     """Build a run's parts.
+
+    Args:
+        config: of the run.
+        devices: that its mesh is made of, present or only described; those of this machine if None.
+        tokenizer: in place of the one that the configuration names.
 
     Raises:
         ConfigError: if there are too few devices.
     """
-    check_devices(config, jax.device_count())
-    tokenizer = make_tokenizer(config)
+    idle = check_devices(config, jax.device_count() if devices is None else len(devices))
+    if idle and devices is None and jax.process_count() > 1:
+        raise ConfigError([f"{idle[0]}; a mesh over {jax.process_count()} processes takes in all their devices"])
+    tokenizer = make_tokenizer(config) if tokenizer is None else tokenizer
     made = make_models(config.model, tokenizer)
     check_export(config.model, made, tokenizer)
     longest = made.source.config.get("max_position_embeddings") if made.source is not None else None
@@ -260,7 +351,7 @@ def build(config: Config) -> Setup:
     if longest is not None and wanted > longest:
         limits = f"data.max_prompt_length + rollout.max_new_tokens = {wanted}"
         raise ConfigError([f"{limits}, but the model was made for {longest} positions"])
-    mesh = mesh_lib.make_mesh(**dataclasses.asdict(config.mesh))
+    mesh = mesh_lib.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     return Setup(config, tokenizer, made, mesh, make_stages(config))
 
 

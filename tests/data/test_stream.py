@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxrl_post.data import CharTokenizer, ReasoningGymSource, prompt_fits, stream
+from jaxrl_post.data import CharTokenizer, ReasoningGymSource, open_source, prompt_fits, stream
 
 # Grain's shuffle costs milliseconds per item for sources of a few items, hence the modest numbers of draws.
 SOURCE = [{"prompt": f"{i}", "answer": i} for i in range(40)]
@@ -194,6 +194,31 @@ def test_processes_together_make_the_batches_and_the_state_of_one():
     for _ in range(8):
         assert joined(prompts(next(share)) for share in shares) == prompts(next(alone))
     assert [share.get_state() for share in shares] == [alone.get_state()] * 3
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_rows_of_files_reach_one_process_each_also_when_their_number_changes(suffix, tmp_path):
+    rows = [{"prompt": f"{i}", "answer": "a"} for i in range(24)]
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), path)
+
+    def shares(count):
+        options = {"batch_size": 4, "seed": 5, "process_count": count}
+        return [stream(open_source(path), process_index=i, **options) for i in range(count)]
+
+    four = shares(4)
+    first = [[prompts(next(share)) for share in four] for _ in range(3)]
+    two = shares(2)
+    for share in two:
+        share.set_state(json.loads(json.dumps(four[-1].get_state())))
+    second = [[prompts(next(share)) for share in two] for _ in range(3)]
+    assert [len(rows) for step in first + second for rows in step] == [1] * 12 + [2] * 6
+    seen = [prompt for step in first + second for rows in step for prompt in rows]
+    assert sorted(seen, key=int) == [row["prompt"] for row in rows]
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,10 @@ def main(path, point, step):
         append, run_log._append = run_log._append, half
     elif point == "during_a_save":
         save = checkpoint.Checkpointer.save
-        checkpoint.Checkpointer.save = lambda self, number, *rest: (save(self, number, *rest), number == step and die())
+        checkpoint.Checkpointer.save = lambda self, number, *rest, **options: (
+            save(self, number, *rest, **options),
+            number == step and die(),
+        )
     elif point == "before_the_commit":
         from orbax.checkpoint._src.path import atomicity
 
