@@ -298,12 +298,13 @@ class _Counter:
         return None
 
     def _described(self, where: Computation, instruction: Instruction, operation: str) -> tuple[Collective, float]:
-        sizes = [a.bytes for a in _operands(where, instruction)]
-        moved = sum(sizes)
+        given = sum(a.bytes for a in _operands(where, instruction))
+        made = sum(a.bytes for a in instruction.arrays)
+        if instruction.opcode.endswith("-start"):
+            made -= given  # operands come before results
+        moved = max(given, made)
         members = _groups(instruction.attributes)
         group = max(map(len, members), default=0)
-        if operation == "all-gather":
-            moved *= group
         crosses = any(len({self.slice_of.get(i, 0) for i in one}) > 1 for one in members)
         return Collective(operation, group, crosses), float(moved)
 
