@@ -52,7 +52,7 @@ def test_micro_batches_and_devices_change_no_update(path):
     config = load(path)
     method = getattr(methods, config.method.name)(**config.method.keywords)
     if method.learns_from != "rollouts":
-        pytest.skip("learns from given pairs or completions: tested with its family")
+        pytest.skip("learns from given pairs; their batch is cut in test_token_rewards and in tests/training/test_step")
     batch = named_as_in(config, rollouts(max(method.min_group, 4)))
     whole = updated(method, batch)
     cut = {} if method.unit == "batch" else {"micro_batches": 2}
