@@ -24,7 +24,7 @@ from jaxrl_post.training import distributed
 from jaxrl_post.training.setup import Setup
 from jaxrl_post.training.shares import Share, make_share
 from jaxrl_post.training.subgroups import Budgets, sample_groups, subgroup_metrics, with_budgets
-from jaxrl_post.types import FINISH_LENGTH, Array, Params, Policy, Rollouts
+from jaxrl_post.types import FINISH_ABORT, FINISH_LENGTH, Array, Params, Policy, Rollouts
 
 COMPONENT = "component/"
 """What the names of the reward's components begin with in a process's report."""
@@ -229,7 +229,8 @@ class Sampler:
         errors = np.sum([report["errors"] for report in every], axis=0)
         names = [function.name for function in self._setup.reward_functions]
         components = {name: rows.pop(COMPONENT + name) for name in names}
-        total, valid = rows.pop("total").astype(np.float32), rows.pop("valid")
+        total = rows.pop("total").astype(np.float32)
+        valid = rows.pop("valid") & (rows["finish"] != FINISH_ABORT)  # nothing is learned from what was given up
         layout = NamedSharding(self._setup.mesh, mesh_lib.spec(("batch", None), total.shape, self._setup.mesh.shape))
         placed = mesh_lib.place((total, components, valid), (layout, dict.fromkeys(components, layout), layout))
         rollouts = rollouts.replace(reward=placed[0], rewards=placed[1], valid=placed[2])
@@ -286,7 +287,8 @@ def sampled_metrics(sampled: Sampled, correct_at: float) -> dict[str, float]:
     Returns:
         `reward` (mean over scored completions), `reward_std` (mean over groups of the unbiased standard deviation),
         `frac_reward_zero_std` (groups whose rewards are all equal), `accuracy`, `rewards/<name>/mean|std`,
-        `rewards/unscored` (fraction), `completions/*` (tokens; `clipped_ratio` is the fraction cut at the limit),
+        `rewards/unscored` (fraction), `completions/*` (tokens; `clipped_ratio` is the fraction cut at the limit,
+        `aborted_ratio` that of those the engine gave up, which are not valid),
         `entropy` (nats per token, of the tempered distribution), and those of `subgroup_metrics`.
     """
     rows = sampled.rows
@@ -298,6 +300,7 @@ def sampled_metrics(sampled: Sampled, correct_at: float) -> dict[str, float]:
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float(1.0 - ended.mean()),
+        "completions/aborted_ratio": float((rows["finish"] == FINISH_ABORT).mean()),
     }
     if ended.any():
         metrics["completions/mean_terminated_length"] = float(lengths[ended].mean())

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from jaxrl_post import methods
+from jaxrl_post.rollout import SamplingParams
 from jaxrl_post.training import config as configs
 from jaxrl_post.training import loop, setup
 from jaxrl_post.training.batches import Batches, Cursor, TrainingError, with_greedy_reward
+from jaxrl_post.training.sampler import Sampler, sampled_metrics
+from jaxrl_post.types import FINISH_ABORT
 from tests import tiny
 from tests.training import runs
 
@@ -33,9 +36,6 @@ def test_a_method_that_wants_it_gets_the_reward_of_a_greedy_completion_of_each_p
     assert stage.method.wants == {"greedy_reward"}
     found = np.asarray(batch.rollouts.extras["greedy_reward"])
     # The same prompts, completed greedily and scored by hand.
-    from jaxrl_post.rollout import SamplingParams
-    from jaxrl_post.training.sampler import Sampler
-
     sampler = Sampler(
         parts, SamplingParams(greedy=True), group_size=1, max_new_tokens=3, prompts=4, prompt_length=3, rewarded=False
     )
@@ -62,6 +62,22 @@ def test_a_prompt_whose_greedy_completion_cannot_be_scored_is_not_valid():
     made = with_greedy_reward(batch, greedy)
     np.testing.assert_array_equal(made.valid, np.asarray(batch.valid) & np.array([[True], [False], [True]]))
     assert made.extras["greedy_reward"].tolist() == [1.0, 0.0, 3.0]
+
+
+def test_a_completion_that_the_engine_gave_up_is_not_valid_whatever_its_reward(tmp_path):
+    parts = setup.build(configs.load(runs.tiny_run(tmp_path, **WITHOUT)))
+    sampler = Sampler(parts, SamplingParams(), group_size=4, max_new_tokens=3, prompts=4, prompt_length=3)
+    params = parts.initial_params()
+    one = parts.tokenizer.encode("1")[0]
+    params["embedding"] = params["embedding"].at[one].set(jnp.nan)
+    problems = [{"question": f"{text}>", "prompt": f"{text}>", "answer": text} for text in ("11", "22", "33", "44")]
+    sampled = sampler(params, problems, jax.random.key(0))
+    aborted = sampled.rows["finish"] == FINISH_ABORT
+    assert aborted[0].all()
+    assert not aborted.all()
+    np.testing.assert_array_equal(sampled.rollouts.valid, ~aborted)
+    np.testing.assert_array_equal(sampled.scored.valid, ~aborted.reshape(-1))
+    assert sampled_metrics(sampled, 1.0)["completions/aborted_ratio"] == aborted.mean()
 
 
 def write_weighted(tmp_path, weight):

@@ -53,6 +53,7 @@ def test_a_run_writes_the_metrics_that_its_users_know(run_dir):
         "completions/mean_length",
         "completions/min_length",
         "completions/max_length",
+        "completions/aborted_ratio",
         "completions/clipped_ratio",
         "sampling/sampling_logp_difference/mean",
         "sampling/sampling_logp_difference/max",
