@@ -1,11 +1,9 @@
 """Checkpoints in and out: what is read and written, how much is held meanwhile, what is said of bad ones."""
 
-import contextlib
-import ctypes
-import gc
 import json
 import shutil
-import tracemalloc
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -31,6 +29,7 @@ from jaxrl_post.data import CharTokenizer, HFTokenizer
 from jaxrl_post.models.pretrained import flat
 from jaxrl_post.models.safetensors_io import open_checkpoint
 from tests.models import hf
+from tests.models.peak_memory import TENSOR
 
 TOKENS = np.random.default_rng(0).integers(0, 37, (1, 9)).astype(np.int32)
 
@@ -153,55 +152,16 @@ def test_without_weights_only_the_config_is_looked_at(directories, tmp_path):
     assert described == jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), real.params)
 
 
-BIG = {"model_type": "llama", "vocab_size": 1000, "hidden_size": 512, "intermediate_size": 2048}
-BIG |= {"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8}
-TENSOR = 4 * 512 * 2048
-
-
-@contextlib.contextmanager
-def peaks():
-    """Most bytes that the host's arrays, and the whole process, held above what they held before."""
-
-    def resident(field):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-    found = {}
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free would be used again and not show
-    Path("/proc/self/clear_refs").write_text("5")  # forget the highest mark of resident memory
-    before = resident("VmRSS")
-    tracemalloc.start()
-    yield found
-    kept, most = tracemalloc.get_traced_memory()  # on a CPU some of the host's arrays become parameters as they are
-    found["arrays"] = most - kept
-    tracemalloc.stop()
-    found["process"] = resident("VmHWM") - before
-
-
 def test_reading_and_writing_hold_one_tensor_beside_the_parameters(tmp_path):
-    policy = models.from_config(BIG)
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(policy.init, jax.random.key(0)))
-    size = sum(x.nbytes for x in jax.tree.leaves(zeros))
-    assert size > 32 * TENSOR
-    models.save_pretrained(tmp_path / "model", zeros, BIG, max_shard_size=20 * TENSOR)
-    del zeros
-    models.from_pretrained(tmp_path / "model")  # compiles what is compiled
-
-    def least(work):  # the rest of the process, its other threads among it, can only add
-        rounds = []
-        for _ in range(3):
-            with peaks() as peak:
-                found = work()
-            rounds.append(peak)
-        return found, {name: min(peak[name] for peak in rounds) for name in peak}
-
-    found, peak = least(lambda: models.from_pretrained(tmp_path / "model"))
-    assert peak["arrays"] < 2.5 * TENSOR  # one that is made, and the one before, which a device lets go of late
-    assert peak["process"] < size + 10 * TENSOR
-    _, peak = least(lambda: models.save_pretrained(tmp_path / "again", found.params, BIG, overwrite=True))
-    assert peak["arrays"] < 2.5 * TENSOR
-    assert peak["process"] < 10 * TENSOR
+    command = [sys.executable, "-m", "tests.models.peak_memory", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    peak = json.loads(done.stdout)
+    assert peak["size"] > 32 * TENSOR
+    assert peak["reading"]["arrays"] < 2.5 * TENSOR  # the one made, and the one before, which a device lets go of late
+    assert peak["reading"]["process"] < peak["size"] + 10 * TENSOR
+    assert peak["writing"]["arrays"] < 2.5 * TENSOR
+    assert peak["writing"]["process"] < 10 * TENSOR
 
 
 # Heads.
