@@ -405,8 +405,8 @@ def decoder(
     if experts and mlp_bias:
         raise ValueError("mlp_bias does not apply to experts, which have none")
     lora = None if lora is None else lora.checked()
-    if lora is not None and experts and set(lora.targets) & {"gate", "up", "down"}:
-        raise ValueError(f"lora targets {lora.targets} are among the maps of experts, which cannot have adapters")
+    if lora is not None and lora.dropout and experts and {"gate", "up", "down"} & set(lora.projections):
+        raise ValueError(f"lora dropout {lora.dropout} does not apply to the maps of experts; leave it or them out")
     config = DecoderConfig(
         vocab_size=vocab_size,
         width=width,

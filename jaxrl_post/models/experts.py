@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,12 @@ from jax.sharding import PartitionSpec
 
 from jaxrl_post.kernels.ambient import vary_alike
 from jaxrl_post.mesh import spread
-from jaxrl_post.models.layers import ACTIVATIONS, DecoderConfig, accumulation_dtype, param
+from jaxrl_post.models.layers import ACTIVATIONS, DecoderConfig, accumulation_dtype, adapter, param
+from jaxrl_post.models.lora import Adapter
 from jaxrl_post.types import Array
+
+Map: TypeAlias = tuple[Array, ...]
+"""A linear map of all experts: `W`, or `W`, `A` and `s B` where it has an adapter."""
 
 
 class Experts(nnx.Module):
@@ -38,16 +42,36 @@ class Experts(nnx.Module):
         self.gate = param(rngs, shape, ("experts", "embed", "mlp"), c, c.init_std)
         self.up = param(rngs, shape, ("experts", "embed", "mlp"), c, c.init_std)
         self.down = param(rngs, (c.experts, c.mlp_width, c.width), ("experts", "mlp", "embed"), c, out_std)
+        own = (c.experts, "experts")
+        self.gate_lora = adapter("gate", (c.width,), (c.mlp_width,), ("embed", "mlp"), c, rngs, own)
+        self.up_lora = adapter("up", (c.width,), (c.mlp_width,), ("embed", "mlp"), c, rngs, own)
+        self.down_lora = adapter("down", (c.mlp_width,), (c.width,), ("mlp", "embed"), c, rngs, own)
 
     def __call__(self, x: Array, keys: Array | None = None) -> tuple[Array, dict[str, Array]]:
         """`[B, T, D]` to `[B, T, D]`, and for each token `chosen` and `probability` `[B, T, E]` of every expert."""
         del keys  # nothing here is random
         c = self.config
         logits = (x @ self.router[...].astype(x.dtype)).astype(accumulation_dtype(x.dtype))
-        weights = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
-        out, expert = _on_each_device(c, x, logits, *weights)
+        gate, up = (_matrices(w, a, self.gate_lora) for w, a in ((self.gate, self.gate_lora), (self.up, self.up_lora)))
+        maps = jax.tree.map(lambda w: w.astype(x.dtype), (gate, up, _matrices(self.down, self.down_lora)))
+        out, expert = _on_each_device(c, x, logits, *maps)
         chosen = jnp.sum(jax.nn.one_hot(expert, c.experts, dtype=logits.dtype), axis=-2)
         return out, {"chosen": chosen, "probability": jax.nn.softmax(logits, axis=-1)}
+
+
+def _matrices(weight: nnx.Param, adapter: Adapter | None, holder: Adapter | None = None) -> Map:
+    """A map of all experts: `W`, and with an adapter its `A` (of `holder` if it has none) and `s B`."""
+    if adapter is None:
+        return (weight[...],)
+    a = adapter.a if adapter.a is not None or holder is None else holder.a
+    assert a is not None
+    return weight[...], a[...], adapter.scale * adapter.b[...]
+
+
+def _axes(inputs: str, outputs: str) -> tuple[PartitionSpec, ...]:
+    """The logical axes of a map's matrices."""
+    kinds = ((inputs, outputs), (inputs, None), (None, outputs))
+    return tuple(PartitionSpec("experts", *kind) for kind in kinds)
 
 
 def _routed(config: DecoderConfig, logits: Array) -> tuple[Array, Array]:
@@ -58,11 +82,20 @@ def _routed(config: DecoderConfig, logits: Array) -> tuple[Array, Array]:
     return weight, expert
 
 
+def _mapped(rows: Array, matrices: Map, sizes: Array) -> Array:
+    """Rows `[N, I]`, sorted by expert, each through the map of its own: `[N, O]`."""
+    weight, *halves = matrices
+    out = jax.lax.ragged_dot(rows, weight, sizes)
+    for half in halves:
+        rows = jax.lax.ragged_dot(rows, half, sizes)
+    return out + rows if halves else out
+
+
 def _mixed(
-    x: Array, weight: Array, expert: Array, gate: Array, up: Array, down: Array, first: Array | int, activation: str
+    x: Array, weight: Array, expert: Array, gate: Map, up: Map, down: Map, first: Array | int, activation: str
 ) -> Array:
     """What the experts from number `first` on, those of `gate`, add to each token of `x` `[B, T, D]`."""
-    held, per_token = gate.shape[0], expert.shape[-1]
+    held, per_token = gate[0].shape[0], expert.shape[-1]
     own = expert.reshape(-1) - first
     here = (own >= 0) & (own < held)
     own = jnp.where(here, own, held)  # what goes elsewhere is sorted behind all groups
@@ -70,8 +103,8 @@ def _mixed(
     token = order // per_token
     sizes = jnp.bincount(own, length=held).astype(jnp.int32)
     rows = x.reshape(-1, x.shape[-1])[token]
-    inner = ACTIVATIONS[activation](jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
-    out = jax.lax.ragged_dot(inner, down, sizes) * weight.reshape(-1)[order][:, None]
+    inner = ACTIVATIONS[activation](_mapped(rows, gate, sizes)) * _mapped(rows, up, sizes)
+    out = _mapped(inner, down, sizes) * weight.reshape(-1)[order][:, None]
     wide = jnp.where(here[order][:, None], out.astype(accumulation_dtype(out.dtype)), 0)
     total = jnp.zeros((x.size // x.shape[-1], x.shape[-1]), wide.dtype).at[token].add(wide)
     return total.reshape(x.shape).astype(x.dtype)
@@ -83,7 +116,7 @@ def _no_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 def _on_each_device(
-    config: DecoderConfig, x: Array, logits: Array, gate: Array, up: Array, down: Array
+    config: DecoderConfig, x: Array, logits: Array, gate: Map, up: Map, down: Map
 ) -> tuple[Array, Array]:
     """What its experts make of each token, and which they are; on a mesh, each device for its own tokens and experts.
 
@@ -91,47 +124,51 @@ def _on_each_device(
         config: of the decoder.
         x: `[B, T, D]`.
         logits: `[B, T, E]`, of the router.
-        gate: `[E, D, F]`.
-        up: `[E, D, F]`.
-        down: `[E, F, D]`.
+        gate: `W` `[E, D, F]`, and with an adapter `A` `[E, D, r]` and `B` `[E, r, F]`.
+        up: alike.
+        down: `W` `[E, F, D]`, and with an adapter `A` `[E, F, r]` and `B` `[E, r, D]`.
 
     Returns:
         `[B, T, D]`, and the numbers of the experts `[B, T, k]`.
     """
     rows, length, _ = spread(("batch", "length", None), x.shape)
-    experts, embed, mlp = spread(("experts", "embed", "mlp"), gate.shape)
+    experts, embed, mlp = spread(("experts", "embed", "mlp"), gate[0].shape)
     # Weights are gathered along axes that split the tokens too; whatever else splits them, the compiler undoes outside.
     embed = tuple(axis for axis in embed if axis in (*rows, *length))
     exchanged = tuple(axis for axis in experts if axis in rows)
     summed = tuple(axis for axis in (*experts, *mlp) if axis not in exchanged)
+    maps = (gate, up, down)
+    axes = (_axes("embed", "mlp")[: len(gate)], _axes("embed", "mlp")[: len(up)], _axes("mlp", "embed")[: len(down)])
 
-    def local(x: Array, logits: Array, gate: Array, up: Array, down: Array) -> tuple[Array, Array]:
+    def gathered(matrix: Array, axes: PartitionSpec) -> Array:
+        if not embed or "embed" not in axes:
+            return matrix
+        return jax.lax.all_gather(matrix, embed, axis=axes.index("embed"), tiled=True)
+
+    def local(x: Array, logits: Array, *maps: Map) -> tuple[Array, Array]:
         weight, own = _routed(config, logits)
         # Before anything is gathered, so that going back the shares of devices are added up after they are scattered.
-        x, weight, expert, gate, up, down = vary_alike((x, weight.astype(x.dtype), own, gate, up, down))
-        if embed:
-            gate, up = (jax.lax.all_gather(w, embed, axis=1, tiled=True) for w in (gate, up))
-            down = jax.lax.all_gather(down, embed, axis=2, tiled=True)
+        x, weight, expert, maps = vary_alike((x, weight.astype(x.dtype), own, maps))
+        gate, up, down = jax.tree.map(gathered, maps, axes)
         if exchanged:
             x, weight, expert = (jax.lax.all_gather(a, exchanged, tiled=True) for a in (x, weight, expert))
-        first = jax.lax.axis_index(experts) * gate.shape[0] if experts else 0
+        first = jax.lax.axis_index(experts) * gate[0].shape[0] if experts else 0
         out = _mixed(x, weight, expert, gate, up, down, first, config.activation)
         if exchanged:
             out = jax.lax.psum_scatter(out, exchanged, tiled=True)
         return jax.lax.psum(out, summed) if summed else out, own
 
     if not any((rows, length, experts, embed, mlp)):
-        return local(x, logits, gate, up, down)
-    spec = PartitionSpec
-    tokens = spec(rows or None, length or None)
-    into = spec(experts or None, embed or None, mlp or None)
-    out_of = spec(experts or None, mlp or None, embed or None)
+        return local(x, logits, *maps)
+    tokens = PartitionSpec(rows or None, length or None)
+    over = {"experts": experts, "embed": embed, "mlp": mlp}
+    placed = jax.tree.map(lambda names: PartitionSpec(*(over.get(name) or None for name in names)), axes)
     run = jax.shard_map(
         jax.checkpoint(local, policy=_no_gathered, prevent_cse=False),
-        in_specs=(tokens, tokens, into, into, out_of),
+        in_specs=(tokens, tokens, *placed),
         out_specs=(tokens, tokens),
     )
-    return run(x, logits, gate, up, down)
+    return run(x, logits, *maps)
 
 
 def load_balancing_loss(chosen: Array, probability: Array, length: Array, *, shares: Array | None = None) -> Array:

@@ -63,6 +63,7 @@ class Family:
         sequence_prefix: the same as `prefix` for `...ForSequenceClassification`, where that is named otherwise.
         classifies_tokens: whether there is a `...ForTokenClassification`.
         fused: whether query, key and value are one matrix, and gate and up of the MLP another.
+        experts: whether there are experts in the place of MLPs.
     """
 
     prefix: str
@@ -71,6 +72,7 @@ class Family:
     sequence_prefix: str | None = None
     classifies_tokens: bool = True
     fused: bool = False
+    experts: bool = False
 
 
 def _windows(c: Config, window: int | None, types: Iterable[str]) -> dict[str, Any]:
@@ -216,6 +218,7 @@ FAMILIES: dict[str, Family] = {
             "num_experts_per_tok": 8,
             "norm_topk_prob": False,
         },
+        experts=True,
     ),
     "gemma2": Family(
         "Gemma2",

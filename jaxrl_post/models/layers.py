@@ -135,11 +135,13 @@ def adapter(
     axes: LogicalAxes,
     config: DecoderConfig,
     rngs: nnx.Rngs,
+    experts: tuple[int, str] | None = None,
 ) -> Adapter | None:
     """The adapter of a projection, if it is to have one."""
     if config.lora is None or name not in config.lora.projections:
         return None
-    return Adapter(config, inputs, outputs, axes, shared=config.lora.holder(name) != name, rngs=rngs)
+    shared = config.lora.holder(name) != name
+    return Adapter(config, inputs, outputs, axes, shared=shared, experts=experts, rngs=rngs)
 
 
 def adapted(

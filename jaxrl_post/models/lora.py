@@ -105,7 +105,11 @@ class Lora:
 
 
 class Adapter(nnx.Module):
-    """`s B A x` for one projection; it starts at zero, because `B` does. With `shared`, another adapter holds `A`."""
+    """`s B A x` for one projection; it starts at zero, because `B` does. With `shared`, another adapter holds `A`.
+
+    With `experts`, a pair of their number and its logical axis, each of these has an `A` and a `B` of its own, and who
+    holds the adapter multiplies with them.
+    """
 
     def __init__(
         self,
@@ -115,22 +119,24 @@ class Adapter(nnx.Module):
         axes: Sequence[Any],
         *,
         shared: bool = False,
+        experts: tuple[int, str] | None = None,
         rngs: Any,
     ):
         lora: Lora = config.lora
         self.scale, self.dropout = lora.scale, lora.dropout
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
         into, outof = tuple(axes[: len(self.inputs)]), tuple(axes[len(self.inputs) :])
+        count, along = ((), ()) if experts is None else ((experts[0],), (experts[1],))
         # Adapters are small, and are trained: float32 whatever the frozen weights are stored in.
         wide = jnp.promote_types(config.param_dtype, jnp.float32)
 
         def drawn() -> nnx.Param:
             bound = 1 / math.sqrt(math.prod(self.inputs))
-            a = jax.random.uniform(rngs.params(), (*self.inputs, lora.rank), jnp.float32, -bound, bound)
-            return nnx.Param(a.astype(wide), logical_axes=(*into, None))
+            a = jax.random.uniform(rngs.params(), (*count, *self.inputs, lora.rank), jnp.float32, -bound, bound)
+            return nnx.Param(a.astype(wide), logical_axes=(*along, *into, None))
 
         self.a = None if shared else drawn()
-        self.b = nnx.Param(jnp.zeros((lora.rank, *self.outputs), wide), logical_axes=(None, *outof))
+        self.b = nnx.Param(jnp.zeros((*count, lora.rank, *self.outputs), wide), logical_axes=(*along, None, *outof))
 
     def __call__(self, x: Array, keys: Array | None = None, holder: Adapter | None = None) -> Array:
         """`[B, T, *inputs]` to `[B, T, *outputs]`; `keys` `[B]` of dropout, `holder` the adapter that has `A`."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,9 @@ from jaxrl_post.types import Params
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model.model.layers."
+_PACKED = ("gate_up", "down")
+"""Maps of experts that newer models hold in one tensor for all experts, and whose adapters PEFT holds likewise."""
+
 _THEIRS = {ours: theirs for theirs, ours in HUGGING_FACE.items()}
 _READ = frozenset(
     [
@@ -36,6 +40,7 @@ _READ = frozenset(
         "lora_dropout",
         "use_rslora",
         "target_modules",
+        "target_parameters",
         "base_model_name_or_path",
         "revision",
         "bias",
@@ -81,16 +86,14 @@ def save_adapters(
     if not leaves:
         raise ValueError("these parameters have no adapters to save")
     check_targets(lora, model_type)
-    parts = _parts(leaves, lora)
+    packed = FAMILIES[model_type].experts and "gate_up" in lora.targets
+    parts = _parts(leaves, lora, packed=packed)
+    host = functools.lru_cache(maxsize=1)(lambda path, layer: to_host(leaves[path], layer))  # its experts follow
 
     def make(name: str) -> np.ndarray:
-        layer, paths = parts[name]
-        pieces = [_theirs(path, to_host(leaves[path], layer)) for path in paths]
+        part = parts[name]
+        pieces = [_theirs(path, host(path, part.layer)[part.expert]) for path in part.paths]
         return np.ascontiguousarray(np.concatenate(pieces))  # of a fused matrix the rows of all of its parts
-
-    def shape(paths: Sequence[ParamPath]) -> tuple[int, ...]:
-        shapes = [_theirs_shape(path, leaves[path].shape[1:]) for path in paths]
-        return (sum(rows for rows, _ in shapes), shapes[0][1])
 
     if jax.process_index() != 0:  # parameters are gathered by all processes, and the first one writes
         for name in parts:
@@ -98,8 +101,9 @@ def save_adapters(
         return
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    specs = [(name, shape(paths), np.dtype(leaves[paths[0]].dtype)) for name, (_, paths) in parts.items()]
+    specs = [(name, part.shape(leaves), np.dtype(leaves[part.paths[0]].dtype)) for name, part in parts.items()]
     write_file(target / ADAPTER_WEIGHTS, specs, make)
+    modules = [_THEIRS[name] for name in lora.targets if not (packed and name in _PACKED)]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -108,7 +112,9 @@ def save_adapters(
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rank_stabilized,
-        "target_modules": [_THEIRS[name] for name in lora.targets],
+        "target_modules": modules,
+        "target_parameters": [f"mlp.experts.{_THEIRS[name]}" for name in lora.targets if packed and name in _PACKED]
+        or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "modules_to_save": None,
@@ -128,6 +134,13 @@ def check_targets(lora: Lora, model_type: str) -> None:
         >>> check_targets(Lora(rank=2, targets=("qkv", "out")), "phi3")
     """
     targets, fused = set(lora.checked().targets), FAMILIES[model_type].fused
+    if FAMILIES[model_type].experts:
+        if len(alone := targets & {"gate", "up"}) == 1:
+            raise ValueError(
+                f"PEFT has adapters of gate_proj and up_proj of {model_type}'s experts only together; give both beside "
+                f"{alone.pop()}, or gate_up_proj, with one A for both"
+            )
+        targets -= {"gate", "up", "gate_up"}  # each kind has its own format
     for name, parts in FUSED.items():
         apart = [part for part in parts if part in targets]
         if fused and apart:
@@ -157,9 +170,10 @@ def read_adapter_config(directory: str | os.PathLike[str]) -> Lora:
     if odd:
         shown = ", ".join(f"{name} = {value!r}" for name, value in odd.items())
         raise ValueError(f"{path}: {shown} is not supported")
-    targets = config["target_modules"]
+    targets = config.get("target_modules") or ()
     if isinstance(targets, str):
         raise ValueError(f"{path}: target_modules {targets!r} is a pattern; give the list of names")
+    targets = (*targets, *(config.get("target_parameters") or ()))
     return Lora(
         rank=config["r"],
         alpha=config["lora_alpha"],
@@ -217,48 +231,92 @@ def load_adapters(directory: str | os.PathLike[str], params: Params) -> Params:
     tensors = read_header(path)
     leaves = flat(params)
     adapters = {path: leaf for path, leaf in leaves.items() if is_adapter(path)}
-    parts = _parts(adapters, read_adapter_config(directory))
+    packed = any(".mlp.experts.lora_" in name or ".mlp.experts.base_layer.lora_" in name for name in tensors)
+    parts = _parts(adapters, read_adapter_config(directory), packed=packed)
     if parts.keys() != tensors.keys():
         missing, extra = sorted(parts.keys() - tensors.keys()), sorted(tensors.keys() - parts.keys())
         raise ValueError(f"the adapters of {directory} are not this model's: missing {missing}, not known {extra}")
-    found: dict[ParamPath, list[np.ndarray]] = {path: [] for path in adapters}
-    for name, (_, paths) in parts.items():  # layer by layer
+    found = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in adapters.items()}
+    for name, part in parts.items():
         matrix = np.asarray(tensors[name].view())
-        shapes = [_theirs_shape(path, leaves[path].shape[1:]) for path in paths]
-        ends = np.cumsum([rows for rows, _ in shapes])
-        if matrix.shape != (wanted := (int(ends[-1]), shapes[0][1])):
+        if matrix.shape != (wanted := part.shape(adapters)):
             raise ValueError(f"{name} of {directory} is {list(matrix.shape)}, not {list(wanted)} as this model needs")
-        for path, piece in zip(paths, np.split(matrix, ends[:-1]), strict=True):
-            found[path].append(piece.T.reshape(leaves[path].shape[1:]))
+        ends = np.cumsum([rows for rows, _ in part.shapes(adapters)])
+        for path, piece in zip(part.paths, np.split(matrix, ends[:-1]), strict=True):
+            place = found[path][part.layer][part.expert]
+            place[...] = _ours(path, piece, place.shape)
 
     def placed(path: ParamPath, leaf: Any) -> Any:
         if path not in found:
             return leaf
-        whole = np.stack(found[path]).astype(leaf.dtype)
-        return jax.device_put(whole, leaf.sharding) if isinstance(leaf, jax.Array) else jnp.asarray(whole)
+        return jax.device_put(found[path], leaf.sharding) if isinstance(leaf, jax.Array) else jnp.asarray(found[path])
 
     return nest((path, placed(path, leaf)) for path, leaf in leaves.items())
 
 
-def _parts(adapters: Mapping[ParamPath, Any], lora: Lora) -> dict[str, tuple[int, list[ParamPath]]]:
-    """By the name of a tensor its layer and the parameters whose rows it holds, in their order."""
+class _Part(NamedTuple):
+    """What one tensor of a file holds: rows of one layer's parameters, of one expert's or of all (`...`)."""
+
+    layer: int
+    expert: Any
+    paths: list[ParamPath]
+
+    def shapes(self, leaves: Mapping[ParamPath, Any]) -> list[tuple[int, int]]:
+        """Of the matrices of its parameters."""
+        taken = 1 if self.expert is ... else 2
+        return [_theirs_shape(path, leaves[path].shape[taken:]) for path in self.paths]
+
+    def shape(self, leaves: Mapping[ParamPath, Any]) -> tuple[int, int]:
+        """Of the tensor."""
+        shapes = self.shapes(leaves)
+        return sum(rows for rows, _ in shapes), shapes[0][1]
+
+
+def _parts(adapters: Mapping[ParamPath, Any], lora: Lora, *, packed: bool) -> dict[str, _Part]:
+    """What the tensors of a file hold, by their names; `packed` if those of experts are one for all experts."""
     fused = {name: target for target, names in FUSED.items() if target in lora.targets for name in names}
-    parts: dict[str, tuple[int, list[ParamPath]]] = {}
+    both = packed and set(_PACKED) <= set(lora.targets)
+    parts: dict[str, _Part] = {}
     # PROJECTIONS is the order in which projections are fused.
     for path in sorted(adapters, key=lambda path: PROJECTIONS.index(path[2].removesuffix(SUFFIX))):
         block = "self_attn" if path[1] == "attention" else "mlp"
-        projection = path[2].removesuffix(SUFFIX)
-        module = _THEIRS[fused.get(projection, projection)]
-        for layer in range(adapters[path].shape[0]):
-            name = f"{_PREFIX}{layer}.{block}.{module}.lora_{path[3].upper()}.weight"
-            parts.setdefault(name, (layer, []))[1].append(path)
+        target = fused.get(projection := path[2].removesuffix(SUFFIX), projection)
+        shape = adapters[path].shape
+        modules: dict[Any, str] = {...: _THEIRS[target]}
+        if block == "mlp" and len(shape) == 4:  # one of two adapters of one module is within the other
+            inner = "experts.base_layer" if both and target == "gate_up" else "experts"
+            modules = {...: inner} if packed else {e: f"experts.{e}.{_THEIRS[target]}" for e in range(shape[1])}
+        for layer in range(shape[0]):
+            for expert, module in modules.items():
+                name = f"{_PREFIX}{layer}.{block}.{module}.lora_{path[3].upper()}.weight"
+                parts.setdefault(name, _Part(layer, expert, [])).paths.append(path)
     return parts
 
 
 def _theirs(path: ParamPath, x: np.ndarray) -> np.ndarray:
-    """One layer of an adapter's half as PEFT holds it, `[out, in]`."""
+    """One layer of an adapter's half as PEFT holds it, `[out, in]`; of all experts `[E * r, in]` or `[out, r * E]`."""
+    if _of_experts(path, x.shape):
+        order = (0, 2, 1) if path[-1] == "a" else (2, 1, 0)
+        return x.transpose(order).reshape(_theirs_shape(path, x.shape))
     return x.reshape(_theirs_shape(path, x.shape)[::-1]).T
 
 
+def _ours(path: ParamPath, matrix: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """What `_theirs` makes a matrix of."""
+    if not _of_experts(path, shape):
+        return matrix.T.reshape(shape)
+    experts, inner, outer = shape
+    if path[-1] == "a":
+        return matrix.reshape(experts, outer, inner).transpose(0, 2, 1)
+    return matrix.reshape(outer, inner, experts).transpose(2, 1, 0)
+
+
 def _theirs_shape(path: ParamPath, shape: tuple[int, ...]) -> tuple[int, int]:
+    if _of_experts(path, shape):
+        experts, inner, outer = shape
+        return (experts * outer, inner) if path[-1] == "a" else (outer, inner * experts)
     return (shape[-1], math.prod(shape[:-1])) if path[-1] == "a" else (math.prod(shape[1:]), shape[0])
+
+
+def _of_experts(path: ParamPath, shape: tuple[int, ...]) -> bool:
+    return path[1] == "mlp" and len(shape) == 3

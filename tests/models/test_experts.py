@@ -8,15 +8,17 @@ import pytest
 from jaxrl_post import models
 from jaxrl_post.mesh import make_mesh, place, shardings
 
-POLICY = models.decoder(
-    vocab_size=12, width=8, layers=2, heads=2, mlp_width=8, experts=4, experts_per_token=2, tied=True, init_std=0.4
-)
+LORA = models.Lora(rank=2, alpha=3.0, targets=("gate_up", "down"))
+SIZES = {"vocab_size": 12, "width": 8, "layers": 2, "heads": 2, "mlp_width": 8, "experts": 4, "experts_per_token": 2}
+POLICY = models.decoder(**SIZES, tied=True, init_std=0.4, lora=LORA)
 TOKENS = jax.random.randint(jax.random.key(1), (6, 5), 0, 12)
 
 
 def program(mesh=None):
     """The sum of a function of the states, its gradient, and the states after prefill and one decoded token."""
     params = POLICY.init(jax.random.key(0))
+    for projection in ("gate", "up", "down"):  # at first they add nothing
+        params["layers"]["mlp"][f"{projection}_lora"]["b"] += 0.3
     positions = jnp.broadcast_to(jnp.arange(5), TOKENS.shape)
 
     def run(params):

@@ -212,12 +212,30 @@ def test_adapters_that_cannot_be_are_refused(lora, message):
         models.decoder(**SIZES, lora=lora)
 
 
-def test_experts_have_no_adapters_but_their_attention_may():
-    options = {"experts": 4, "experts_per_token": 2}
-    with pytest.raises(ValueError, match="experts"):
-        models.decoder(**SIZES, **options, lora=EVERY)
-    assert "query_lora" in model(models.Lora(rank=2)).init(jax.random.key(0))["layers"]["attention"]
-    assert models.decoder(**SIZES, **options, lora=models.Lora(rank=2)) is not None
+@pytest.mark.parametrize("targets", [("gate", "up", "down"), ("gate_up", "out"), ("up",)])
+def test_each_expert_has_adapters_of_its_own_which_merge_into_its_weights(targets):
+    lora = models.Lora(rank=2, alpha=3.0, targets=targets)
+    options = SIZES | {"experts": 4, "experts_per_token": 2, "init_std": 0.3}
+    policy, base = models.decoder(**options, lora=lora), models.decoder(**options)
+    params = params_of(policy)
+    with_adapters, without = hidden(policy, params), hidden(base, params)
+    merged = models.merge_adapters(params, lora)
+    np.testing.assert_allclose(hidden(base, merged), with_adapters, rtol=2e-4, atol=2e-5)
+    assert float(jnp.max(jnp.abs(with_adapters - without))) > 0.1
+    layer = jax.tree.map(
+        lambda x: np.asarray(x[1, 3], np.float64), params["layers"]["mlp"] | {"router": jnp.ones((9, 9))}
+    )
+    a = layer["gate_lora" if "gate_up" in targets else "up_lora"]["a"]
+    np.testing.assert_allclose(
+        merged["layers"]["mlp"]["up"][1, 3], layer["up"] + 1.5 * a @ layer["up_lora"]["b"], rtol=1e-5, atol=1e-6
+    )
+
+
+def test_adapters_of_experts_have_no_dropout():
+    options = SIZES | {"experts": 4, "experts_per_token": 2}
+    with pytest.raises(ValueError, match=r"lora dropout 0\.1 does not apply to the maps of experts"):
+        models.decoder(**options, lora=models.Lora(rank=2, targets=("query", "up"), dropout=0.1))
+    assert models.decoder(**options, lora=models.Lora(rank=2, dropout=0.1)) is not None
 
 
 def test_a_trained_role_cannot_borrow():

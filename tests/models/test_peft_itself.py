@@ -19,6 +19,10 @@ TOKENS = np.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 CASES = {
     "qwen3": {"target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"], "use_rslora": True},
     "phi3": {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj"]},
+    "qwen3_moe": {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    },
 }
 
 
@@ -75,3 +79,23 @@ def test_adapters_go_from_peft_to_here_and_back_with_the_same_logits(case):
     convert(str(directory / "ours"), str(directory / "merged"))
     merged = transformers.AutoModelForCausalLM.from_pretrained(directory / "merged", attn_implementation="eager")
     np.testing.assert_allclose(theirs(merged), theirs(given), rtol=2e-4, atol=2e-4)
+
+
+def test_adapters_of_each_expert_go_to_peft(tmp_path):
+    """In the names that they have where experts are modules, which PEFT and serving engines read."""
+    name = "qwen3_moe"
+    hf.model(name).save_pretrained(tmp_path / "base")
+    lora = models.Lora(rank=3, alpha=5.0, targets=("gate", "up", "down"))
+    found = models.from_pretrained(tmp_path / "base", lora=lora, key=jax.random.key(0))
+    params = found.params
+    noise = iter(jax.random.split(jax.random.key(7), 3))
+    for projection in lora.targets:
+        b = params["layers"]["mlp"][f"{projection}_lora"]["b"]
+        params["layers"]["mlp"][f"{projection}_lora"]["b"] = 0.3 * jax.random.normal(next(noise), b.shape)
+    save_adapters(tmp_path / "ours", params, lora, base=str(tmp_path / "base"), model_type=name)
+    given = peft.PeftModel.from_pretrained(copy.deepcopy(hf.model(name)), tmp_path / "ours").eval()
+    expected = ours(found.policy, params)
+    np.testing.assert_allclose(theirs(given), expected, rtol=2e-5, atol=2e-5)
+    assert np.abs(expected - theirs(hf.model(name))).max() > 0.1
+    _, again = read(tmp_path, tmp_path / "ours")
+    jax.tree.map(np.testing.assert_array_equal, again, params)
