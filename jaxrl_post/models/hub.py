@@ -6,6 +6,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+HUB = "hf://"
+"""What a name may begin with to be an id on the hub, whatever directories there are."""
+
 
 def local_directory(
     path_or_id: str | os.PathLike[str], patterns: Sequence[str], *, revision: str | None = None
@@ -13,7 +16,7 @@ def local_directory(
     """The directory of a model, downloaded if it is named by its hub id; `HF_TOKEN` and the hub's cache are respected.
 
     Args:
-        path_or_id: a directory, or an id like `owner/name`.
+        path_or_id: a directory, or an id like `owner/name`, which `hf://owner/name` tells from a directory.
         patterns: of the files that are wanted.
         revision: branch, tag or commit on the hub.
 
@@ -32,19 +35,26 @@ def local_directory(
             ...
         ValueError: revision 'main' does not apply: . is a directory; leave it out
     """
-    path, text = Path(path_or_id).expanduser(), str(path_or_id)
+    text = str(path_or_id)
+    if text.startswith(HUB):
+        return _downloaded(text.removeprefix(HUB), patterns, revision)
+    path = Path(path_or_id).expanduser()
     if path.is_dir():
         if revision is not None:
             raise ValueError(f"revision {revision!r} does not apply: {text} is a directory; leave it out")
         return path
     if text.startswith((".", "~", os.sep)) or text.count("/") > 1 or path.exists():
         raise ValueError(f"{text}: no such directory; give a model's directory or a hub id like 'owner/name'")
+    return _downloaded(text, patterns, revision)
+
+
+def _downloaded(name: str, patterns: Sequence[str], revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(text, revision=revision, allow_patterns=list(patterns)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:
-        raise ValueError(f"no directory {text!r} is here, and from the hub {_why(text, revision, error)}") from error
+        raise ValueError(f"no directory {name!r} is here, and from the hub {_why(name, revision, error)}") from error
 
 
 def _why(name: str, revision: str | None, error: Exception) -> str:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxrl_post import mesh as mesh_lib
 from jaxrl_post import models
 from jaxrl_post.data import Tokenizer, load_tokenizer
+from jaxrl_post.models.hub import local_directory
 from jaxrl_post.training.config import ModelConfig
 from jaxrl_post.training.config.schema import NOT_SIZES
 from jaxrl_post.training.router import RouterLoss
@@ -90,14 +91,14 @@ def make_models(model: ModelConfig, tokenizer: Tokenizer) -> Models:
 def make_checkpoint(
     model: ModelConfig, tokenizer: Tokenizer, path: str, *, value_head: bool, trained: bool
 ) -> Checkpoint:
-    """The model of a role that starts from a Hugging Face directory: a reward model, a critic, a teacher.
+    """The model of a role that starts from a Hugging Face checkpoint: a reward model, a critic, a teacher.
 
     Its sizes are its own; dtypes, recomputation and, if it is trained, adapters are those of the policy.
 
     Args:
         model: the section of the configuration.
         tokenizer: the run's, whose tokens the role's model must know by the same ids.
-        path: the directory.
+        path: the directory, or `hf://owner/name`.
         value_head: whether the role gives values; a checkpoint that has no head for them gets one that starts at zero.
         trained: whether the method trains it.
 
@@ -123,9 +124,10 @@ def read_policy(model: ModelConfig, path: str, key: Array, mesh: Mesh) -> Params
 
 def check_same_tokens(tokenizer: Tokenizer, path: str) -> None:
     """Raise ValueError if a directory has a tokenizer that means other texts by some of the ids (256 are asked)."""
-    if not any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    directory = local_directory(path, ("*.json", "*.jinja", "*.model", "*.txt"))
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return
-    other = load_tokenizer(path)
+    other = load_tokenizer(str(directory))
     shared = min(tokenizer.vocab_size, other.vocab_size)
     for token in range(0, shared, max(1, shared // 256)):
         here, there = tokenizer.decode([token]), other.decode([token])

@@ -1,5 +1,7 @@
 """Models by their hub id: what is asked for, and what is said where there is none."""
 
+from pathlib import Path
+
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
@@ -24,6 +26,14 @@ def test_a_revision_reaches_the_hub_and_does_not_apply_to_a_directory(tmp_path, 
     for read in (models.from_pretrained, load_tokenizer):
         with pytest.raises(ValueError, match=r"revision 'v2' does not apply.*directory"):
             read(str(tmp_path), revision="v2")
+
+
+def test_the_scheme_of_the_hub_says_that_no_directory_is_meant(tmp_path, monkeypatch):
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: f"/cache/{name}")
+    assert local_directory("owner/name", ["*.json"]) == Path("owner/name")
+    assert local_directory("hf://owner/name", ["*.json"]) == Path("/cache/owner/name")
 
 
 def raised(kind, text="401 Client Error"):

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -123,8 +124,10 @@ def test_a_run_goes_on_from_adapters_whose_options_and_base_it_takes_from_their_
     assert inference.load_run(tmp_path / "second" / "run")[1].keys() == trained.keys()
 
 
-def test_a_critic_and_a_reference_start_from_checkpoints_of_their_own_sizes(tmp_path, checkpoint):
+def test_a_critic_and_a_reference_start_from_checkpoints_of_their_own_sizes(tmp_path, checkpoint, monkeypatch):
     from jaxrl_post.training import setup
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(tmp_path / name.split("/")[1]))
 
     critic = save_qwen3(
         tmp_path / "critic", transformers.Qwen3ForSequenceClassification, num_labels=1, num_hidden_layers=1
@@ -135,7 +138,7 @@ def test_a_critic_and_a_reference_start_from_checkpoints_of_their_own_sizes(tmp_
         "model": {"path": str(checkpoint), "lora": {"rank": 2}},
         "data": {"files": files, "max_prompt_length": 3},
         "method": {"name": "ppo", "beta": 0.1},
-        "roles": {"critic": {"from": str(critic)}, "reference": {"from": str(reference)}},
+        "roles": {"critic": {"from": "hf://owner/critic"}, "reference": {"from": str(reference)}},
         "warm_start": None,
         "eval": {"problems": 0},
     }

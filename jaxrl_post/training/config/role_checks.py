@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jaxrl_post.models.hub import HUB
 from jaxrl_post.training.config.content_checks import refuse_unused
 from jaxrl_post.training.config.errors import Problems, nearest
 from jaxrl_post.training.config.schema import BASE, Config, RoleConfig
@@ -70,9 +71,10 @@ def check_roles(config: Config, made: Method, problems: Problems, check_files: b
 
 
 def is_checkpoint(source: str) -> bool:
-    """Whether a role's source is the directory of a Hugging Face checkpoint, or of what `convert` made of one."""
+    """Whether a role's source is a Hugging Face checkpoint: its directory, one that `convert` made, or on the hub."""
     directory = Path(source)
-    return (directory / "config.json").is_file() and not (directory / "config.yaml").is_file()
+    here = (directory / "config.json").is_file() and not (directory / "config.yaml").is_file()
+    return here or source.startswith(HUB)
 
 
 def _check_base(config: Config, role: str, made: Method, key: str, problems: Problems) -> None:
@@ -104,7 +106,7 @@ def _check_sources(
             problems.add(
                 f"{key}.from",
                 f"no run in this directory (looked from {Path.cwd()}): it holds no config.yaml, nor the config.json of "
-                "a Hugging Face checkpoint; correct the path, or download a model of the hub",
+                "a Hugging Face checkpoint; correct the path, or give hf://owner/name for a model of the hub",
                 source,
             )
     return runs

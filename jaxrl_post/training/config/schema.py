@@ -252,9 +252,9 @@ class RoleConfig:
 
     source: str | tuple[str, ...] = option(
         "whose parameters it starts (and is renewed) from: policy, another role, the directory of another run, whose "
-        "newest policy is meant, or of a Hugging Face checkpoint (a reward model, a critic, a teacher), whose sizes "
-        "are its own; a list is averaged; base: the policy without its adapters, whose weights it shares (the default "
-        "where model.lora is given and its adapters start anew)",
+        "newest policy is meant, or of a Hugging Face checkpoint (a reward model, a critic, a teacher; on the hub "
+        "hf://owner/name), whose sizes are its own; a list is averaged; base: the policy without its adapters, whose "
+        "weights it shares (the default where model.lora is given and its adapters start anew)",
         "policy",
         key="from",
     )
