@@ -279,7 +279,9 @@ def _policy(
                     "prompt; leave shared_prompt out, or let hidden pass them on to kernels.attention"
                 )
             optional["completion_starts"] = completion_starts
-        one_for_all = key is None or key.ndim == jax.random.key_data(key).ndim - 1 == 0
+        if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            key = jax.random.wrap_key_data(key)
+        one_for_all = key is None or key.ndim == 0
         if "key" in keywords:
             optional["key"] = key if key is None or one_for_all else key[0]
         if "keys" in keywords and key is not None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_post import masked, models
+from jaxrl_post.rollout.drawing import PER_SEQUENCE
 from jaxrl_post.rollout.generate import PLAIN, Prompts, SamplingParams, generate
 from jaxrl_post.rollout.groups import EXIT, join_columns, merge_groups
 from jaxrl_post.sampling.draw import typed_key
@@ -178,7 +179,7 @@ def generate_exits(
         `extras["exit"]` `[P, m + 1]` int32 is the number of tokens of the thought before the answer.
 
     Raises:
-        ValueError: as `generate`, `draw_exits` and `exit_prompts`.
+        ValueError: as `generate`, `draw_exits` and `exit_prompts`; for limits or sampling that differ between prompts.
 
     Example:
         >>> import functools
@@ -199,6 +200,11 @@ def generate_exits(
         ids = jnp.arange(count * members, dtype=jnp.uint32).reshape(count, members)
     if ids.shape != (count, members):
         raise ValueError(f"prompts.id must be [P, m + 1] = [{count}, {members}], got {ids.shape}")
+    if prompts.max_new_tokens is not None:
+        raise ValueError("prompts.max_new_tokens does not apply to early exits; give max_new_tokens and exits' own")
+    differ = [name for name in PER_SEQUENCE if jnp.ndim(getattr(sampling, name))]
+    if differ:
+        raise ValueError(f"sampling's {', '.join(differ)} must be the same for all prompts where thoughts are left")
     sample = {"sampling": sampling, "version": version, "cache_dtype": cache_dtype}
     own = prompts._replace(id=ids[:, -1:])
     whole = generate(policy, params, own, key, max_new_tokens=max_new_tokens, **sample)

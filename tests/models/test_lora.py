@@ -79,6 +79,7 @@ def test_dropout_needs_a_key_and_leaves_the_mean_where_it_was():
     one, other = (hidden(policy, params, key=key) for key in keys)
     assert float(jnp.max(jnp.abs(one - other))) > 1e-3
     np.testing.assert_array_equal(one, hidden(policy, params, key=keys[0]))
+    np.testing.assert_array_equal(one, hidden(policy, params, key=jax.random.key_data(keys[0])))  # a raw key
     adapter_only = jax.vmap(lambda key: _down(params, lora, key))(jax.random.split(jax.random.key(1), 4000))
     np.testing.assert_allclose(jnp.mean(adapter_only, 0), _down(params, lora, None), atol=0.1)
 

@@ -225,3 +225,14 @@ def test_what_cannot_be_joined_or_cut_is_an_error():
         exit_prompts(two, jnp.array([[1]]), (9,))
     with pytest.raises(ValueError, match="count must be at least 1 exit"):
         draw_exits(KEY, jnp.arange(2), jnp.ones(2, int), count=0)
+
+
+def test_limits_and_sampling_of_each_prompt_are_refused_by_name():
+    prompts, exits = Prompts(jnp.array([[2], [3]]), jnp.array([1, 1])), Exits(1, (7,), (), 2)
+    with pytest.raises(ValueError, match=r"prompts\.max_new_tokens does not apply"):
+        generate_exits(
+            None, None, prompts._replace(max_new_tokens=jnp.ones(2, int)), KEY, exits=exits, max_new_tokens=3
+        )
+    warm = SamplingParams(temperature=jnp.ones(2), min_p=jnp.zeros((2, 1)))
+    with pytest.raises(ValueError, match="sampling's temperature, min_p must be the same"):
+        generate_exits(None, None, prompts, KEY, exits=exits, sampling=warm, max_new_tokens=3)

@@ -85,6 +85,7 @@ CASES = [
     ({"learning_rate": 1e-3}, "learning_rate", "did you mean 'training.optimizer.learning_rate'?"),
     ({"rollout__sampling": {"temperature": 0}}, "rollout.sampling.temperature", "above 0"),
     ({"rollout__sampling": {"top_p": 1.5}}, "rollout.sampling.top_p", "at most 1"),
+    ({"rollout__sampling": {"min_p": 1.0}}, "rollout.sampling.min_p", "below 1"),
     ({"rollout__sampling": {"top_k": -1}}, "rollout.sampling.top_k", "at least 0"),
     ({"rollout": 3}, "rollout", "must be a section"),
     ({"rollout__prompts": True}, "rollout.prompts", "must be an integer"),

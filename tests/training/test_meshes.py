@@ -113,3 +113,6 @@ def test_no_device_holds_a_whole_table_or_tokens_by_vocabulary(sizes, more, monk
     large = [(c.operation, c.in_loop) for c in collectives(compiled) if max(map(np.prod, c.shapes)) == piece]
     assert piece == vocabulary * width // 4
     assert large == [("all-gather", True)] * 2
+    columns = width * mesh.shape["tensor"] // 8
+    scattered = [c.shapes for c in collectives(compiled) if c.operation == "reduce-scatter" and c.in_loop]
+    assert scattered == [((vocabulary // 4, columns),)]

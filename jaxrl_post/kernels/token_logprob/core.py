@@ -3,8 +3,8 @@
 An implementation gives the sums over the vocabulary rows that it holds and, going back, the gradients of its inputs.
 Everything else is here: joining the sums of devices, finishing the outputs, the rule of differentiation. On a mesh
 (`jax.set_mesh`) tokens are split over every axis but `tensor`, the vocabulary stays split over `tensor` and is never
-gathered; an unembedding split over `fsdp` is gathered once a pass and its gradient scattered once, a piece of the
-vocabulary after the other where the whole would be large.
+gathered; an unembedding split over `fsdp` is gathered once a pass and its gradient scattered once; by `token_logprob`
+a piece of the vocabulary after the other where the whole would be large.
 """
 
 from __future__ import annotations

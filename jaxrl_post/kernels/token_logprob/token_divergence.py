@@ -324,9 +324,7 @@ def _gradient_of_unembedding(problem: _Problem, saved: _Saved, cotangent: Array)
 
         start = jnp.zeros(weight.shape, jnp.promote_types(dtype, jnp.float32))
         d_weight, _ = scan_chunks(step, start, (hidden, teacher_hidden, known, cotangent), problem.rows)
-        if at.width:
-            d_weight = jax.lax.psum_scatter(d_weight, at.width, scatter_dimension=1, tiled=True)
-        return _add(d_weight, tuple(name for name in at.rows if name not in at.width)).astype(dtype)
+        return _add(core.scatter(at, d_weight), tuple(name for name in at.rows if name not in at.width)).astype(dtype)
 
     run = core.per_device(
         at,

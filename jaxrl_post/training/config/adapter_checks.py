@@ -36,13 +36,14 @@ def with_adapters(config: Config, problems: Problems, check_files: bool) -> Conf
             problems.add("model.lora.rank", "is missing; give it, e.g. 16, or path: adapters to go on from")
             return config
         filled = {**DEFAULTS, **given}
+    elif not check_files and len(given) == len(options):
+        return config  # what is there now may be other adapters
     else:
         try:
             directory = adapter_directory(path)
             found, (base, revision) = read_adapter_config(directory), adapter_base(directory)
         except ValueError as error:
-            if check_files or len(given) < len(options):
-                problems.add("model.lora.path", str(error), path)
+            problems.add("model.lora.path", str(error), path)
             return config
         filled = dataclasses.asdict(found) | ({"dropout": given["dropout"]} if "dropout" in given else {})
         for name, value in given.items():

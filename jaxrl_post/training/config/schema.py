@@ -163,7 +163,7 @@ class SamplingConfig:
     temperature: float = option("divides the logits", 1.0, above=0)
     top_k: int = option("draw among the k likeliest tokens; 0: all", 0, minimum=0)
     top_p: float = option("draw from the smallest set with this much probability; 1: all", 1.0, above=0, maximum=1)
-    min_p: float = option("drop tokens less likely than this times the likeliest; 0: none", 0.0, minimum=0, maximum=1)
+    min_p: float = option("drop tokens less likely than this times the likeliest; 0: none", 0.0, minimum=0, below=1)
 
 
 @dataclass(frozen=True, kw_only=True)
