@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import job
 from pod_file import Pod
-from shell import PodError, Shell
+from shell import STILL_PAID, LastingError, PodError, Shell
 
 CONTAINER = "jax-tpu"  # xpk's name for the container of the run
 GRACE_SECONDS = 300  # for a run to save before its container is killed
@@ -154,20 +154,30 @@ def watch(pod: Pod, shell: Shell, restarts: int) -> None:
     """Wait until the run has finished, starting it again up to `restarts` times after it has failed for good.
 
     Raises:
-        PodError: it has failed more often than that.
+        PodError: it has failed more often than that; it could not be started many times in a row; or the cluster could
+            not be asked until the time-out.
     """
-    kubectl, failures, before = _kubectl(pod, shell), 0, ""
-    while (state := _state(pod, shell, kubectl)) != "finished":
+    job.secrets(pod, quote=False)  # one that is not set is missed now, not when the run has failed
+    kubectl, failures, errors, before = _kubectl(pod, shell), 0, 0, ""
+    while (state := shell.insist(lambda: _state(pod, shell, kubectl))) != "finished":
         if state != before:
             shell.say(f"the run is {state}")
-        if state in ("failed", "absent"):
-            failures += 1
-            if failures > restarts:
-                raise PodError(f"the run is {state} again; `logs` shows why. The cluster is still paid for")
-            resume(pod, shell)
+        before = state
+        if state not in ("failed", "absent"):
+            errors = 0
+        elif failures >= restarts:
+            raise PodError(f"the run is {state} again; `logs` shows why. {STILL_PAID}")
+        else:
+            try:
+                resume(pod, shell)
+                failures, errors = failures + 1, 0
+            except PodError as error:
+                errors += 1
+                if errors > 5:
+                    raise PodError(f"{error}\nGiven up after {errors} errors in a row. {STILL_PAID}") from None
+                shell.say(f"{error}\nTrying again")
         if shell.dry_run:
             return shell.say("and so on, until the run has finished")
-        before = state
         shell.wait()
     return shell.say("the run has finished")
 
@@ -261,6 +271,6 @@ def delete(pod: Pod, shell: Shell) -> None:
         argv += [f"--filter=labels.goog-k8s-cluster-name={pod.cluster_name}", "--format=json"]
         left += [f"{kind} {item['name']}" for item in shell.query(argv, []) or []]
     if left:
-        raise PodError(f"the cluster is gone, but these of it are still there and paid for: {', '.join(left)}")
+        raise LastingError(f"the cluster is gone, but these of it are still there and paid for: {', '.join(left)}")
     shell.say(f"nothing of {pod.cluster_name} is left; the bucket with its checkpoints and the images xpk pushed are")
     return None

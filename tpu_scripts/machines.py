@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pod_file import Pod
-from shell import PodError, Shell
+from shell import LastingError, PodError, Shell
 
 WAITING = {"CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING"}
 COMING_UP = {"CREATING", "STARTING", "RESTARTING", "REIMAGING", "REPAIRING"}
@@ -35,7 +35,7 @@ def look(pod: Pod, shell: Shell) -> Look:
     """Ask what there is of the pod: its queued resource and its nodes.
 
     Raises:
-        PodError: a node has the pod's name, but was made by hand.
+        LastingError: a node has the pod's name, but was made by hand.
     """
     where = [f"--project={pod.project}", f"--zone={pod.zone}", "--format=json"]
     pretended = [{"name": pod.name, "state": {"state": shell.pretended}}] if shell.pretended else []
@@ -75,7 +75,7 @@ def _nodes(pod: Pod, listed: list[dict]) -> list[dict]:
             ours.append(node)
         elif _id(node) in pod.nodes:
             # What is left of a request of ours may be deleted; a machine that somebody made by hand may not.
-            raise PodError(f"{_id(node)} is there, but not by these scripts; delete it or choose another name")
+            raise LastingError(f"{_id(node)} is there, but not by these scripts; delete it or choose another name")
     return ours
 
 
@@ -98,7 +98,7 @@ def create(pod: Pod, shell: Shell) -> None:
             said = str(found)
             shell.say(said)
         if found.unlike:
-            raise PodError(
+            raise LastingError(
                 "the machines are others than the pod file describes; `delete` removes them, then `create` again"
             )
         if found.state == "ready":

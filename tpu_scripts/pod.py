@@ -72,7 +72,7 @@ def _run(arguments: argparse.Namespace, pod: pod_file.Pod, shell: Shell) -> None
     elif arguments.command == "watch":
         action(pod, shell, arguments.restarts)
         if arguments.then_delete:
-            backend.delete(pod, shell)
+            shell.insist(lambda: backend.delete(pod, shell))
     else:
         action(pod, shell)
 
@@ -104,16 +104,20 @@ def _step_seconds(arguments: argparse.Namespace, pod: pod_file.Pod) -> float:
     text = sys.stdin.read() if arguments.compiled == "-" else Path(arguments.compiled).read_text()
     try:
         found = json.loads(text)
-        topology, slices, step = found["topology"], found["slices"], found["step"]
-        seconds = step and float(step["seconds"])
+        topology, slices, fits, step = found["topology"], found["slices"], found["fits"], found["step"]
+        seconds = 0.0 if step is None else float(step["seconds"])
     except (ValueError, KeyError, TypeError):
         raise pod_file.PodFileError(f"{arguments.compiled} is not what `jaxrl-post compile --json` prints") from None
     if (topology, slices) != (pod.topology, pod.slices):
         raise pod_file.PodFileError(
             f"{arguments.compiled} speaks of {slices} x {topology}, the pod file of {pod.slices} x {pod.topology}"
         )
-    if not seconds or not found.get("fits", True):
+    if not fits:
         raise pod_file.PodFileError(f"by {arguments.compiled}, the run does not fit on {pod.topology}")
+    if not seconds:
+        raise pod_file.PodFileError(
+            f"{arguments.compiled} has no duration of a step, for want of a program of it; compile without --only"
+        )
     return seconds
 
 

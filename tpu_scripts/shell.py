@@ -8,11 +8,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class PodError(Exception):
     """What went wrong with a pod, and what to do about it."""
+
+
+class LastingError(PodError):
+    """What will be no better if it is tried again."""
+
+
+STILL_PAID = "What is up of the pod is still paid for; `delete` removes it"
 
 
 class Shell:
@@ -104,6 +113,30 @@ class Shell:
                 return json.loads(printed) if printed.strip() else None
         raise PodError(f"`{shlex.join(argv)}` failed {attempts} times:\n  {errors.strip()}")
 
+    def insist(self, action: Callable[[], T]) -> T:
+        """Do something, and do it again whenever it fails, as while the network or the cloud is away.
+
+        Args:
+            action: what may be done twice.
+
+        Returns:
+            What `action` returns once it succeeds.
+
+        Raises:
+            PodError: it still failed at the time-out, or in a way that lasts.
+        """
+        late = self.deadline()
+        while True:
+            try:
+                return action()
+            except LastingError:
+                raise
+            except PodError as error:
+                if late():
+                    raise PodError(f"{error}\nGiven up after {self.timeout:g} minutes. {STILL_PAID}") from None
+                self.say(f"{error}\nTrying again")
+            self.wait()
+
     def wait(self) -> None:
         """Let `poll` seconds pass; none in a dry run."""
         if not self.dry_run:
@@ -133,4 +166,4 @@ def _start(argv: Sequence[str], **options: Any) -> subprocess.Popen[str]:
     try:
         return subprocess.Popen(argv, text=True, errors="replace", **options)
     except FileNotFoundError:
-        raise PodError(f"there is no command {argv[0]!r} on the PATH; README.md says how to install it") from None
+        raise LastingError(f"there is no command {argv[0]!r} on the PATH; README.md says how to install it") from None

@@ -12,7 +12,7 @@ from pathlib import Path
 import job
 from machines import create, delete, look
 from pod_file import Pod
-from shell import PodError, Shell
+from shell import STILL_PAID, LastingError, PodError, Shell
 
 __all__ = ["create", "delete", "launch", "logs", "resume", "setup", "status", "stop", "watch"]
 
@@ -119,7 +119,10 @@ def launch(pod: Pod, shell: Shell) -> None:
         # The others cannot join a run that has lost them.
         shell.say("the run is running on some workers only; it is started anew from its last checkpoint")
         stop(pod, shell)
-    _ask_workers(pod, shell, workers, f"bash jaxrl-post/{pod.name}/worker.sh launch")
+    reports = _ask_workers(pod, shell, workers, f"bash jaxrl-post/{pod.name}/worker.sh launch")
+    idle = [host for host, state in sorted(reports.items()) if not state.startswith(("running", "ended"))]
+    if idle:
+        raise PodError(f"the run was not started on {', '.join(idle)}; `launch` again")
     return shell.say("launched; `logs` shows what the run says")
 
 
@@ -144,35 +147,41 @@ def watch(pod: Pod, shell: Shell, restarts: int) -> None:
         restarts: how often a run that failed by itself, its machines being there, is started again.
 
     Raises:
-        PodError: the run has failed more often than that, or the workers could not be reached many times in a row.
+        PodError: the run has failed more often than that; workers that are up could not be reached or set up many times
+            in a row; or Google Cloud could not be asked, or gave no machines, until the time-out.
     """
-    failures, unreachable, split = 0, 0, 0
+    job.secrets(pod, quote=True)  # one that is not set is missed now, not at the first preemption
+    failures, errors, split = 0, 0, 0
     while True:
-        found = look(pod, shell)
-        progress, states = "gone", set()
-        try:
-            if found.state == "ready":
-                progress, states = _progress(pod, shell, found.workers)
-            unreachable = 0
-        except PodError as error:
-            # A pod that is being taken away stops answering before it is reported so.
-            unreachable += 1
-            if unreachable > 5:
-                raise
-            shell.say(f"{error}\nlooking again")
-            shell.wait()
+        found = shell.insist(lambda: look(pod, shell))
+        if found.state != "ready":
+            shell.say(f"resuming: {found}")
+            shell.insist(lambda: create(pod, shell))
+            errors = 0  # what failed while machines were being taken away says nothing about new ones
             continue
-        if progress == "finished":
-            return shell.say("the run has finished")
-        # Where one worker has died, the others notice within a minute and stop.
-        split = split + 1 if progress == "split" else 0
-        if progress != "running" and split in (0, 4):
-            failed = sorted(states - INNOCENT)
-            failures += 1 if failed else 0
-            if failures > restarts:
-                raise PodError(f"the run has {failed[0]} {failures} times; `logs` shows why. The pod is still paid for")
-            shell.say(f"resuming: {', '.join(sorted(states)) or found}")
-            resume(pod, shell)
+        try:
+            progress, states = _progress(pod, shell, found.workers)
+            if progress == "finished":
+                return shell.say("the run has finished")
+            # Where one worker has died, the others notice within a minute and stop.
+            split = split + 1 if progress == "split" else 0
+            if progress != "running" and not 0 < split < 4:
+                failed = sorted(states - INNOCENT)
+                if failed and failures >= restarts:
+                    said = f"the run has {failed[0]} {failures + 1} times; `logs` shows why"
+                    raise LastingError(f"{said}. {STILL_PAID}")
+                shell.say(f"resuming: {', '.join(sorted(states)) or found}")
+                resume(pod, shell)
+                failures += 1 if failed else 0
+            errors = 0
+        except LastingError:
+            raise
+        except PodError as error:
+            # Connections are cut, and machines that are being taken away stop answering before it is reported so.
+            errors += 1
+            if errors > 5:
+                raise PodError(f"{error}\nGiven up after {errors} errors in a row. {STILL_PAID}") from None
+            shell.say(f"{error}\nTrying again")
         if shell.dry_run:
             return shell.say("and so on, with `resume` whenever the machines are gone, until the run has finished")
         shell.wait()

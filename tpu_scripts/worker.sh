@@ -6,8 +6,9 @@ set -euo pipefail
 
 report() { echo "@pod $HOSTNAME $*"; }
 
-# The run holds the lock as long as it lives, whatever becomes of the shell that started it.
-running() { ! flock --nonblock lock true; }
+# The run holds the lock as long as it lives, whatever becomes of the shell that started it. A look shares the lock with
+# other looks, so that none of them takes another for the run.
+running() { ! flock --shared --nonblock lock true; }
 
 state() {
   if running; then
@@ -52,7 +53,12 @@ launch() {
   rm -f ended pid
   # In a session of its own, so that the run outlives this connection.
   setsid --fork bash "$PWD/worker.sh" run </dev/null >>log 2>&1
-  until running || [[ -f ended ]]; do sleep 0.1; done
+  for _ in {1..100}; do
+    if running || [[ -f ended ]]; then return; fi
+    sleep 0.1
+  done
+  echo "the run has not started within 10 s" >&2
+  return 1
 }
 
 # The run itself, in the background: what it says goes to the log, its exit status to the file "ended".
@@ -81,7 +87,7 @@ log() {
   touch log
   if running && [[ -f pid ]]; then
     tail --lines="+$line" --follow=name --sleep-interval=0.5 --pid="$(<pid)" log
-    flock --timeout 10 lock true || true
+    flock --shared --timeout 10 lock true || true
   else
     tail --lines="+$line" log
   fi
@@ -91,10 +97,10 @@ stop() {
   local seconds=$1
   if ! running || [[ ! -f pid ]]; then return; fi
   kill -TERM "$(<pid)" 2>/dev/null || true
-  if flock --timeout "$seconds" lock true; then return; fi
+  if flock --shared --timeout "$seconds" lock true; then return; fi
   echo "still running after $seconds s; killed" >&2
   kill -KILL "$(<pid)" 2>/dev/null || true
-  flock --timeout 10 lock true
+  flock --shared --timeout 10 lock true
 }
 
 main() {

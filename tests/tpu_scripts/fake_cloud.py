@@ -250,6 +250,8 @@ def xpk(cloud, argv):
 
         options = parse(argv, *shared, *flags)
         assert cloud["jobset"] is None, "would ask whether to overwrite it"
+        if error := injected(cloud, "workload"):
+            fail(error)
         shutil.copytree(options.script_dir, path("image"), dirs_exist_ok=True)
         if options.env_file:
             with open(options.env_file) as file:
@@ -274,6 +276,8 @@ def kubectl(cloud, argv):
     assert argv[0] == "--context=gke_my-project_us-west4_pod", argv
     if argv[1:3] == ["get", "jobset"]:
         cloud["looks"] += 1
+        if error := injected(cloud, "get"):
+            fail(error)
         if cloud["jobset"] and cloud["states"]:
             cloud["jobset"] = cloud["states"].pop(0)
         conditions = {"finished": ["Completed"], "failed": ["Failed"]}.get(cloud["jobset"], [])

@@ -103,6 +103,22 @@ def test_watch_waits_through_preemptions_and_restarts_a_failed_run_a_few_times(l
     assert len(launched.calls("workload", "create")) == 1
 
 
+def test_watch_outlives_a_cluster_that_does_not_answer_and_a_start_that_fails(launched):
+    states = ["running", "failed", "failed", "failed", "finished"]
+    launched.change(states=states, fail={"get": ["no route to host"] * 4, "workload": ["cannot push the image"]})
+    said = launched.pod("watch", "--restarts", "1")
+    assert "no route to host" in said
+    assert "cannot push the image" in said
+    assert "the run has finished" in said
+
+
+def test_watch_gives_up_on_a_run_that_cannot_be_started(launched):
+    launched.change(jobset=None, fail={"workload": ["cannot push the image"] * 50})
+    said = launched.pod("watch", code=1)
+    assert "Given up after 6 errors" in said
+    assert "still paid for" in said
+
+
 def test_watch_gives_up_on_a_run_that_keeps_failing(launched):
     launched.change(states=["failed"] * 50)
     assert "still paid for" in launched.pod("watch", "--restarts", "2", code=1)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 
 import job
 import pod
@@ -69,6 +70,20 @@ def test_the_example_is_valid_for_both_ways_with_every_option(tmp_path):
     assert pod_file.load(path).runtime_version == ""
 
 
+def test_the_example_installs_what_its_run_needs():
+    example = tomllib.loads((SCRIPTS / "pod.toml").read_text())["run"]
+    project = tomllib.loads((SCRIPTS.parent / "pyproject.toml").read_text())["project"]
+    readme = (SCRIPTS / "README.md").read_text()
+    # Its run_dir is in a bucket, and its configuration is another one with larger numbers, which verifies mathematics.
+    base = re.search(r"^base: (.+)$", (SCRIPTS.parent / example["config"]).read_text(), re.MULTILINE)
+    assert base
+    assert "math_verify" in (SCRIPTS.parent / "configs" / base[1]).read_text()
+    assert example["install"] == [".[tpu,gcs,math]"]
+    assert {"tpu", "gcs", "math"} <= set(project["optional-dependencies"])
+    installed = re.findall(r'install = \["jaxrl-post\[(.*?)\]"', readme)
+    assert installed == ["tpu,gcs"]
+
+
 def test_equal_files_make_equal_jobs_whenever_they_were_written_and_caches_stay_at_home(cloud):
     loaded = pod_file.load(cloud.root / "pod.toml")
     first = job.archive(loaded)
@@ -101,6 +116,7 @@ def test_cost_reads_what_compile_prints_for_this_pod_and_no_other(cloud):
     for changed, said in (
         ({"slices": 2}, "speaks of 2 x v5e:4x4"),
         ({"step": None, "fits": False}, "does not fit"),
+        ({"step": None}, "no duration of a step"),
         ({"step": 3}, "is not what"),
     ):
         path.write_text(json.dumps(printed | changed))

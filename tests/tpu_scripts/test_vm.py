@@ -1,6 +1,7 @@
 """Cloud TPU VMs, from nothing to nothing, and what goes wrong between."""
 
 import shlex
+import subprocess
 import time
 
 import pytest
@@ -129,6 +130,7 @@ def test_nodes_left_without_their_request_are_replaced_but_not_one_made_by_hand(
     cloud.change(nodes={"pod": "READY"}, by_hand=True)
     assert "not by these scripts" in cloud.pod("create", code=1)
     assert "not by these scripts" in cloud.pod("delete", code=1)
+    assert "not by these scripts" in cloud.pod("watch", "--then-delete", code=1)
     assert cloud.state["nodes"] == {"pod": "READY"}
     cloud.change(by_hand=False)
     cloud.pod("create")
@@ -210,23 +212,61 @@ def test_a_run_preempted_midway_is_resumed_on_new_machines_by_the_same_command(r
     assert len(running.calls("create")) == calls == 2
 
 
-def test_watch_resumes_after_preemption_until_the_run_has_finished_and_then_deletes(running):
-    running.change(preempt_at=running.state["looks"] + 3, fail={"list": [""] * 4 + ["connection lost"]})
+def test_watch_resumes_after_preemption_whatever_fails_meanwhile_until_the_run_has_finished_and_then_deletes(running):
+    faults = {"list": [""] * 4 + ["connection lost"], "create": ["UNAVAILABLE: try again later"] * 6, "scp": ["lost"]}
+    running.change(preempt_at=running.state["looks"] + 3, fail=faults)
     watch = running.start("watch", "--then-delete")
-    while len(running.calls("create")) < 2 or len(list(running.root.glob("workers/*/launches"))) < 2:
+    while not (list(running.root.glob("gone/*")) and len(list(running.root.glob("workers/*/launches"))) == 2):
         time.sleep(0.05)
         assert watch.poll() is None, watch.communicate()[0]
     running.end_runs()
     said = watch.communicate(timeout=60)[0]
     assert watch.returncode == 0, said
+    assert said.count("UNAVAILABLE: try again later\nNothing was created") == 6
+    assert "1 of 2 workers answered" in said
     assert "the run has finished" in said
     assert running.state["requests"] == running.state["nodes"] == {}
 
 
-def test_watch_gives_up_on_a_run_that_fails_by_itself(running):
+def test_watch_and_its_tear_down_outlive_a_network_that_is_away(running):
+    running.end_runs()
+    wait_for(running, "finished")
+    running.change(fail={"list": ["no network"] * 4 + [""] + ["no network"] * 4})
+    assert "the run has finished" in running.pod("watch", "--then-delete")
+    assert running.state["requests"] == running.state["nodes"] == {}
+    assert running.state["fail"] == {"list": []}
+
+
+def test_watch_gives_up_at_the_time_out_and_says_that_machines_are_paid_for(running):
+    running.change(fail={"list": ["no network"] * 1000})
+    said = running.pod("watch", "--timeout", "0.003", code=1)
+    assert "no network" in said
+    assert "Given up after 0.003 minutes" in said
+    assert "still paid for" in said
+
+
+def test_watch_gives_up_on_machines_that_are_up_and_cannot_be_set_up(cloud):
+    cloud.pod("create")
+    (cloud.workers()[1] / "broken").touch()
+    said = cloud.pod("watch", code=1)
+    assert said.count("no such package") == 6
+    assert "Given up after 6 errors" in said
+    assert "still paid for" in said
+
+
+def test_watch_misses_a_secret_before_it_is_needed(cloud):
+    cloud.pod_file(run='secrets = ["HF_TOKEN"]\n')
+    assert "HF_TOKEN, which is not set" in cloud.pod("watch", code=2)
+    assert cloud.calls() == []
+
+
+def test_watch_gives_up_on_a_run_that_fails_by_itself_and_counts_no_other_failure(running):
     running.end_runs(1)
+    (running.root / "my configs" / "more.yaml").write_text("seed: 1\n")
+    running.change(fail={"scp": ["lost"]})
     said = running.pod("watch", "--restarts", "1", code=1)
-    assert "ended 1" in said
+    assert "pod-w-0 failed" in said
+    assert "has ended 1 2 times" in said
     assert [running.read(worker, "launches").count("launched") for worker in running.workers()] == [2, 2]
 
 
@@ -257,6 +297,29 @@ def test_workers_that_finish_one_after_the_other_are_left_to_finish(running):
     running.end_runs(0)
     assert "has finished" in watch.communicate(timeout=60)[0]
     assert running.read(running.workers()[1], "launches").count("launched") == 1
+
+
+def test_two_looks_at_once_take_neither_for_the_run(set_up):
+    set_up.program("true", "sleep 0.3")  # what is run under the lock
+    argv = ["bash", str(set_up.workers()[0] / JOB / "worker.sh"), "status"]
+    env = {"HOSTNAME": "here", "PATH": f"{set_up.root}/worker_bin:/usr/bin:/bin"}
+    looks = [subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [look.communicate()[0] for look in looks] == ["@pod here set up\n"] * 2
+
+
+def test_a_worker_on_which_the_run_was_not_started_is_named_and_launch_starts_all(set_up):
+    lock = 'if [[ -f $HOME/held ]] && grep -q launch /proc/$PPID/cmdline; then rm "$HOME/held"; exit 1; fi'
+    set_up.program("flock", f'{lock}\nexec /usr/bin/flock "$@"')
+    (set_up.workers()[1] / "held").touch()  # by somebody else, for a moment
+    assert "not started on pod-w-1;" in set_up.pod("launch", code=1)
+    set_up.pod("launch")
+    assert "run running" in set_up.pod("status")
+
+
+def test_a_launch_that_starts_nothing_ends(set_up):
+    set_up.program("setsid", "exit 0")
+    set_up.program("sleep", "exit 0")
+    assert "has not started within 10 s" in set_up.pod("launch", code=1)
 
 
 def test_stop_lets_the_run_save_and_launch_goes_on(running):
