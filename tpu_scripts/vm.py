@@ -18,8 +18,9 @@ __all__ = ["create", "delete", "launch", "logs", "resume", "setup", "status", "s
 
 REPORT = re.compile(r"^@pod (\S+) (.+?)\r?$", re.MULTILINE)
 STOP_SECONDS = 120  # for a run to save before it is killed
-# States of workers that are nobody's mistake: 130 after SIGTERM, 75 after another worker was lost.
-INNOCENT = {"running", "ended 0", "ended 75", "ended 130", "lost", "set up", "new"}
+# States of workers that are nobody's mistake: 130 after SIGTERM; 75, or 134 where JAX was faster, after another worker
+# was lost.
+INNOCENT = {"running", "ended 0", "ended 75", "ended 130", "ended 134", "lost", "set up", "new"}
 
 
 def setup(pod: Pod, shell: Shell) -> None:

@@ -8,11 +8,17 @@ import sys
 import warnings
 from collections.abc import Callable
 
+from jaxrl_post.cli import CommandError
+
+PARTS = ("rollout", "score", "step", "evaluate")
+"""As in `planning.programs`, which is imported late."""
+TRIES = 4
+
 DESCRIPTION = """\
-Compile every program of a run (sampling, scoring, the train step) for a slice of TPUs, from the shapes of its
-configuration alone: no TPU, no weights and no data are needed. Says what each device's memory holds and whether it
-fits, what is computed, read and sent, and how long a step takes by the chip's peak rates and by the compiler's own
-estimate.
+Compile the programs of a run (sampling, scoring, the train step, sampling of held-out problems) for a slice of TPUs,
+from the shapes of its configuration alone: no TPU, no weights and no data are needed. Says what each device's memory
+holds and whether it fits, what is computed, read and sent, and how long a step takes by the chip's peak rates and by
+the compiler's own estimate.
 """
 
 
@@ -24,18 +30,53 @@ def add_arguments(parser: argparse.ArgumentParser, count: Callable[[str], int]) 
     parser.add_argument("--topology", required=True, metavar="NAME", help="a slice, e.g. v5e:1x1, v5p:4x4x4 or v6e:2x4")
     parser.add_argument("--slices", type=count, default=1, metavar="N", help="slices of that shape (1)")
     parser.add_argument(
-        "--only", metavar="NAME", action="append", choices=("rollout", "score", "step"), help="one program"
+        "--only",
+        metavar="NAME",
+        action="append",
+        choices=PARTS,
+        help=f"one of {', '.join(PARTS)}; may be given again",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--suggest", action="store_true", help="try meshes and micro-batches, and rank those whose programs fit"
     )
-    parser.add_argument("--tries", type=count, default=4, metavar="N", help="most layouts that --suggest compiles (4)")
-    parser.add_argument("--save", metavar="DIR", help="write the compiled programs, for a run that need not compile")
+    parser.add_argument("--tries", type=count, metavar="N", help=f"most layouts that --suggest compiles ({TRIES})")
+    parser.add_argument(
+        "--save",
+        metavar="DIR",
+        help="write the compiled programs, for jaxrl_post.planning.executables.load; train does not read them",
+    )
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse options that would be passed over.
+
+    Raises:
+        CommandError: names them.
+    """
+    if not arguments.suggest:
+        if arguments.tries is not None:
+            raise CommandError("--tries is for --suggest; leave it out, or pass --suggest too")
+        return
+    keys = [text.partition("=")[0].strip() for text in arguments.overrides]
+    given = [key for key in keys if key.split(".")[0] == "mesh" or key == "training.micro_batches"]
+    given += [f"--{name}" for name in ("only", "save") if getattr(arguments, name)]
+    if given:
+        raise CommandError(
+            f"--suggest chooses meshes and micro-batches itself, and compiles what a step needs; leave out "
+            f"{', '.join(given)}"
+        )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Compile and print."""
+    """Compile and print.
+
+    Raises:
+        CommandError: for options that make no sense together.
+        ValueError: for a configuration or a topology that cannot be.
+        ImportError: if the compiler is not installed.
+    """
+    _check(arguments)
     from jaxrl_post.planning import compiler
 
     compiler.prepare()
@@ -52,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(text, file=sys.stderr, flush=True)
 
     if arguments.suggest:
-        ranked = plans.suggest(config, topology, tries=arguments.tries, say=say)
+        ranked = plans.suggest(config, topology, tries=arguments.tries or TRIES, say=say)
         if arguments.json:
             print(
                 json.dumps(

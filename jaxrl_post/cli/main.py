@@ -19,14 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxrl_post import __version__
+from jaxrl_post.cli import CommandError
 from jaxrl_post.cli import compile as compile_command
 
 USER_ERROR = 2
 INTERRUPTED = 130
-
-
-class CommandError(ValueError):
-    """Arguments that make no sense together or name something that is not there."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

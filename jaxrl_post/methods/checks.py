@@ -38,6 +38,21 @@ def within(name: str, value: float | None, low: float, high: float = float("inf"
         raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
+def above(name: str, value: float | None, low: float) -> None:
+    """Raise ValueError unless `value` is None or a number larger than `low`.
+
+    Example:
+        >>> above("beta", 0.0, 0)
+        Traceback (most recent call last):
+            ...
+        ValueError: beta must be above 0, got 0.0
+    """
+    if isinstance(value, bool):
+        raise ValueError(f"{name} must be a number, got {value}")
+    if value is not None and not value > low:
+        raise ValueError(f"{name} must be above {low}, got {value}")
+
+
 def applies(condition: bool, otherwise: str, **given: Any) -> None:
     """Raise ValueError if a keyword is given (not None) and the condition under which it is read does not hold.
 

@@ -132,7 +132,7 @@ def f_dpg(
     """
     checks.one_of("divergence", divergence, dpg.Divergence)
     checks.one_of("target", target, Target)
-    checks.within("beta", beta, 1e-12)
+    checks.above("beta", beta, 0)
     checks.applies(target == "tilted", f"target={target!r}", beta=beta)
     checks.applies(target == "constrained", f"target={target!r}", correct_above=correct_above)
     beta = 0.1 if beta is None else beta

@@ -77,7 +77,7 @@ def novelty_bonus(
     """
     checks.within("coef", coef, 0)
     checks.one_of("bonus", bonus, Bonus)
-    checks.within("ridge", ridge, 1e-12)
+    checks.above("ridge", ridge, 0)
     checks.within("embedding_size", embedding_size, 1)
     checks.within("capacity", capacity, 1)
     checks.applies(bonus != "global", "bonus='global'", ridge=ridge, embedding_size=embedding_size)

@@ -73,7 +73,7 @@ def from_pairs(kind: PairLoss) -> Method:
 
 def dpo_pairs(*, beta: float, label_smoothing: float = 0.0) -> PairLoss:
     """`losses.dpo` of the policy and the reference."""
-    checks.within("beta", beta, 1e-12)
+    checks.above("beta", beta, 0)
     checks.within("label_smoothing", label_smoothing, 0, 0.5)
 
     def log_probs(stats: Stats, rollouts: Rollouts, mask: Array) -> tuple[Array, Array, Array, Array]:
@@ -93,7 +93,7 @@ def dpo_pairs(*, beta: float, label_smoothing: float = 0.0) -> PairLoss:
 
 def simpo_pairs(*, beta: float, gamma: float) -> PairLoss:
     """`losses.simpo` of the policy."""
-    checks.within("beta", beta, 1e-12)
+    checks.above("beta", beta, 0)
     checks.within("gamma", gamma, 0)
 
     def log_probs(stats: Stats, rollouts: Rollouts, mask: Array) -> tuple[Array, Array]:

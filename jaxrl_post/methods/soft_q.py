@@ -57,7 +57,7 @@ def rover(
 
     Reference: Random Policy Valuation is Enough for LLM Reasoning with Verifiable Rewards, arXiv 2509.24981.
     """
-    checks.within("rho", rho, 1e-12)
+    checks.above("rho", rho, 0)
     checks.reduction(aggregation, horizon)
     if clip_eps is not None and not 0 < clip_eps < 1:
         raise ValueError(f"clip_eps must be between 0 and 1, got {clip_eps}")
@@ -120,7 +120,7 @@ def rlprompt(
     Reference: RLPrompt: Optimizing Discrete Text Prompts with Reinforcement Learning, arXiv 2205.12548.
     """
     checks.one_of("steps", steps, Steps)
-    checks.within("reward_scale", reward_scale, 1e-12)
+    checks.above("reward_scale", reward_scale, 0)
 
     def targets(state, rollouts: Rollouts, stats: Stats, key) -> tuple[Targets, Any]:
         del key, stats

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from jaxrl_post.models.decoder import decoder
 from jaxrl_post.models.families import ACTIVATIONS, FAMILIES, Config, Head, decoder_keywords, head_of, text_config
+from jaxrl_post.models.hub import writable_directory
 from jaxrl_post.models.lora import Lora
 from jaxrl_post.models.pretrained import CONFIG, GENERATION_CONFIG, HasVocabulary, check_vocabulary, flat, from_config
 from jaxrl_post.models.rope import Rope
@@ -63,7 +64,7 @@ def save_pretrained(
     the first one writes.
 
     Args:
-        directory: to write.
+        directory: to write, on this machine.
         params: of a decoder.
         config: the `config.json` of the model that they come from, `Pretrained.config`.
         tokenizer: whose files are written too.
@@ -76,11 +77,12 @@ def save_pretrained(
         overwrite: whether the directory may hold a model already.
 
     Raises:
-        ValueError: if the directory holds a model already, the parameters have adapters without `lora` or are not those
-            of a model of `config`, the tokenizer has more tokens than the embedding has rows, or `head` cannot be
-            written: `transformers` has no such class, there is no value head, or it has a bias and the format none.
+        ValueError: if the directory is an address or holds a model already, the parameters have adapters without `lora`
+            or are not those of a model of `config`, the tokenizer has more tokens than the embedding has rows, or
+            `head` cannot be written: `transformers` has no such class, there is no value head, or it has a bias and the
+            format none.
     """
-    target = Path(directory)
+    target = writable_directory(directory)
     text = text_config(config)
     leaves = written(params, lora)
     if tokenizer is not None:

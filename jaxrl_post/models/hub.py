@@ -1,4 +1,4 @@
-"""Directories of models by what a user names them: their path, or an id on the Hugging Face hub."""
+"""Directories of models by what a user names them: their path, or, to be read, an id on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -46,6 +46,28 @@ def local_directory(
     if text.startswith((".", "~", os.sep)) or text.count("/") > 1 or path.exists():
         raise ValueError(f"{text}: no such directory; give a model's directory or a hub id like 'owner/name'")
     return _downloaded(text, patterns, revision)
+
+
+def writable_directory(path: str | os.PathLike[str]) -> Path:
+    """The directory that a model is to be written to.
+
+    Args:
+        path: of a directory on this machine.
+
+    Raises:
+        ValueError: if it is the address of a bucket or of the hub, which would be taken for a directory's name.
+
+    Example:
+        >>> writable_directory("out/model")
+        PosixPath('out/model')
+        >>> writable_directory("gs://mine/model")
+        Traceback (most recent call last):
+            ...
+        ValueError: gs://mine/model: models are written to local directories; give one, and copy it there afterwards
+    """
+    if "://" in str(path):
+        raise ValueError(f"{path}: models are written to local directories; give one, and copy it there afterwards")
+    return Path(path)
 
 
 def _downloaded(name: str, patterns: Sequence[str], revision: str | None) -> Path:

@@ -1,6 +1,6 @@
 """A model as an Orbax checkpoint: `config.json` and the tokenizer's files as in a Hugging Face directory, and `params`.
 
-Orbax stores shards as they lie on devices and restores them onto any mesh, on local disks and in `gs://` buckets alike.
+Orbax stores shards as they lie on devices and restores them onto any mesh.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from jaxrl_post.models.hub import writable_directory
 from jaxrl_post.types import Params
 
 PARAMS = "params"
@@ -27,12 +28,12 @@ def save_orbax(directory: str | os.PathLike[str], params: Params, config: Mappin
     """Write parameters and what describes them.
 
     Args:
-        directory: to write; made if it is not there.
+        directory: to write, on this machine; made if it is not there.
         params: of a decoder.
         config: the `config.json` of the model that they come from.
 
     Raises:
-        ValueError: if the directory holds a model already.
+        ValueError: if the directory is an address, or holds a model already.
 
     Example:
         >>> import tempfile
@@ -46,7 +47,7 @@ def save_orbax(directory: str | os.PathLike[str], params: Params, config: Mappin
     """
     import orbax.checkpoint as ocp
 
-    target = Path(directory).absolute()
+    target = writable_directory(directory).absolute()
     if (target / PARAMS).exists():
         raise ValueError(f"{target} holds a model already; choose another directory")
     target.mkdir(parents=True, exist_ok=True)

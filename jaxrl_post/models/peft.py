@@ -17,7 +17,7 @@ import numpy as np
 from jaxrl_post.models.adapters import nest
 from jaxrl_post.models.config_keys import is_off
 from jaxrl_post.models.families import FAMILIES
-from jaxrl_post.models.hub import local_directory
+from jaxrl_post.models.hub import local_directory, writable_directory
 from jaxrl_post.models.lora import FUSED, HUGGING_FACE, PROJECTIONS, SUFFIX, Lora, is_adapter
 from jaxrl_post.models.pretrained import flat
 from jaxrl_post.models.safetensors_io import read_header, write_file
@@ -61,15 +61,15 @@ def save_adapters(
     """Write the adapters of a model, and nothing else of it.
 
     Args:
-        directory: to write; made if it is not there.
+        directory: to write, on this machine; made if it is not there.
         params: with adapters.
         lora: what they were made with.
         base: directory or hub id of the model that they belong to.
         model_type: of its `config.json`.
 
     Raises:
-        ValueError: if the parameters have no adapters, or those of projections that this type has only together, or
-            only apart.
+        ValueError: if the directory is an address, or the parameters have no adapters, or those of projections that
+            this type has only together, or only apart.
 
     Example:
         >>> import tempfile
@@ -81,6 +81,7 @@ def save_adapters(
         >>> sorted(path.name for path in Path(directory).iterdir())
         ['adapter_config.json', 'adapter_model.safetensors']
     """
+    target = writable_directory(directory)
     lora = lora.checked()
     leaves = {path: leaf for path, leaf in flat(params).items() if is_adapter(path)}
     if not leaves:
@@ -99,7 +100,6 @@ def save_adapters(
         for name in parts:
             make(name)
         return
-    target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     specs = [(name, part.shape(leaves), np.dtype(leaves[part.paths[0]].dtype)) for name, part in parts.items()]
     write_file(target / ADAPTER_WEIGHTS, specs, make)

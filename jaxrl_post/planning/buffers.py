@@ -148,18 +148,7 @@ def _past(inner: Computation, name: str) -> Instruction:
 
 def _element(shape: str, flat: list[frozenset[str]], index: int) -> list[frozenset[str]]:
     """The part of a tuple's arrays that one of its elements is; elements may be tuples."""
-    depth, start, sizes = 0, 1, []
-    text = re.sub(r"/\*.*?\*/", "", shape)
-    for at, character in enumerate(text):
-        if character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
-        if (character == "," and depth == 1) or depth == 0:
-            sizes.append(len(list(hlo.arrays(text[start:at]))))
-            start = at + 1
-            if depth == 0:
-                break
+    sizes = [len(list(hlo.arrays(one))) for one in hlo.elements(shape)]
     begin = sum(sizes[:index])
     return flat[begin : begin + sizes[index]] if index < len(sizes) else []
 

@@ -1,8 +1,8 @@
 """What TPU chips can do, and the names of their slices.
 
 Peak rates, memory bandwidth and interconnect are those of Google Cloud's documentation (cloud.google.com/tpu/docs: the
-pages v4, v5e, v5p, v6e, tpu7x), per device as JAX counts them: a chip of v4 and tpu7x is two devices. The memory that a
-program can use is what the compiler allows (its error message names it); clocks are those that go with the peak rates.
+pages v4, v5e, v5p, v6e, tpu7x), per device as JAX counts them: a chip of tpu7x is two. The memory that a program can
+use is what the compiler allows (its error message names it); clocks are those that go with the peak rates.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Chip(NamedTuple):
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 2, int(15.25 * GIB), 275e12 / 2, 1228e9 / 2, 300e9 / 2, None, 1.05e9, 3),
+        Chip("v4", 1, int(30.75 * GIB), 275e12, 1228e9, 300e9, None, 1.05e9, 3),
         Chip("v5e", 1, int(15.75 * GIB), 197e12, 819e9, 200e9, 25e9 / 8, 1.5e9, 2),
         Chip("v5p", 1, int(95.73 * GIB), 459e12, 2765e9, 600e9, 50e9 / 8, 1.75e9, 3),
         Chip("v6e", 1, int(31.24 * GIB), 918e12, 1638e9, 400e9, 100e9 / 8, 1.75e9, 2),
@@ -81,7 +81,8 @@ def topology(name: str, slices: int = 1) -> Topology:
         slices: how many of them.
 
     Raises:
-        ValueError: if the name is not of that form, or there is no such chip.
+        ValueError: if the name is not of that form, there is no such chip, or several slices of it would be joined by a
+            network of which nothing is known.
 
     Example:
         >>> topology("v5p:4x4x4").devices, topology("tpu7x:2x2x1", slices=2).devices
@@ -99,4 +100,9 @@ def topology(name: str, slices: int = 1) -> Topology:
         )
     if slices < 1:
         raise ValueError(f"slices must be at least 1, got {slices}")
+    if slices > 1 and chip.network is None:
+        raise ValueError(
+            f"slices must be 1 for {chip.name}, since the rate of the network between its slices is not published; "
+            f"got {slices}"
+        )
     return Topology(name, chip, slices, math.prod(sizes))

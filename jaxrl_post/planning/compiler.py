@@ -46,7 +46,9 @@ def devices(name: str, slices: int = 1) -> Sequence[Any]:
     from jax.experimental import topologies
 
     wanted: Topology = topology(name, slices)
-    options = {"num_slices": slices} if slices > 1 else {}
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if wanted.chip.name == "v4":  # whose two cores are one device where there is one
+        options["chip_config_name"] = "megacore"
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:  # of the compiler's own kinds, for a shape that the chip's slices do not have
@@ -54,12 +56,6 @@ def devices(name: str, slices: int = 1) -> Sequence[Any]:
     if len(found) != wanted.devices:
         raise ValueError(f"{name} should have {wanted.devices} devices, but the compiler describes {len(found)}")
     return found
-
-
-def slice_of(name: str, slices: int) -> dict[int, int]:
-    """The slice that each place of the mesh's device list is in."""
-    each = topology(name).devices
-    return {place: place // each for place in range(each * slices)}
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -44,7 +43,7 @@ class Collective(NamedTuple):
     Attributes:
         operation: one of `COLLECTIVES`.
         group: devices that take part together; 0 where the text does not say.
-        crosses_slices: whether some of a group are in different slices, which only a slower network joins.
+        crosses_slices: whether the group is one device of each slice, which only a slower network joins.
     """
 
     operation: str
@@ -104,7 +103,7 @@ class Counted(NamedTuple):
         total: everything, loops at their bound.
         once: the same with every loop run once, as `cost_analysis` counts.
         open_loops: the loops whose number of rounds depends on the data.
-        loops: rounds of each loop, outermost first; None where only the data says.
+        loops: rounds of each loop, outermost first; None where they cannot be read off, and `rounds` are taken.
     """
 
     total: Costs
@@ -113,13 +112,13 @@ class Counted(NamedTuple):
     loops: list[int | None]
 
 
-def count(text: str, slice_of: Mapping[int, int] | None = None, rounds: int = 1) -> Counted:
+def count(text: str, slices: int = 1, rounds: int = 1) -> Counted:
     """Count what a compiled program does.
 
     Args:
         text: `compiled.as_text()`, of any backend.
-        slice_of: the slice that each device number is in; None for one slice.
-        rounds: of a loop that only the data ends.
+        slices: that it was compiled for.
+        rounds: of a loop whose number of rounds cannot be read off, as one that only the data ends.
 
     Returns:
         The counts of one device.
@@ -132,15 +131,15 @@ def count(text: str, slice_of: Mapping[int, int] | None = None, rounds: int = 1)
         (5120.0, 1024.0)
     """
     module = hlo.parse(text)
-    counter = _Counter(module, slice_of or {}, rounds)
+    counter = _Counter(module, slices, rounds)
     total = counter.computation(module.entry, loops=True)
-    once = _Counter(module, slice_of or {}, 1).computation(module.entry, loops=False)
+    once = _Counter(module, slices, 1).computation(module.entry, loops=False)
     return Counted(total, once, counter.open_loops, counter.rounds)
 
 
 class _Counter:
-    def __init__(self, module: Module, slice_of: Mapping[int, int], unbounded: int):
-        self.module, self.slice_of, self.unbounded = module, slice_of, unbounded
+    def __init__(self, module: Module, slices: int, unbounded: int):
+        self.module, self.slices, self.unbounded = module, slices, unbounded
         self.open_loops: list[OpenLoop] = []
         self.rounds: list[int | None] = []
 
@@ -229,6 +228,8 @@ class _Counter:
             return float(min(a.bytes for a in sides) * sum(a.space == 0 for a in sides))
         if opcode.removesuffix("-start") in COLLECTIVES and opcode.endswith("-start"):
             return float(sum(a.main_bytes for a in out))  # which has the operands before the results
+        if opcode == "send":
+            return given[0].main_bytes
         if opcode in ("dynamic-slice", "slice", "gather"):
             return sum(a.main_bytes for a in out) + sum(a.bytes for a in out if given and given[0].space == 0)
         if opcode == "dynamic-update-slice":
@@ -282,31 +283,44 @@ class _Counter:
     def _collective(self, where: Computation, instruction: Instruction) -> tuple[Collective, float] | None:
         opcode = instruction.opcode.removesuffix("-start")
         if opcode in COLLECTIVES:
-            return self._described(where, instruction, opcode)
+            return _described(where, instruction, opcode)
+        if opcode == "send":
+            return self._between_slices(where, instruction)
         called = instruction.attribute("calls")
         if called is None or instruction.opcode.endswith(("-done", "-update")):
             return None
         inner = self.module.computations[called]
+        begins = any("AsyncCollectiveStart" in one.attributes for one in inner.instructions.values())
         for one in inner.instructions.values():
             if one.opcode in COLLECTIVES:
+                # One that goes on beside other work stands in several fusions, the first of which begins it.
+                if "async_collective_fusion_config" in one.attributes and not begins:
+                    return None
                 scattered = one.opcode == "all-reduce" and "reduce-scatter" in called.replace("_", "-")
-                return self._described(inner, one, "reduce-scatter" if scattered else one.opcode)
+                return _described(inner, one, "reduce-scatter" if scattered else one.opcode)
             if (nested := one.attribute("calls")) and one.opcode != "fusion":
                 found = self._collective(inner, dataclasses.replace(one, attributes=f"calls=%{nested}"))
                 if found:
                     return found
         return None
 
-    def _described(self, where: Computation, instruction: Instruction, operation: str) -> tuple[Collective, float]:
-        given = sum(a.bytes for a in _operands(where, instruction))
-        made = sum(a.bytes for a in instruction.arrays)
-        if instruction.opcode.endswith("-start"):
-            made -= given  # operands come before results
-        moved = max(given, made)
-        members = _groups(instruction.attributes)
-        group = max(map(len, members), default=0)
-        crosses = any(len({self.slice_of.get(i, 0) for i in one}) > 1 for one in members)
-        return Collective(operation, group, crosses), float(moved)
+    def _between_slices(self, where: Computation, instruction: Instruction) -> tuple[Collective, float] | None:
+        """What the hosts pass on for a device: programs of several slices have each slice's groups, and this."""
+        kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+        if not kind:
+            return None
+        named = kind[1].lower().replace("_", "-")
+        operation = "collective-permute" if named == "one-to-one" else named
+        moved = _operands(where, instruction)[0].bytes * (self.slices if operation == "all-gather" else 1)
+        return Collective(operation, self.slices, True), float(moved)
+
+
+def _described(where: Computation, instruction: Instruction, operation: str) -> tuple[Collective, float]:
+    given = sum(a.bytes for a in _operands(where, instruction))
+    made = sum(a.bytes for a in instruction.arrays)
+    if instruction.opcode.endswith("-start"):
+        made -= given  # operands come before results
+    return Collective(operation, _group(instruction.attributes)), float(max(given, made))
 
 
 def _estimated_cycles(instruction: Instruction) -> int:
@@ -372,16 +386,14 @@ def _convolution_flops(where: Computation, instruction: Instruction) -> float:
     return 2.0 * pairs * batch * features * right.dims[kernel.index("i")] / groups
 
 
-def _groups(attributes: str) -> list[list[int]]:
-    """The devices of each group of a communication."""
+def _group(attributes: str) -> int:
+    """Devices of each group of a communication."""
     if found := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", attributes):
-        return [[int(i) for i in one.split(",") if i] for one in re.findall(r"\{([\d,]*)\}", found[1])]
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        dims = [int(i) for i in found[3].split(",")]
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        if found[4]:
-            ids = ids.transpose([int(i) for i in found[4].split(",")])
-        return ids.reshape(int(found[1]), int(found[2])).tolist()
-    if found := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
-        return [[int(i) for i in one.split(",")] for one in re.findall(r"\{(\d+,\d+)", found[1] + "}")]
-    return []
+        return max(len(re.findall(r"\d+", one)) for one in re.findall(r"\{([\d,]*)\}", found[1]))
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
+        return int(found[1])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", found[1])}
+        axes = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", found[2])  # `'a'`, or of its size a factor: `'a':(2)4`
+        return math.prod(int(part or sizes[name]) for name, part in axes)
+    return 2 if "source_target_pairs=" in attributes else 0

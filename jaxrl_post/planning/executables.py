@@ -1,13 +1,17 @@
-"""Compiled programs in files, so that a run starts without compiling.
+"""Compiled programs in files, for code of your own that is to start without compiling.
 
-A file belongs to one version of JAX and its compiler, one kind of device and one layout: it says so, and is refused by
-any other. Those for TPUs are written where there is none; running one has not been tested on hardware.
+`jaxrl-post train` does not read them: it compiles what it needs, and finds it again in JAX's persistent cache
+(`JAX_COMPILATION_CACHE_DIR`). A file belongs to one version of JAX and of the compiler, and to a kind and number of
+devices: it says so, and is refused elsewhere. Those for TPUs are written where there is none; running one has not been
+tested on hardware. Mind that `jax[tpu]` pins a libtpu of its own, another one than the extra `compile` installs.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import pickle
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +43,9 @@ def save(compiled: Any, directory: str | os.PathLike[str], name: str) -> Path:
     payload, inputs, outputs = serialize_executable.serialize(compiled)
     path = Path(directory) / f"{name.replace('/', '-')}{SUFFIX}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = pickle.dumps({"versions": _versions(), "program": (payload, inputs, outputs)})
+    lies = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
+    devices = {device for one in lies for device in one.device_set}
+    content = pickle.dumps({"made_for": _circumstances(devices), "program": (payload, inputs, outputs)})
     partial = path.with_suffix(".partial")
     partial.write_bytes(content)
     partial.replace(path)
@@ -47,7 +53,7 @@ def save(compiled: Any, directory: str | os.PathLike[str], name: str) -> Path:
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """Read a compiled program; its devices must be here. Only read files that you trust: it is a pickle.
+    """Read a compiled program, for the first devices here. Only read files that you trust: it is a pickle.
 
     Args:
         path: a file that `save` wrote.
@@ -56,19 +62,27 @@ def load(path: str | os.PathLike[str]) -> Any:
         What is called as the jitted function was, with arrays of the very shapes and shardings.
 
     Raises:
-        ValueError: if another version of JAX wrote it, or the devices that it was compiled for are not here.
+        ValueError: if another version of JAX or its compiler wrote it, or it is for other devices, or for more.
     """
     found = pickle.loads(Path(path).read_bytes())
-    if found["versions"] != _versions():
-        raise ValueError(
-            f"{path} was compiled by {found['versions']}, but this is {_versions()}; compile it again with this version"
-        )
+    made, here = found["made_for"], _circumstances(jax.devices())
+    if made != here | {"devices": min(made["devices"], here["devices"])}:
+        raise ValueError(f"{path} was compiled for {_shown(made)}, but here is {_shown(here)}; compile it again")
     try:
-        return serialize_executable.deserialize_and_load(*found["program"])
+        used = jax.devices()[: made["devices"]]
+        return serialize_executable.deserialize_and_load(*found["program"], execution_devices=used)
     except Exception as error:  # of the runtime's own kinds
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} cannot be loaded on these {jax.device_count()} devices: {first}") from error
 
 
-def _versions() -> dict[str, str]:
-    return {"jax": jax.__version__, "jaxlib": jaxlib_version}
+def _circumstances(devices: Collection[Any]) -> dict[str, Any]:
+    """What a program depends on, beside its code."""
+    kinds = sorted({device.device_kind for device in devices})
+    found = {"devices": len(devices), "kind": ", ".join(kinds), "jax": jax.__version__, "jaxlib": jaxlib_version}
+    on_tpu = any(device.platform == "tpu" for device in devices)
+    return found | ({"libtpu": importlib.metadata.version("libtpu")} if on_tpu else {})
+
+
+def _shown(circumstances: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in circumstances.items())

@@ -37,7 +37,7 @@ ITEM_BITS = {
 """Bits of an element; every type of eight bits that begins with `f8` is eight."""
 
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
-_NAME = re.compile(r"%([\w.\-]+)")
+_NAME = re.compile(r"%([\w.\-]+(?:#\d+)*)")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _END = re.compile(r"^\}(, execution_thread=.*)?\s*$")  # of parts that run on a SparseCore
 _LINE = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ")
@@ -168,8 +168,30 @@ def arrays(shape: str) -> Iterator[Array]:
         yield Array(dtype, sizes, int(space[1]) if space else 0)
 
 
+def elements(shape: str) -> list[str]:
+    """The texts of a tuple's elements, which may be tuples.
+
+    Example:
+        >>> elements("(s32[], /*index=1*/(f32[2,3]{1,0:T(8,128)}, pred[]))")
+        ['s32[]', '(f32[2,3]{1,0:T(8,128)}, pred[])']
+    """
+    found, depth, start = [], 0, 1
+    text = re.sub(r"/\*.*?\*/", "", shape)
+    for at, character in enumerate(text):
+        depth += (character in "([{") - (character in ")]}")
+        if (character == "," and depth == 1) or depth == 0:
+            found.append(text[start:at].strip())
+            start = at + 1
+        if depth == 0:
+            break
+    return found
+
+
 def parse(text: str) -> Module:
     """Read the text of a compiled program (`compiled.as_text()`).
+
+    An element of a tuple that is written where it is used (`%tuple#1`, as newer compilers do) becomes an instruction of
+    that name, `get-tuple-element`, as older ones have it.
 
     Raises:
         ValueError: if it has no entry.
@@ -195,10 +217,20 @@ def parse(text: str) -> Module:
             computations[current.name] = current
             current = None
         elif made := _instruction(line):
+            for name in made.operands:
+                _add_element(current.instructions, name)  # type: ignore[arg-type]
             current.instructions[made.name] = made  # type: ignore[index]
     if entry is None:
         raise ValueError("this is no text of a compiled program: it has no ENTRY computation")
     return Module(computations, entry)
+
+
+def _add_element(instructions: dict[str, Instruction], name: str) -> None:
+    of, mark, index = name.rpartition("#")
+    if mark and name not in instructions:
+        _add_element(instructions, of)
+        shape = elements(instructions[of].shape)[int(index)]
+        instructions[name] = Instruction(name, "get-tuple-element", shape, (of,), "", f", index={index}", False)
 
 
 def _joined(text: str) -> Iterator[str]:

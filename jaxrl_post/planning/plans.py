@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxrl_post.planning import compiler, programs, report, summary
 from jaxrl_post.planning.chips import GIB, Chip, Topology
 from jaxrl_post.planning.programs import PARTS, ModelSizes
 from jaxrl_post.planning.report import Compiled
-from jaxrl_post.training.config import Config, ConfigError, MeshConfig
+from jaxrl_post.training.config import Config, ConfigError, ConfigWarning, MeshConfig, validate
 from jaxrl_post.training.setup import Setup
 
 __all__ = ["PARTS", "Layout", "compile_run", "describe", "layouts", "mesh_sizes", "suggest"]
@@ -62,7 +64,7 @@ class Layout:
     """A mesh and a number of micro-batches, and what they lead to.
 
     Attributes:
-        mesh: sizes of its axes.
+        mesh: sizes of all its axes.
         micro_batches: pieces of a batch.
         estimate: bytes of a device and seconds of a step, by a formula.
         compiled: the programs; empty where they were not compiled.
@@ -89,7 +91,7 @@ class Layout:
         return max(known) if known else None
 
     def overrides(self) -> list[str]:
-        """What to put on the command line."""
+        """What to put on the command line; nothing of the file's own mesh is left."""
         return [
             *(f"mesh.{name}={size}" for name, size in self.mesh.items()),
             f"training.micro_batches={self.micro_batches}",
@@ -115,21 +117,40 @@ def suggest(
 ) -> list[Layout]:
     """Layouts that fit, fastest first; then those that do not.
 
-    Meshes and micro-batches are first sorted by a formula for memory and time, which leaves out what cannot fit; the
-    best are compiled.
+    Meshes and micro-batches are sorted by a formula for time, and for memory where that is the same. What has no room
+    by the formula, and what `train` would refuse, is left out; of the rest the best of each mesh is compiled. If it
+    does not fit, the formula is too low for that mesh by so much, and another number of micro-batches may follow.
 
     Args:
         config: of the run; its mesh and micro-batches are left aside.
         wanted: the topology.
-        tries: most layouts that are compiled.
+        tries: most layouts that are compiled: what a step samples, and the step.
         say: told what is being compiled.
 
     Raises:
-        ConfigError: if not even the formula finds a layout with room.
+        ConfigError: if not even the formula finds a layout with room, or `train` would refuse them all.
     """
-    every = sorted(layouts(config, wanted), key=lambda one: one.estimate[1])
-    room = [one for one in every if one.estimate[0] <= wanted.chip.memory]
-    if not room:
+    every = sorted(layouts(config, wanted), key=lambda one: one.estimate[::-1])
+    room: dict[tuple[int, ...], float] = {}
+    refused: ConfigError | None = None
+    found: list[Layout] = []
+    for one in every:
+        mesh = tuple(one.mesh.values())
+        if len(found) == tries or one.estimate[0] > room.get(mesh, wanted.chip.memory):
+            continue
+        try:
+            changed = _changed(config, one)
+        except ConfigError as error:
+            refused = error
+            continue
+        say(f"trying {' '.join(one.overrides())}")
+        made = _compiled(changed, one, wanted, say)
+        found.append(made)
+        times_too_large = (made.peak or 0) / wanted.chip.memory
+        room[mesh] = one.estimate[0] / times_too_large if times_too_large > 1 else 0.0
+    if not found and refused is not None:
+        raise refused
+    if not found:
         least = min(every, key=lambda one: one.estimate[0], default=None)
         needs = "" if least is None else f"; the least needs about {least.estimate[0] / GIB:.1f} GiB a device"
         raise ConfigError(
@@ -139,23 +160,26 @@ def suggest(
                 "fewer or shorter completions"
             ]
         )
-    found = []
-    for one in room[:tries]:
-        say(f"trying {' '.join(one.overrides())}")
-        changed = dataclasses.replace(
-            config,
-            mesh=MeshConfig(**one.mesh),
-            training=dataclasses.replace(config.training, micro_batches=one.micro_batches),
-        )
-        try:
-            compiled = compile_run(changed, wanted, ("rollout", "step"), say=say)
-        except ValueError as error:  # a mesh that some part of the run cannot be split over
-            found.append(dataclasses.replace(one, problem=str(error)))
-            continue
-        step = summary.step(compiled, wanted)
-        light = tuple(dataclasses.replace(each, executable=None) for each in compiled)
-        found.append(dataclasses.replace(one, compiled=light, step=step))
     return sorted(found, key=lambda one: (not one.fits, (one.step or {}).get("seconds") or math.inf))
+
+
+def _changed(config: Config, layout: Layout) -> Config:
+    """The configuration with another layout, checked as `train` would check it."""
+    training = dataclasses.replace(config.training, micro_batches=layout.micro_batches)
+    changed = dataclasses.replace(config, mesh=MeshConfig(**layout.mesh), training=training)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConfigWarning)
+        return validate(changed, check_files=False)
+
+
+def _compiled(config: Config, layout: Layout, wanted: Topology, say: Callable[[str], None]) -> Layout:
+    try:
+        compiled = compile_run(config, wanted, ("rollout", "step"), say=say)
+    except Exception as error:  # one layout that some part of the run cannot be split over is no end of the search
+        return dataclasses.replace(layout, problem=str(error) or type(error).__name__)
+    problem = next((f"{one.program.name}: {one.problem}" for one in compiled if one.problem), None)
+    light = tuple(dataclasses.replace(one, executable=None) for one in compiled)
+    return dataclasses.replace(layout, compiled=light, problem=problem, step=summary.step(compiled, wanted))
 
 
 def layouts(config: Config, wanted: Topology) -> Iterator[Layout]:
@@ -174,23 +198,47 @@ def layouts(config: Config, wanted: Topology) -> Iterator[Layout]:
     stage = setup.stages[-1]
     pieces = scale.prompts if stage.method.unit in ("group", "batch") or config.training.share_prompts else scale.rows
     within = wanted.devices // wanted.slices
-    for tensor in (1, 2, 4, 8, 16):
-        if within % tensor or scale.heads % tensor:
+    for tensor, expert in itertools.product(_divisors(math.gcd(within, scale.heads)), _divisors(scale.experts)):
+        if within % (tensor * expert):
             continue
-        for fsdp in (n for n in range(1, within // tensor + 1) if (within // tensor) % n == 0):
-            data = wanted.devices // tensor // fsdp
-            for micro in (n for n in range(1, pieces + 1) if pieces % n == 0):
-                if (scale.rows // micro) % (data * fsdp) == 0:
-                    mesh = {"data": data, "fsdp": fsdp, "tensor": tensor}
-                    yield Layout(mesh, micro, scale.estimate(wanted, data, fsdp, tensor, micro))
+        for fsdp, micro in itertools.product(_divisors(within // tensor // expert), _divisors(pieces)):
+            data = wanted.devices // tensor // expert // fsdp
+            if (scale.rows // micro) % (data * fsdp * expert) == 0:
+                mesh = {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": 1, "expert": expert}
+                yield Layout(mesh, micro, scale.estimate(wanted.chip, mesh, micro))
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 class _Scale(NamedTuple):
-    """Sizes of a run that memory and time follow from: bytes are those of one device that holds everything."""
+    """Sizes of a run that memory and time follow from, as of one device that holds everything.
+
+    Attributes:
+        state: bytes.
+        trained: bytes of the parameters that are.
+        matrices: elements of all parameters.
+        routed: of these, those of experts.
+        sizes: of the model.
+        rows: sequences of a batch.
+        prompts: of a batch.
+        length: of a sequence, tokens.
+        new: of these, those that may be sampled.
+        width: of the model.
+        mlp: hidden units that a token goes through.
+        layers: how many.
+        heads: of the queries.
+        kv: of the keys.
+        experts: of a layer; 1 without.
+        cache: bytes of keys and values.
+        item: bytes of a number that is computed with.
+    """
 
     state: int
     trained: int
     matrices: float
+    routed: float
     sizes: ModelSizes
     rows: int
     prompts: int
@@ -201,9 +249,9 @@ class _Scale(NamedTuple):
     layers: int
     heads: int
     kv: int
+    experts: int
     cache: int
     item: int
-    passes: int
 
     @classmethod
     def of(cls, setup: Setup) -> _Scale:
@@ -212,7 +260,9 @@ class _Scale(NamedTuple):
         stage = setup.stages[-1]
         state, rollouts = setup.state_shapes(stage), setup.rollout_shapes(stage)
         params = jax.eval_shape(setup.policy.init, setup.key)
-        layers = params["layers"]
+        shapes = programs.weight_shapes(params)
+        attention, mlp = shapes["layers"]["attention"], shapes["layers"]["mlp"]
+        source = {} if setup.models.source is None else setup.models.source.config
         config = setup.config
         rows, length = rollouts.tokens.shape
         chosen = setup.trainable(stage).get("policy")
@@ -220,49 +270,54 @@ class _Scale(NamedTuple):
         moving = [True] * len(leaves) if chosen is None else jax.tree.leaves(chosen)
         trained = sum(x.size * x.dtype.itemsize for x, moves in zip(leaves, moving, strict=True) if moves)
         cache = jax.eval_shape(lambda: setup.policy.init_cache(rows, length - 1))
-        key = jax.tree.leaves(layers["attention"]["key"])[0].shape
-        query = jax.tree.leaves(layers["attention"]["query"])[0].shape
-        up = jax.tree.leaves(layers["mlp"]["up"])[0].shape
+        experts = mlp["up"].shape[1] if mlp["up"].ndim == 4 else 1
         return cls(
             state=sum(programs.state_bytes(state).values()),
             trained=trained,
-            matrices=sum(x.size for x in leaves),
+            matrices=sum(x.size for x in jax.tree.leaves(shapes)),
+            routed=sum(x.size for x in jax.tree.leaves(mlp) if x.ndim == 4),
             sizes=ModelSizes.of(setup),
             rows=rows,
             prompts=rollouts.num_prompts,
             length=length,
             new=config.rollout.max_new_tokens,
-            width=query[1],
-            mlp=up[-1] * (setup.models.source.config.get("num_experts_per_tok", 1) if setup.models.source else 1),
-            layers=query[0],
-            heads=query[2],
-            kv=key[2],
+            width=attention["query"].shape[1],
+            mlp=mlp["up"].shape[-1] * (source.get("num_experts_per_tok", 1) if experts > 1 else 1),
+            layers=attention["query"].shape[0],
+            heads=attention["query"].shape[2],
+            kv=attention["key"].shape[2],
+            experts=experts,
             cache=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) if stage.kind == "rollouts" else 0,
             item=2 if config.model.dtype == "bfloat16" else 4,
-            passes=stage.micro_batches,
         )
 
-    def estimate(self, wanted: Topology, data: int, fsdp: int, tensor: int, micro: int) -> tuple[float, float]:
-        """Bytes at the worst moment, and seconds of a step."""
-        chip: Chip = wanted.chip
-        shards = fsdp * tensor
-        local = self.rows / micro / (data * fsdp)
-        kept = local * self.length * self.width * self.item * self.layers
-        layer = local * self.length * (3 * self.mlp / tensor + 6 * self.width) * self.item
-        gathered = 2 * self.matrices / self.layers / tensor * self.item if fsdp > 1 else 0
+    def estimate(self, chip: Chip, mesh: Mapping[str, int], micro: int) -> tuple[float, float]:
+        """Bytes at the worst moment, and seconds of a step: of each part what takes longest, as in `Times.roofline`."""
+        data, tensor, expert = mesh["data"], mesh["tensor"], mesh["expert"]
+        split = mesh["fsdp"] * expert  # ways that what is no expert is split; the batch is, with data
+        devices, shards = data * split * tensor, split * tensor
+        local = self.rows / micro / (data * split)
+        token = self.width * self.item
+        # Weights of a pass as they are used: gathered, but for the experts of other devices.
+        others, routed = (n * self.item / tensor for n in (self.matrices - self.routed, self.routed / expert))
+        foreign = others * (1 - 1 / split) + routed * (1 - 1 / mesh["fsdp"])
+        cache = self.cache / (data * split * math.gcd(tensor, self.kv))
         head = 2 * self.sizes.head / tensor * self.item
+
+        layer = local * self.length * (3 * self.mlp / tensor * self.item + (4 + 2 * expert) * token)
+        gathered = 2 * (others + routed) / self.layers if foreign else 0
         gradient = self.trained / shards * (2 if micro > 1 else 1)
-        training = self.state / shards + gradient + kept + layer + gathered + head
-        sampling = self.state / shards + self.cache / (data * fsdp * math.gcd(tensor, self.kv)) + head
-        flops = 4 * self.sizes.forward(self.rows, self.length, self.rows * self.new) / wanted.devices
-        weights = self.matrices * self.item / tensor
-        sent = 4 * micro * weights * (1 - 1 / fsdp) + 2 * weights / fsdp * 2 * (1 - 1 / data)
-        sent += 8 * self.layers * local * micro * self.length * self.width * self.item * (1 - 1 / tensor)
-        decode = self.new * (
-            (weights / fsdp + self.cache / (data * fsdp * math.gcd(tensor, self.kv))) / chip.bandwidth
-            + weights * (1 - 1 / fsdp) / chip.interconnect
-        )
-        return max(training, sampling), flops / chip.flops + sent / chip.interconnect + decode
+        training = self.state / shards + gradient + local * self.length * token * self.layers + layer + gathered + head
+        sampling = self.state / shards + cache + head
+
+        # Weights four times a micro-batch: forward, forward again, and for two gradients.
+        flops = 4 * self.sizes.forward(self.rows, self.length, self.rows * self.new) / devices
+        read = 4 * micro * (others + routed)
+        sent = 4 * micro * foreign + 4 * (others + routed) / split * (1 - 1 / data)
+        sent += 8 * self.layers * local * micro * self.length * token * (1 - 1 / tensor + expert - 1)
+        step = max(flops / chip.flops, read / chip.bandwidth, sent / chip.interconnect)
+        decode = self.new * max((others + routed + cache) / chip.bandwidth, foreign / chip.interconnect)
+        return max(training, sampling), step + decode
 
 
 def describe(ranked: Sequence[Layout]) -> str:
@@ -283,6 +338,7 @@ def describe(ranked: Sequence[Layout]) -> str:
             ]
         )
     lines = summary.aligned(rows)
+    lines += [f"{' '.join(one.overrides())}: {one.problem}" for one in ranked if one.problem]
     nothing = "none of these fits; try more with --tries, or a larger slice"
     best = ranked[0] if ranked and ranked[0].fits else None
     lines += [f"take: {' '.join(best.overrides())}" if best else nothing]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,8 +19,10 @@ from jaxrl_post import data
 from jaxrl_post import mesh as mesh_lib
 from jaxrl_post.models.layers import CACHE_AXES
 from jaxrl_post.models.pretrained import known_configs
-from jaxrl_post.rollout import Prompts
+from jaxrl_post.models.quantize import Quantized
+from jaxrl_post.rollout import Exits, Prompts, SamplingParams
 from jaxrl_post.training import setup as setups
+from jaxrl_post.training.batches import GREEDY_REWARD
 from jaxrl_post.training.config import Config, ConfigError
 from jaxrl_post.training.sampler import compiled_generate
 from jaxrl_post.training.setup import Setup
@@ -29,7 +31,7 @@ from jaxrl_post.training.stages import Stage
 from jaxrl_post.training.subgroups import make_budgets
 from jaxrl_post.types import PyTree, Rollouts, TokenStats
 
-PARTS = ("rollout", "score", "step")
+PARTS = ("rollout", "score", "step", "evaluate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Program:
     """A jitted function of a run and the shapes that it is called with.
 
     Attributes:
-        name: `rollout`, `score` or `step`; of a run with several stages `step/<stage>`.
+        name: `rollout`, `rollout/greedy` (for methods that compare with it), `score`, `evaluate/greedy`,
+            `evaluate/sampled` or `step`; of a run with several stages `step/<stage>`.
         lower: gives what `.compile()` compiles.
         arguments: bytes on a device of what goes in, by kind.
         resident: bytes on a device of what stays there meanwhile and does not go in, by kind.
@@ -45,6 +48,7 @@ class Program:
         rounds: of a loop that only the data ends: the most that there can be.
         tokens: tokens of all devices that it samples, scores or trains on.
         model_flops: what the model's definition asks of all devices, without anything that is computed again.
+        needs: names of the programs that run before it in every step.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Program:
     rounds: int
     tokens: int
     model_flops: float
+    needs: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +81,11 @@ class _SizedTokenizer:
 
 
 class _PlannedSetup(Setup):
-    """A setup whose data need not be there."""
+    """A setup whose data need not be there: what a method keeps for each prompt has `data.size` rows."""
 
     @property
     def num_prompts(self) -> int:
-        options = self.config.data
-        there = options.task is not None or all(os.path.exists(file) for file in options.files)
-        return super().num_prompts if there else options.size
+        return self.config.data.size
 
 
 def plan(config: Config, devices: Sequence[Any]) -> Setup:
@@ -108,22 +111,24 @@ def plan(config: Config, devices: Sequence[Any]) -> Setup:
 
 
 def programs(setup: Setup, parts: Sequence[str] = PARTS) -> list[Program]:
-    """The programs of a run: sampling, scoring and the steps of its stages.
+    """The programs of a run: sampling, scoring, the steps of its stages, and sampling of held-out problems.
 
     Args:
         setup: from `plan`.
         parts: some of `PARTS`.
     """
-    found = []
+    found: list[Program] = []
     for stage in setup.stages:
         name = "step" if len(setup.stages) == 1 else f"step/{stage.name}"
         state, rollouts = setup.state_shapes(stage), setup.rollout_shapes(stage)
-        if stage.kind == "rollouts" and "rollout" in parts:
-            found.append(_rollout(setup, state))
+        if "rollout" in parts:
+            found += [_rollout(setup, stage, state, one) for one in _sampled(stage)]
         if stage.kind == "rollouts" and "score" in parts:
             found.append(_score(setup, stage, state, rollouts))
         if "step" in parts:
             found.append(_step(setup, stage, name, state, rollouts))
+        if stage is setup.stages[-1] and "evaluate" in parts:
+            found += _evaluations(setup, state)
     return found
 
 
@@ -142,6 +147,7 @@ def _step(setup: Setup, stage: Stage, name: str, state: Any, rollouts: Rollouts)
         1,
         rollouts.tokens.size,
         forward * (updated + len(stage.method.roles - stage.method.trains)),
+        _sampled(stage),
     )
 
 
@@ -180,13 +186,47 @@ def _score(setup: Setup, stage: Stage, state: Any, rollouts: Rollouts) -> Progra
     )
 
 
-def _rollout(setup: Setup, state: Any) -> Program:
-    config, params = setup.config, state.params["policy"]
-    count = config.rollout.prompts * config.curriculum.oversample
-    budgets = make_budgets(config)
+def _sampled(stage: Stage) -> tuple[str, ...]:
+    """Names of the programs that a step of the stage samples with."""
+    if stage.kind != "rollouts":
+        return ()
+    return ("rollout", "rollout/greedy") if GREEDY_REWARD in stage.method.wants else ("rollout",)
+
+
+def _rollout(setup: Setup, stage: Stage, state: Any, name: str) -> Program:
+    """One of `_sampled`, as `Batches` has it."""
+    if name == "rollout/greedy":
+        return _sampling(setup, state, name, SamplingParams(greedy=True), stage.batch_size, 1)
+    budgets, group = make_budgets(setup.config), setup.config.rollout.group_size
     parts = 1 if budgets is None else budgets.parts
-    group, new = config.rollout.group_size, config.rollout.max_new_tokens
-    length = config.data.max_prompt_length
+    return _sampling(setup, state, name, setup.sampling(), stage.batch_size, group, parts, setup.exits)
+
+
+def _evaluations(setup: Setup, state: Any) -> Iterator[Program]:
+    """What measuring on held-out problems samples, as `Evaluator` has it, if there are as many as may be."""
+    config = setup.config
+    options = config.eval
+    if not (options.problems and config.rewards and (config.data.task or config.data.eval_files)):
+        return
+    rows = config.rollout.prompts * config.curriculum.oversample * config.rollout.group_size
+    greedy, each = min(rows, options.problems), min(max(1, rows // options.samples), options.problems)
+    yield _sampling(setup, state, "evaluate/greedy", SamplingParams(greedy=True), greedy, 1)
+    yield _sampling(setup, state, "evaluate/sampled", setup.sampling(), each, options.samples)
+
+
+def _sampling(
+    setup: Setup,
+    state: Any,
+    name: str,
+    sampling: SamplingParams,
+    count: int,
+    group: int,
+    parts: int = 1,
+    exits: Exits | None = None,
+) -> Program:
+    """`group` completions of each of `count` problems, which have `parts` prompts each."""
+    params, config = state.params["policy"], setup.config
+    length, new = config.data.max_prompt_length, config.rollout.max_new_tokens
     prompts = _placed(
         Prompts(
             tokens=jax.ShapeDtypeStruct((count * parts, length), jnp.int32),  # type: ignore[arg-type]
@@ -196,10 +236,10 @@ def _rollout(setup: Setup, state: Any) -> Program:
         ),
         setup.mesh,
     )
-    sampling, key = setup.sampling()._replace(stop_tokens=setup.stop_tokens), _key(setup)
+    sampling, key = sampling._replace(stop_tokens=setup.stop_tokens), _key(setup)
 
     def lower() -> Any:
-        generate: Any = compiled_generate(setup.policy, sampling, new, group, parts, setup.exits)
+        generate: Any = compiled_generate(setup.policy, sampling, new, group, parts, exits)
         with jax.set_mesh(setup.mesh):
             return generate.lower(params, prompts, key, version=0)
 
@@ -207,15 +247,17 @@ def _rollout(setup: Setup, state: Any) -> Program:
     rows = count * group
     cache = jax.eval_shape(lambda: setup.policy.init_cache(rows, length + new - 1))
     sizes = ModelSizes.of(setup)
+    # A prompt is read once for all its completions, and gives their first token; the last token is not read.
+    read = sizes.forward(count * parts, length, count * parts)
     return Program(
-        "rollout",
+        name,
         lower,
         {"parameters": own, "batch": _bytes(prompts)},
         every | {"parameters": every["parameters"] - own},
         sum(_cache_bytes(leaf, setup.mesh) for leaf in jax.tree.leaves(cache)),
         new - 1,
         rows * new,
-        sizes.forward(rows, length, rows) + sizes.forward(rows, new, rows * new, before=length),
+        read + sizes.forward(rows, new - 1, rows * (new - 1), before=length),
     )
 
 
@@ -236,7 +278,7 @@ class ModelSizes:
     @classmethod
     def of(cls, setup: Setup) -> ModelSizes:
         """The sizes of a run's policy."""
-        shapes = jax.eval_shape(setup.policy.init, setup.key)
+        shapes = weight_shapes(jax.eval_shape(setup.policy.init, setup.key))
         source = {} if setup.models.source is None else setup.models.source.config
         chosen = source.get("num_experts_per_tok", 1)
         total = 0.0
@@ -245,14 +287,20 @@ class ModelSizes:
         for leaf in jax.tree.leaves(shapes["layers"]["mlp"]):
             experts = leaf.shape[1] if leaf.ndim == 4 else 1
             total += leaf.size * (chosen / experts if experts > 1 else 1) if leaf.ndim > 2 else 0
-        query = jax.tree.leaves(shapes["layers"]["attention"]["query"])[0].shape
-        head = jax.tree.leaves(shapes["embedding"])[0].size
+        query, head = shapes["layers"]["attention"]["query"].shape, shapes["embedding"].size
         return cls(total, head, query[0] * query[-2] * query[-1])
 
     def forward(self, rows: int, length: int, scored: int, *, before: int = 0) -> float:
         """Operations of `rows` rows of `length` tokens after `before` others, `scored` of all of which have logits."""
         seen = rows * (length * before + length * (length + 1) / 2)
         return 2.0 * (rows * length * self.per_token + scored * self.head) + 4.0 * self.attention * seen
+
+
+def weight_shapes(params: PyTree) -> PyTree:
+    """Shapes of parameters, of quantized ones those of the weights that they stand for."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params, is_leaf=lambda x: isinstance(x, Quantized)
+    )
 
 
 def _tokens(setup: Setup, rollouts: Rollouts) -> tuple[int, int, int]:

@@ -52,9 +52,11 @@ class Compiled:
             `code`; kinds that stay in memory without going in are among them.
         peak: bytes at the worst moment, with what stays there meanwhile; None where the compiler gave up.
         fits: whether that is within the chip's memory.
-        problem: the compiler's words, if it gave up.
+        problem: the compiler's words, if it gave up, for want of memory or for another reason.
         largest: the largest arrays at the worst moment.
         total: operations and traffic; None if the compiler wrote no text.
+        unread_loops: those of which neither the program nor the compiler says how often they run; they are counted
+            `program.rounds` times.
         phases: parts of it, `prefill` and `decode` of a rollout.
         xla: what `cost_analysis` says, with loops counted once.
         once: the same by our count, to be held against it.
@@ -71,6 +73,7 @@ class Compiled:
     problem: str | None = None
     largest: tuple[buffers.Buffer, ...] = ()
     total: Costs | None = None
+    unread_loops: int = 0
     phases: dict[str, Costs] = dataclasses.field(default_factory=dict)
     xla: dict[str, float] = dataclasses.field(default_factory=dict)
     once: Costs | None = None
@@ -88,7 +91,8 @@ def compile_program(program: Program, topology: Topology) -> Compiled:
         topology: that its mesh is on.
 
     Returns:
-        The account, also of a program that does not fit.
+        The account, also of a program that does not fit, or that the compiler gives up on: one that fails does not
+        take away what is known of others.
     """
     began = time.perf_counter()
     executable, problem = None, None
@@ -98,15 +102,12 @@ def compile_program(program: Program, topology: Topology) -> Compiled:
         lowered = program.lower()
         try:
             executable = lowered.compile(compiler_options={"xla_dump_to": notes})
-        except Exception as error:
-            if not out_of_memory(str(error)):
-                raise
-            problem = next(line for line in str(error).splitlines() if out_of_memory(line)).strip()
-        text = _text(Path(notes))
+        except Exception as error:  # of many kinds: the compiler's, that of its kernels, the runtime's
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            problem = next(filter(out_of_memory, lines), lines[0])
+        text = _text(Path(notes)) if problem is None or out_of_memory(problem) else None
     seconds = time.perf_counter() - began
-    counted = (
-        None if text is None else costs.count(text, compiler.slice_of(topology.name, topology.slices), program.rounds)
-    )
+    counted = None if text is None else costs.count(text, topology.slices, program.rounds)
     local = [] if text is None else buffers.at_peak(text)
     memory, peak = _memory(program, executable, local, problem)
     chip = topology.chip
@@ -133,6 +134,7 @@ def compile_program(program: Program, topology: Topology) -> Compiled:
     return dataclasses.replace(
         made,
         total=counted.total,
+        unread_loops=counted.loops.count(None),
         once=counted.once,
         phases=phases,
         times=times(counted.total, chip),
@@ -157,8 +159,9 @@ def _memory(
     memory = {kind: program.arguments.get(kind, 0) + program.resident.get(kind, 0) for kind in kinds}
     outside = sum(program.resident.values())
     if executable is None:
-        temporary = sum(one.bytes for one in local)
-        memory |= {"cache": program.cache, "temporary": max(0, temporary - program.cache)}
+        if local:
+            temporary = sum(one.bytes for one in local)
+            memory |= {"cache": program.cache, "temporary": max(0, temporary - program.cache)}
         stated = re.search(r"\(([\d.]+)([GM])\) exceeds", problem or "")
         unit = 2**30 if stated and stated[2] == "G" else 2**20
         return memory, int(float(stated[1]) * unit) + outside if stated else None

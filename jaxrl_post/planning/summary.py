@@ -48,7 +48,7 @@ def as_json(compiled: Sequence[Compiled], topology: Topology, mesh: Mapping[str,
 
 
 def step(compiled: Sequence[Compiled], topology: Topology) -> dict[str, float | None] | None:
-    """One step of the run's last stage: sampling and training one after the other; rewards are not in it.
+    """One step of the run's last stage: what it samples and its train step, one after the other, without rewards.
 
     Args:
         compiled: the programs of a run.
@@ -56,12 +56,17 @@ def step(compiled: Sequence[Compiled], topology: Topology) -> dict[str, float | 
 
     Returns:
         `seconds` (the larger of the two that follow), `roofline_seconds`, `compiler_seconds`, `tokens_per_second` (that
-        are trained on) and `mfu` (of the model's own operations, by `seconds`); None if a program did not compile.
+        are trained on) and `mfu` (of the model's own operations, by `seconds`); None if one of these programs is not
+        among `compiled`, or did not compile.
     """
-    parts = [one for one in compiled if one.program.name == "rollout"]
-    parts += [one for one in compiled if one.program.name.startswith("step")][-1:]
+    by_name = {one.program.name: one for one in compiled}
+    trains = [name for name in by_name if name.startswith("step")]
+    if not trains:
+        return None
+    names = (*by_name[trains[-1]].program.needs, trains[-1])
+    parts = [by_name[name] for name in names if name in by_name]
     known = [one.times for one in parts if one.times is not None]
-    if len(known) < len(parts) or not parts:
+    if len(known) < len(names):
         return None
     roofline = sum(one.roofline for one in known)
     estimates = [_estimate(one) for one in known]
@@ -123,6 +128,7 @@ def _program(one: Compiled, topology: Topology) -> dict[str, Any]:
         "peak_bytes": one.peak,
         "largest": [buffer._asdict() for buffer in one.largest],
         "costs": _costs(one.total),
+        "unread_loops": one.unread_loops,
         "phases": {
             name: {"costs": _costs(part), "seconds": _times(one.phase_times[name])} for name, part in one.phases.items()
         },
@@ -182,6 +188,12 @@ def table(compiled: Sequence[Compiled], topology: Topology, mesh: Mapping[str, i
             lines += [f"  {b.bytes / GIB:7.2f} GiB  {b.shape}  {b.source}" for b in one.largest] + [""]
         if one.total is not None and one.total.unknown_kernels:
             lines += [f"{one.program.name}: kernels that do not say what they cost: {one.total.unknown_kernels}", ""]
+        if one.unread_loops > (one.program.rounds > 1):  # of those that sample, the loop over tokens is one
+            lines += [
+                f"{one.program.name}: loops that do not say how often they run: {one.unread_loops}, counted "
+                f"{one.program.rounds} times",
+                "",
+            ]
     whole = step(compiled, topology)
     if whole is not None:
         lines += [
@@ -189,11 +201,13 @@ def table(compiled: Sequence[Compiled], topology: Topology, mesh: Mapping[str, i
             f"{_number(whole['tokens_per_second'])} tokens/s, {100 * (whole['mfu'] or 0):.1f}% of peak (MFU)",
             "",
         ]
+    else:
+        lines += ["a step: not known, since not every program of it was compiled", ""]
     return "\n".join([*lines, NOTE])
 
 
 def _columns(one: Compiled) -> list[tuple[str, Costs | None, Times | None]]:
-    if one.phases:
+    if one.phases and not one.program.name.startswith("evaluate"):
         return [(f"{one.program.name} {name}", part, one.phase_times[name]) for name, part in one.phases.items()]
     return [(one.program.name, one.total, one.times)]
 

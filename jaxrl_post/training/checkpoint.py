@@ -24,7 +24,7 @@ from jaxrl_post.types import Array, PyTree
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 4
-"""How often `Checkpointer.commit` tries to save."""
+"""How often a save is tried."""
 
 PAUSE_SECONDS = 2.0
 """Between the first two of them; twice as long each time."""
@@ -128,16 +128,27 @@ class Checkpointer:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: PyTree, run: dict[str, Any], *, frozen: Collection[str] = ()) -> None:
-        """Save in the background. Returns once `state` may be donated.
+        """Save in the background, after what is being saved. Returns once `state` may be donated.
+
+        A store that fails before that, or has failed with the save before, is tried again; what goes wrong later
+        `failure` tells.
 
         Args:
-            step: larger than any step saved before.
+            step: larger than any step saved before; nothing is done if it is saved already.
             state: arrays.
             run: what else the run needs, as JSON.
             frozen: paths (`params/policy/embedding`) of arrays that do not change: they are written once, and again
                 only if they have changed after all.
+
+        Raises:
+            CheckpointError: if it failed every time.
         """
         started = time.monotonic()
+        self._try(step, lambda: self._write(step, state, run, frozen), ATTEMPTS)
+        if (seconds := time.monotonic() - started) > SLOW_SECONDS:
+            logger.warning("saving step %d kept training waiting for %.0f s: the store is slow", step, seconds)
+
+    def _write(self, step: int, state: PyTree, run: dict[str, Any], frozen: Collection[str]) -> None:
         leaves = named(_with_raw_keys(state))
         prints = fingerprints(leaves)
         groups: dict[str, dict[str, Array]] = {}
@@ -156,15 +167,14 @@ class Checkpointer:
         moving = {name: leaf for name, leaf in leaves.items() if name not in frozen}
         args = self._ocp.args.Composite(state=self._ocp.args.PyTreeSave(moving), record=self._ocp.args.JsonSave(record))
         self._manager.save(step, args=args, force=True)
-        if (seconds := time.monotonic() - started) > SLOW_SECONDS:
-            logger.warning("saving step %d kept training waiting for %.0f s: the store is slow", step, seconds)
 
     def _save_frozen(self, place: str, leaves: dict[str, Array]) -> None:
         target = self._frozen / place
-        if distributed.on_main(target.exists):
+        # In a bucket there is no renaming: a directory has its name before all of it is written.
+        if distributed.on_main(lambda: self._ocp.utils.is_checkpoint_finalized(target)):
             return
         with self._ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(target, leaves)
+            checkpointer.save(target, leaves, force=True)
 
     @property
     def _frozen(self) -> epath.Path:
@@ -183,19 +193,34 @@ class Checkpointer:
         self._reopen()
         return f"a checkpoint could not be saved ({problem or 'on another host'}); the newest is {self._newest()}"
 
-    def commit(self, step: int, state: PyTree, run: dict[str, Any], *, frozen: Collection[str] = ()) -> None:
-        """`save`, unless the step is saved already, and wait until it is there; a store that fails is tried again.
+    def commit(
+        self,
+        step: int,
+        state: PyTree,
+        run: dict[str, Any],
+        *,
+        frozen: Collection[str] = (),
+        attempts: int = ATTEMPTS,
+    ) -> None:
+        """`save` and wait until it is there; a store that fails meanwhile is tried again, `attempts` times in all.
 
         Raises:
             CheckpointError: if it failed every time.
         """
-        for attempt in range(1, ATTEMPTS + 1):
+
+        def write() -> None:
+            self._write(step, state, run, frozen)
+            self.wait()
+
+        self._try(step, write, attempts)
+
+    def _try(self, step: int, write: Callable[[], None], attempts: int) -> None:
+        for attempt in range(1, attempts + 1):
             problem: str | None = None
             try:
                 self.wait()  # for a save under way, which may be of this step
                 if step not in self.steps():
-                    self.save(step, state, run, frozen=frozen)
-                    self.wait()
+                    write()
             except Exception as error:
                 if distributed.lost_peer(error):
                     raise
@@ -204,11 +229,11 @@ class Checkpointer:
                 return
             problem = problem or "on another host"
             self._reopen()
-            if attempt < ATTEMPTS:
+            if attempt < attempts:
                 logger.warning("checkpoint %d could not be saved (%s); trying again", step, problem)
                 time.sleep(PAUSE_SECONDS * 2 ** (attempt - 1))
         raise CheckpointError(
-            f"checkpoint {step} could not be saved to {self.directory}, tried {ATTEMPTS} times ({problem}); the newest "
+            f"checkpoint {step} could not be saved to {self.directory}, tried {attempts} times ({problem}); the newest "
             f"is {self._newest()}. Look for a full disk or missing permissions, and resume the run"
         )
 

@@ -12,8 +12,10 @@ import jax
 
 from jaxrl_post import models
 from jaxrl_post.data import load_tokenizer
+from jaxrl_post.models.hub import HUB, writable_directory
 from jaxrl_post.models.orbax_io import is_orbax, restore_orbax, save_orbax
 from jaxrl_post.training.model_setup import export
+from jaxrl_post.training.run_files import in_bucket
 
 _WEIGHTS = (".safetensors", ".bin", ".index.json", ".gguf", ".h5", ".msgpack")
 
@@ -22,21 +24,23 @@ def convert(source: str, target: str, *, dtype: str | None = None) -> str:
     """Write the model of `source` in its other form.
 
     Args:
-        source: the directory of a run, of adapters in PEFT's format, of a Hugging Face checkpoint (or its hub id), or
-            of an Orbax checkpoint that came from one.
-        target: directory to write. From a run or Orbax it becomes a Hugging Face checkpoint, with adapters merged into
-            the model and, beside it, in PEFT's format; from adapters the model that they belong to with them merged;
-            from a Hugging Face checkpoint an Orbax one.
+        source: the directory of a run (which may be in a bucket), of adapters in PEFT's format, of a Hugging Face
+            checkpoint (or its hub id), or of an Orbax checkpoint that came from one.
+        target: directory to write, on this machine. From a run or Orbax it becomes a Hugging Face checkpoint, with
+            adapters merged into the model and, beside it, in PEFT's format; from adapters the model that they belong
+            to with them merged; from a Hugging Face checkpoint an Orbax one.
         dtype: of the parameters; None for that of the source.
 
     Returns:
         What was written, in words.
 
     Raises:
-        ValueError: if the source is none of these, its adapters do not name their model, or the target holds a model
-            already.
+        ValueError: if the source is none of these, its adapters do not name their model, or the target is an address
+            or holds a model already.
     """
-    if (Path(source) / "config.yaml").is_file():
+    writable_directory(target)
+    # Nothing but runs is read from buckets.
+    if (in_bucket(source) and not source.startswith(HUB)) or (Path(source) / "config.yaml").is_file():
         from jaxrl_post.training.inference import load_run
 
         setup, params = load_run(source)

@@ -23,7 +23,7 @@ HEARTBEAT_SECONDS = 30
 """A process that has not been heard of for so long is dead, and the others stop."""
 
 SHUTDOWN_SECONDS = 15
-"""How long a process that ends waits for the others."""
+"""How long a process waits for the others once all of them have come to the end of their `session`."""
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _LOST = ("gloo", "closed by peer", "connection reset", "coordination service", "heartbeat", "another task died")
@@ -39,12 +39,16 @@ class PeerError(ValueError):
     """Another process of the run failed, so that this one stops too."""
 
 
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop, and every process does, after the same step."""
+
+
 def initialize(environment: Mapping[str, str] = os.environ) -> int:
     """Join the processes of this run, before any device is touched; a process on its own needs nothing.
 
     On TPU pods, and wherever else JAX detects a cluster (Slurm, Open MPI, GKE), everything is found automatically.
     Elsewhere the environment says it: `JAX_COORDINATOR_ADDRESS` (`host:port` of process 0), `JAX_NUM_PROCESSES` and
-    `JAX_PROCESS_ID`, for each process. A process that dies makes the others stop within a minute.
+    `JAX_PROCESS_ID`, for each process. A process that dies makes the others stop within a minute, see `session`.
 
     Args:
         environment: where the variables are looked up.
@@ -94,17 +98,23 @@ set all of JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID, or none
 
 @contextlib.contextmanager
 def session(report: Callable[[Exception], int]) -> Iterator[None]:
-    """Join the processes of this run, and leave them at once if something goes wrong here.
+    """Join the processes of this run; leave together at its end, and at once if something goes wrong here.
 
-    A process that waits for others in its own end keeps them waiting too: they are in the middle of a step, and see
-    that it is gone only when it is.
+    At the end the first process still has files to write when the others are done, which wait for it. After an error
+    nobody waits: the others are in the middle of a step, and see that a process is gone only when it is. They exit with
+    75 (`os.EX_TEMPFAIL`), or with 134 (SIGABRT) where the runtime of JAX notices first and aborts the process.
 
     Args:
         report: tells the user about an error of this process, and returns the exit status.
     """
     initialize()
     try:
-        yield
+        try:
+            yield
+        except Stopped:
+            any_process(False)
+            raise
+        any_process(False)
     except Exception as error:
         if jax.process_count() == 1:
             raise

@@ -7,6 +7,7 @@ not have to sample again. Without them the same rollouts are sampled once more: 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +15,12 @@ import jax
 from etils import epath
 
 from jaxrl_post import mesh as mesh_lib
+from jaxrl_post.training import distributed
 from jaxrl_post.training.batches import Batch, Cursor
 from jaxrl_post.training.checkpoint import Checkpointer, CheckpointError
 from jaxrl_post.training.setup import Setup, Stage
+
+logger = logging.getLogger(__name__)
 
 
 class Waiting(NamedTuple):
@@ -42,22 +46,32 @@ class InFlight:
         self._directory = epath.Path(directory)
         self._store: Checkpointer | None = None
 
-    def save(self, setup: Setup, step: int, batch: Batch, cursor: Cursor) -> None:
-        """Keep a batch.
+    def save(self, setup: Setup, step: int, batch: Batch, cursor: Cursor) -> bool:
+        """Keep a batch, if the store takes it at once: there may be little time left, and it can be sampled again.
 
         Args:
             setup: the run's parts.
             step: of the checkpoint with whose parameters it was sampled.
             batch: not trained on yet.
             cursor: that of the checkpoint, with the data's position after the batch.
+
+        Returns:
+            Whether it is kept; what stood in the way is logged.
         """
         if batch.rollouts is None:
             raise ValueError("there is nothing to keep of a batch without rollouts")
-        self._store = self._store or Checkpointer(self._directory, keep=1)
         # What only each process has by itself (budgets) goes onto the mesh, where all arrays of a checkpoint are.
         rollouts = mesh_lib.place(batch.rollouts, mesh_lib.rollout_shardings(batch.rollouts, setup.mesh))
         kept = {name: getattr(batch, name) for name in ("metrics", "sequences", "tokens", "shown")}
-        self._store.commit(step, rollouts, {**kept, "cursor": dataclasses.asdict(cursor)})
+        try:
+            self._store = self._store or Checkpointer(self._directory, keep=1)
+            self._store.commit(step, rollouts, {**kept, "cursor": dataclasses.asdict(cursor)}, attempts=1)
+        except Exception as error:  # whatever the store raises
+            if distributed.lost_peer(error):
+                raise
+            logger.warning("the rollouts in flight were not saved and will be sampled again: %s", error)
+            return False
+        return True
 
     def restore(self, setup: Setup, stage: Stage, step: int, cursor: Cursor) -> Waiting | None:
         """The batch that waits after a step, if there is one.

@@ -43,10 +43,10 @@ def load_run(
         CheckpointError: if it holds no checkpoint that can be read.
     """
     files = RunFiles(run_dir)
-    files.pull()
     checkpoint_dir = files.root / CHECKPOINTS
-    # The data that it was trained on may be gone by now.
-    config = configs.load(files.local / CONFIG_FILE, overrides, check_files=False)
+    with files.reading(CONFIG_FILE) as path:
+        # The data that it was trained on may be gone by now.
+        config = configs.load(path, overrides, check_files=False)
     if mesh is not None:
         config = dataclasses.replace(config, mesh=mesh)
     sizes = dataclasses.asdict(config.mesh)

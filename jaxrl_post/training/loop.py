@@ -65,7 +65,7 @@ def run(config: Config) -> None:
 
     Raises:
         ValueError: for whatever the user can change; the message says what.
-        KeyboardInterrupt: on SIGINT or SIGTERM, after the step under way has been saved.
+        Stopped: on SIGINT or SIGTERM, after the step under way has been saved; it is a KeyboardInterrupt.
     """
     with contextlib.ExitStack() as held:
         asked = held.enter_context(stop_requests())
@@ -173,7 +173,7 @@ def run_stage(
         State, cursor and number of steps at the end of the stage.
 
     Raises:
-        KeyboardInterrupt: if it was asked to stop, after saving.
+        Stopped: if it was asked to stop, after saving.
     """
     config = setup.config
     evaluator, checkpoints, in_flight, files, log, progress, stop_requested = services
@@ -190,9 +190,10 @@ def run_stage(
         batch, waiting = batches.next(state, cursor) if waiting is None else waiting.batch, None
         if batch.sampled is not None and batch.rollouts is not None and stop_requested():
             checkpoints.commit(done, state, dataclasses.asdict(cursor), frozen=frozen)
-            in_flight.save(setup, done, batch, dataclasses.replace(cursor, data=batches.position()))
-            progress.message(f"stopped after step {done}, which is saved with the rollouts of the next one")
-            raise KeyboardInterrupt
+            kept = in_flight.save(setup, done, batch, dataclasses.replace(cursor, data=batches.position()))
+            also = " with the rollouts of the next one" if kept else ""
+            progress.message(f"stopped after step {done}, which is saved{also}")
+            raise distributed.Stopped
         prepared = time.perf_counter()
         metrics = {**batch.metrics, "learning_rate": float(np.asarray(stage.schedule(cursor.updates)))}
         if batch.rollouts is None:
@@ -251,7 +252,7 @@ def run_stage(
                 files.push()
         if stopping:
             progress.message(f"stopped after step {done}, which is saved")
-            raise KeyboardInterrupt
+            raise distributed.Stopped
     if stage.until is not None and not cursor.ended:
         progress.message(
             f"the warm start took all its {stage.steps} steps without reaching an accuracy of {stage.until}; going on"

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxrl_post import mesh as mesh_lib
 from jaxrl_post import models
 from jaxrl_post.data import Tokenizer, load_tokenizer
-from jaxrl_post.models.hub import local_directory
+from jaxrl_post.models.hub import local_directory, writable_directory
 from jaxrl_post.training.config import ModelConfig
 from jaxrl_post.training.config.schema import NOT_SIZES
 from jaxrl_post.training.router import RouterLoss
@@ -213,7 +213,8 @@ def check_export(model: ModelConfig, made: Models, tokenizer: Tokenizer) -> None
     """Raise ValueError for an export that would fail, or overwrite what the run starts from, after training."""
     if model.export is None:
         return
-    if model.path is not None and Path(model.path).absolute() == Path(model.export).absolute():
+    target = writable_directory(model.export).absolute()
+    if model.path is not None and Path(model.path).absolute() == target:
         raise ValueError(
             f"model.export is model.path, {model.path}: the checkpoint would be overwritten; choose another"
         )

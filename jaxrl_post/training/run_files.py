@@ -7,10 +7,13 @@ is later. The checkpoints themselves are written to the bucket directly.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import logging
+import os
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from etils import epath
@@ -42,7 +45,7 @@ class RunFiles:
         run_dir: a local directory, or one in a bucket (`gs://bucket/run`).
 
     Attributes:
-        local: where they are read and written.
+        local: where the process that trains reads and writes them.
         root: the directory that was given; checkpoints are in it.
 
     Raises:
@@ -58,7 +61,8 @@ class RunFiles:
         if str(run_dir).startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
             raise BucketError(f"{run_dir}: gcsfs is not installed; pip install 'jaxrl-post[gcs]'")
         name = hashlib.sha256(str(run_dir).encode()).hexdigest()[:16]
-        self.local = Path(tempfile.gettempdir()) / "jaxrl_post_runs" / name
+        user = getattr(os, "getuid", int)()  # Windows has no ids, but temporary directories of each user
+        self.local = Path(tempfile.gettempdir()) / f"jaxrl_post_runs_{user}" / name
 
     def pull(self) -> None:
         """Bring the local copy to what the bucket holds. Nothing to do for a local directory.
@@ -66,12 +70,34 @@ class RunFiles:
         Raises:
             BucketError: if the bucket cannot be read.
         """
-        if not self._remote:
-            return
-        self.local.mkdir(parents=True, exist_ok=True)
+        if self._remote:
+            self.local.mkdir(parents=True, exist_ok=True)
+            self._copy(COPIED, self.local)
+
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[Path]:
+        """A file of the run, for whoever looks at it; `local` is left alone, where the run may be training.
+
+        Args:
+            name: of the file.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            BucketError: if the bucket cannot be read.
+        """
+        with contextlib.ExitStack() as held:
+            directory = self.local
+            if self._remote:
+                directory = Path(held.enter_context(tempfile.TemporaryDirectory()))
+                self._copy([name], directory)
+            if not (directory / name).is_file():
+                raise FileNotFoundError(f"{self.root} is not the directory of a run: it holds no {name}")
+            yield directory / name
+
+    def _copy(self, names: Iterable[str], directory: Path) -> None:
         try:
-            for name in COPIED:
-                source, target = self.root / name, self.local / name
+            for name in names:
+                source, target = self.root / name, directory / name
                 if source.exists():
                     target.write_bytes(source.read_bytes())
                 else:

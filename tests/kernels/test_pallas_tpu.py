@@ -327,7 +327,10 @@ def check_memory(chip, width, vocabulary):
     assert backward.memory_analysis().temp_size_in_bytes <= 64 * MIB + 4 * T * width
 
 
-@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
+@pytest.mark.parametrize(
+    "chip",
+    ["v5e", pytest.param("v5p", marks=pytest.mark.nightly), pytest.param("v6e", marks=pytest.mark.nightly), "tpu7x"],
+)
 def test_the_kernels_compile_for_every_chip_and_take_no_memory_to_speak_of(chip):
     check_memory(chip, 1024, 151936)
 

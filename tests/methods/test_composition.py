@@ -91,7 +91,7 @@ def test_old_logp_is_the_sampler_s_or_the_recomputed_one():
         (lambda: methods.sft(aggregation="seq_mean_token_sum_norm"), "divides by horizon"),
         (lambda: methods.mc_grpo(kl_estimator="k9"), "kl_estimator must be one of k1, k2, k3, abs"),
         (lambda: methods.ppo(gamma=2), "gamma must be between 0 and 1"),
-        (lambda: methods.dpo(beta=-1), "beta must be at least 0"),
+        (lambda: methods.dpo(beta=0.0), "beta must be above 0, got 0.0"),
     ],
 )
 def test_a_keyword_without_meaning_is_an_error_where_the_method_is_made(make, message):

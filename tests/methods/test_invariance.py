@@ -1,11 +1,12 @@
-"""What may not change an update of any method: how the batch is cut, and over how many devices it lies.
+"""Every configuration of `configs/methods` trains tabular policies two steps.
 
-On tabular policies, for every configuration of `configs/methods`.
+They stay finite, move, and not as by GRPO; how the batch is cut, and over how many devices it lies, changes nothing.
 """
 
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from jaxrl_post import methods, training
 from jaxrl_post.mesh import make_mesh
 from tests.claims import lab
-from tests.methods.test_method_configs import PATHS, load, named_as_in, with_extras
+from tests.methods.test_method_configs import PATHS, SAME_AS_GRPO, load, named_as_in, with_extras
 
 TASK = lab.Task(prompts=4, vocab=3, length=4, judge=lambda rollouts, key: rollouts)
 
@@ -33,30 +34,48 @@ def rollouts(group_size):
 
 def updated(method, batch, **options):
     params = {}
-    for number, role in enumerate(sorted(method.roles)):
-        logits = table(10 + number)
+    for number, role in enumerate(sorted({"policy", *method.roles})):
+        logits = table(0) + 0.3 * table(10 + number)  # near those that sampled, whose tokens no method may all refuse
         params[role] = {"logits": logits, "value": logits[..., 0]} if "value" in method.needs.get(role, ()) else logits
-    params = {"policy": table(10), **params}
     state = training.init(
         params, method, optax.sgd(0.1), jax.random.key(5), rollouts=jax.eval_shape(lambda: batch), num_prompts=4,
         mesh=options.get("mesh"),
     )  # fmt: skip
     step = training.make_step(lab.score, method, optax.sgd(0.1), **options)
+    before = jax.device_get(state.params)
     for _ in range(2):  # the second step of a method with a memory is another than its first
-        state, _ = step(state, batch)
-    return {role: jax.device_get(state.params[role]) for role in method.trains}
+        state, metrics = step(state, batch)
+    assert int(metrics["nonfinite_updates"]) == 0
+    return tuple({role: jax.device_get(params[role]) for role in method.trains} for params in (before, state.params))
+
+
+@functools.cache
+def by_grpo(group_size):
+    return updated(methods.grpo(), rollouts(group_size))[1]["policy"]
+
+
+def largest_difference(one, other):
+    flat, other = (jax.flatten_util.ravel_pytree(tree)[0] for tree in (one, other))
+    assert bool(jnp.all(jnp.isfinite(flat)))
+    return float(jnp.max(jnp.abs(flat - other)))
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-def test_micro_batches_and_devices_change_no_update(path):
+def test_two_steps_are_the_methods_own_and_do_not_depend_on_micro_batches_or_devices(path):
     config = load(path)
     method = getattr(methods, config.method.name)(**config.method.keywords)
     if method.learns_from != "rollouts":
         pytest.skip("learns from given pairs; their batch is cut in test_token_rewards and in tests/training/test_step")
-    batch = named_as_in(config, rollouts(max(method.min_group, 4)))
-    whole = updated(method, batch)
+    size = max(method.min_group, 4) + (path.stem == "mc-grpo")
+    batch = named_as_in(config, rollouts(size))
+    before, whole = updated(method, batch)
+    for role in method.trains:
+        assert largest_difference(whole[role], before[role]) > 1e-7, f"{role} did not move"
+    if path.stem not in SAME_AS_GRPO:
+        assert largest_difference(whole["policy"], by_grpo(size)) > 1e-7, "moves exactly as plain GRPO does"
+
     cut = {} if method.unit == "batch" else {"micro_batches": 2}
-    parts = updated(method, batch, mesh=make_mesh(data=2), **cut)
+    _, parts = updated(method, batch, mesh=make_mesh(data=2), **cut)
     for role in method.trains:
         for a, b in zip(jax.tree.leaves(whole[role]), jax.tree.leaves(parts[role]), strict=True):
             np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6, err_msg=role)

@@ -1,6 +1,7 @@
-"""Every configuration of `configs/methods` trains two steps: parameters stay finite, move, and not as GRPO moves them.
+"""Every configuration of `configs/methods` trains a decoder two steps: it stays finite, moves, and not as by GRPO.
 
-All share one stored batch of rollouts of one tiny model, whose extras hold whatever a method may ask for.
+All share one stored batch of rollouts of one tiny model, whose extras hold whatever a method may ask for. On every
+commit those train that ask the most different things of a model, and `test_invariance` has all train tabular policies.
 """
 
 import functools
@@ -29,6 +30,11 @@ SAME_AS_GRPO: dict[str, str] = {
     "ppo": "it trains a critic as well, and is compared with nothing",
 }
 """Rows whose first two steps may equal those of plain GRPO, with the reason."""
+
+EVERY_COMMIT = (
+    "grpo", "ppo", "gspo", "prefix-grouper", "opd", "igpo", "rto", "t-ppo", "entropy-mechanism", "mc-grpo", "hapo"
+)  # fmt: skip
+"""Critics, teachers, probes, shared prompts, memories, other units than the token; the others train at night."""
 
 ROLES = ("policy", "reference", "critic", "teacher", "target")
 
@@ -107,7 +113,13 @@ def grpo_parameters(group_size):
     return jax.flatten_util.ravel_pytree(after["policy"])[0]
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def marked(path):
+    config = load(path)
+    pairs = getattr(methods, config.method.name)(**config.method.keywords).learns_from != "rollouts"
+    return pytest.param(path, id=path.stem, marks=[] if pairs or path.stem in EVERY_COMMIT else pytest.mark.nightly)
+
+
+@pytest.mark.parametrize("path", map(marked, PATHS))
 def test_a_methods_configuration_trains_two_steps_of_its_own(path):
     config = load(path)
     method = getattr(methods, config.method.name)(**config.method.keywords)

@@ -1,4 +1,7 @@
-"""`jaxrl-post compile` and what it is made of: reports for TPUs that are not here, also of what does not fit."""
+"""`jaxrl-post compile` and what it is made of: reports for TPUs that are not here, also of what does not fit.
+
+Which layouts `--suggest` finds is in `test_plans`, what the programs of a run are in `test_programs`.
+"""
 
 import contextlib
 import importlib.util
@@ -34,10 +37,17 @@ def tiny(*overrides):
 
 
 @pytest.fixture(scope="module")
-def printed():
+def saved(tmp_path_factory):
+    """Where the command of `printed` saves its program."""
+    return tmp_path_factory.mktemp("saved")
+
+
+@pytest.fixture(scope="module")
+def printed(saved):
     """The standard output of one command, run as a user runs it, but in this process."""
     out = io.StringIO()
-    arguments = ["compile", TINY, "--topology", "v5e:2x2", "mesh.fsdp=4", "--only", "step", "--json"]
+    arguments = ["compile", TINY, "--topology", "v5e:2x2", "mesh.fsdp=4", "--only", "step", "--save", str(saved)]
+    arguments.append("--json")
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
         assert main(arguments) == 0
     return out.getvalue()
@@ -54,6 +64,8 @@ def test_json_is_one_object_that_says_what_fits_and_what_a_step_does(printed):
     once = step["loops_counted_once"]
     # XLA counts norms and the like too, but no attention kernels.
     assert 0.7 * once["ours"]["flops"] < once["xla"]["flops"] < 1.1 * once["ours"]["flops"]
+    assert step["unread_loops"] == 0
+    assert found["step"] is None  # what it would sample was not compiled
 
 
 def test_a_sharded_step_keeps_a_share_of_the_state_and_gathers_the_rest(printed):
@@ -64,10 +76,15 @@ def test_a_sharded_step_keeps_a_share_of_the_state_and_gathers_the_rest(printed)
     memory = step["memory_bytes"]
     assert memory["parameters"] == pytest.approx(2 * whole / 4, rel=0.1)  # of the policy and its reference
     assert memory["optimizer"] == pytest.approx(2 * whole / 4, rel=0.1)
-    gathered = [kind for kind in step["costs"]["collectives"] if kind["operation"] == "all-gather"]
-    # Forward, again for the backward pass, and for the reference; two micro-batches; in bfloat16 or float32.
-    assert 2 * 3 * whole / 2 * 0.5 < sum(kind["bytes"] for kind in gathered) < 2 * 4 * whole
-    assert step["costs"]["flops"] > 0.9 * step["model_flops"] / 4
+    gathered = sum(kind["bytes"] for kind in step["costs"]["collectives"] if kind["operation"] == "all-gather")
+    layers, width, mlp, vocabulary, micro_batches, bfloat16 = 2, 256, 512, setup.tokenizer.vocab_size, 2, 2
+    matrices, head = layers * (4 * width**2 + 3 * width * mlp), vocabulary * width
+    # Layers three times: the reference's, the policy's, and those again for the backward pass; the head twice.
+    assert gathered == pytest.approx(micro_batches * bfloat16 * (3 * matrices + 2 * head), rel=0.05)
+    rows, length, new = 16, 256, 128
+    layer_flops = 2 * rows * length * matrices + 4 * layers * width * rows * length**2  # every score, also masked ones
+    # The same and two gradients, a quarter on each device.
+    assert step["costs"]["flops"] == pytest.approx((5 * layer_flops + 4 * 2 * rows * new * head) / 4, rel=0.05)
 
 
 def fake(name, function, *shapes, arguments=None, resident=None, cache=0):
@@ -102,17 +119,83 @@ def test_a_program_that_does_not_fit_is_reported_with_its_largest_arrays():
     json.dumps(summary.as_json([found], one, {"data": 1}))
 
 
-def test_what_stays_in_memory_beside_a_program_counts():
-    one, rows = chips.topology("v5e:1x1"), jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
-    peaks, fits = [], []
-    for gib in (0, 15, 16):
-        program = fake("score", lambda x: jnp.tanh(x @ x), rows, resident={"optimizer": gib * 2**30})
-        found = report.compile_program(program, one)
-        assert found.memory["optimizer"] == gib * 2**30
-        peaks.append(found.peak)
-        fits.append(found.fits)
-    assert peaks == [peaks[0], peaks[0] + 15 * 2**30, peaks[0] + 16 * 2**30]
-    assert fits == [True, True, False]
+class Ready:
+    """What `Program.lower` gives, compiled before; the compiler's notes and errors can be made up."""
+
+    def __init__(self, executable=None, text=None, error=None):
+        self.executable, self.text, self.error = executable, text, error
+
+    def compile(self, compiler_options):
+        if self.text is not None:
+            Path(compiler_options["xla_dump_to"], "a.after_codegen.txt").write_text(self.text)
+        if self.error is not None:
+            raise self.error
+        return self.executable
+
+
+def ready(name, *arguments, rounds=1, resident=None, needs=()):
+    return programs.Program(name, lambda: Ready(*arguments), {}, resident or {}, 0, rounds, 1000, 1e12, needs)
+
+
+@pytest.fixture(scope="module")
+def product():
+    """A small program of a TPU."""
+    with compiler.uncached():
+        return fake("score", lambda x: x @ x, jax.ShapeDtypeStruct((256, 256), jnp.float32)).lower().compile()
+
+
+def test_what_stays_in_memory_beside_a_program_counts(product):
+    one = chips.topology("v5e:1x1")
+    found = [
+        report.compile_program(ready("score", product, resident={"optimizer": gib * 2**30}), one) for gib in (0, 15, 16)
+    ]
+    assert [each.memory["optimizer"] for each in found] == [0, 15 * 2**30, 16 * 2**30]
+    assert [each.peak - found[0].peak for each in found] == [0, 15 * 2**30, 16 * 2**30]
+    assert [each.fits for each in found] == [True, True, False]
+
+
+def test_a_program_that_the_compiler_gives_up_on_leaves_the_others_standing(product):
+    one = chips.topology("v5e:1x1")
+    error = jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed to compile TPU kernel\nThe MLIR operation was ...")
+    bad = report.compile_program(ready("a", None, None, error), one)
+    good = report.compile_program(ready("b", product), one)
+    assert (bad.fits, bad.peak, bad.problem) == (False, None, "INTERNAL: Mosaic failed to compile TPU kernel")
+    assert good.fits
+    text = summary.table([bad, good], one, {"data": 1})
+    assert "a does not compile: INTERNAL: Mosaic failed" in text
+    shown = summary.as_json([bad, good], one, {"data": 1})
+    assert [each["problem"] for each in shown["programs"]] == [bad.problem, None]
+
+
+def test_loops_that_cannot_be_read_are_counted_as_the_program_says_and_named(product):
+    def run(x):
+        return jax.lax.while_loop(lambda x: jnp.all(x < 1e9), lambda x: x @ x, x)
+
+    text = jax.jit(run).lower(jnp.ones((16, 16))).compile().as_text()
+    one = chips.topology("v5e:1x1")
+    found = [report.compile_program(ready("step", product, text, rounds=rounds), one) for rounds in (1, 7)]
+    assert [each.total.flops for each in found] == [2 * 16**3, 7 * 2 * 16**3]
+    assert [each["unread_loops"] for each in summary.as_json(found, one, {})["programs"]] == [1, 1]
+    assert "step: loops that do not say how often they run: 1, counted 1 times" in summary.table(found[:1], one, {})
+    assert "how often they run" not in summary.table(found[1:], one, {})  # it is the one over tokens
+
+
+def test_a_step_is_what_it_samples_and_what_it_trains_and_unknown_without_either():
+    one = chips.topology("v5e:1x1")
+
+    def made(name, seconds, needs=()):
+        times = None if seconds is None else report.Times(seconds, 0.0, 0.0, None)
+        return report.Compiled(ready(name, needs=needs), {}, 0, True, times=times)
+
+    needs = ("rollout", "rollout/greedy")
+    rollout, greedy, warm = made("rollout", 3.0), made("rollout/greedy", 1.0), made("step/warm_start", 9.0)
+    score, evaluation = made("score", 9.0), made("evaluate/greedy", 9.0)
+    step, failed = made("step/remax", 2.0, needs), made("step/remax", None, needs)
+    assert summary.step([warm, rollout, greedy, score, step, evaluation], one)["seconds"] == 6.0
+    assert summary.step([made("step", 2.0)], one)["seconds"] == 2.0  # trains on given completions
+    for some in ([], [rollout], [step], [warm, rollout, step], [rollout, greedy, failed]):
+        assert summary.step(some, one) is None
+    assert "a step: not known, since not every program of it was compiled" in summary.table([step], one, {})
 
 
 def test_other_errors_of_the_compiler_are_not_taken_for_a_lack_of_memory():
@@ -149,6 +232,13 @@ def test_times_are_amounts_over_rates():
             "the compiler knows no topology 'v5e:3x7'",
         ),
         (["--topology", "v5e:2x2", "mesh.fsdp=8", "--slices", "2"], "mesh.data: must be a multiple of the 2 slices"),
+        (["--topology", "v4:2x2x1", "--slices", "2"], "slices must be 1 for v4, .* network .* is not published; got 2"),
+        (["--topology", "v5e:2x2", "--tries", "2"], "--tries is for --suggest; leave it out"),
+        (
+            ["--topology", "v5e:2x2", "--suggest", "--only", "step", "--save", "x", "mesh.fsdp=4", "mesh={data: 2}"],
+            "--suggest chooses meshes .* itself.* leave out mesh.fsdp, mesh, --only, --save",
+        ),
+        (["--topology", "v5e:2x2", "--suggest", "training.micro_batches=2"], "leave out training.micro_batches"),
     ],
 )
 def test_what_cannot_be_is_one_clear_message(arguments, message, capfd):
@@ -170,48 +260,24 @@ def test_without_the_compiler_the_extra_to_install_is_named(monkeypatch, capsys)
 def test_two_slices_are_joined_by_the_data_axis_alone():
     devices = compiler.devices("v5e:2x4", 2)
     assert [device.slice_index for device in devices] == [0] * 8 + [1] * 8
-    places = compiler.slice_of("v5e:2x4", 2)
     setup = programs.plan(tiny("mesh.data=2", "mesh.fsdp=8", "rollout.prompts=16", "training.micro_batches=1"), devices)
     grid = np.array([[place // 8 for place in range(16)]]).reshape(2, 8)
-    assert [{places[i] for i in row} for row in np.arange(16).reshape(2, 8)] == [{0}, {1}]
     assert (np.vectorize(lambda device: device.slice_index)(setup.mesh.devices.reshape(2, 8)) == grid).all()
 
 
-def test_layouts_split_only_what_they_divide_and_memory_shrinks_with_shards():
-    every = list(plans.layouts(tiny("rollout.prompts=16"), chips.topology("v5e:2x4")))
-    assert every
-    for one in every:
-        sizes = one.mesh
-        assert sizes["data"] * sizes["fsdp"] * sizes["tensor"] == 8
-        assert sizes["tensor"] in (1, 2)  # of two heads
-        assert 64 // one.micro_batches % (sizes["data"] * sizes["fsdp"]) == 0
-    by_layout = {(tuple(one.mesh.values()), one.micro_batches): one.estimate for one in every}
-    assert by_layout[(1, 8, 1), 1][0] < by_layout[(8, 1, 1), 1][0]
-    assert by_layout[(1, 8, 1), 4][1] > by_layout[(1, 8, 1), 1][1]  # gathered four times
+@pytest.mark.nightly
+def test_a_step_on_two_slices_sends_gradients_between_them():
+    two = chips.topology("v5e:2x2", slices=2)
+    config = tiny("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+    (step,) = plans.compile_run(config, two, ("step",))
+    between = sum(moved for kind, (moved, _) in step.total.collectives.items() if kind.crosses_slices)
+    layers, width, mlp, micro_batches, bfloat16 = 2, 256, 512, 2, 2
+    share = layers * (4 * width**2 + 3 * width * mlp) / 4
+    assert 1 < between / (micro_batches * bfloat16 * share) < 1.5  # beside the layers' the head's, in float32
 
 
-def test_suggestions_rank_what_fits_by_time_and_say_what_to_pass(monkeypatch):
-    def compile_run(config, wanted, parts, *, say):
-        sizes = plans.mesh_sizes(config)
-        if sizes["tensor"] == 2:
-            raise ValueError("cannot be split")
-        peak = 2**34 if sizes["data"] == 8 else 2**33
-        times = report.Times(1.0 / sizes["fsdp"], 0.0, 0.0, None)
-        program = programs.Program("step", lambda: None, {}, {}, 0, 1, 1000, 1e12)
-        return [report.Compiled(program, {}, peak, peak < wanted.chip.memory, times=times)]
-
-    monkeypatch.setattr(plans, "compile_run", compile_run)
-    ranked = plans.suggest(tiny("rollout.prompts=16"), chips.topology("v5e:2x4"), tries=100)
-    fits = [one for one in ranked if one.fits]
-    assert [one.fits for one in ranked] == [True] * len(fits) + [False] * (len(ranked) - len(fits))
-    seconds = [one.step["seconds"] for one in fits]
-    assert seconds == sorted(seconds)
-    assert ranked[0].mesh["fsdp"] == 8
-    assert "mesh.fsdp=8" in ranked[0].overrides()
-    assert any(one.problem == "cannot be split" for one in ranked)
-    assert "take: mesh.data=1 mesh.fsdp=8" in plans.describe(ranked)
-    with pytest.raises(configs.ConfigError, match=r"no mesh of 1 devices of 15.8 GiB has room .* take a larger slice"):
-        plans.suggest(tiny("model.width=65536", "model.heads=512"), chips.topology("v5e:1x1"))
+def test_a_chip_of_v4_is_one_device_as_it_is_where_there_is_one():
+    assert len(compiler.devices("v4:2x2x1")) == chips.topology("v4:2x2x1").devices == 4
 
 
 def test_a_saved_train_step_goes_on_without_compiling_and_gives_the_same(tmp_path):
@@ -231,15 +297,23 @@ def test_a_saved_train_step_goes_on_without_compiling_and_gives_the_same(tmp_pat
     jax.tree.map(np.testing.assert_array_equal, saved_metrics, metrics)
 
 
-def test_a_program_of_another_version_is_refused(tmp_path, monkeypatch):
-    path = executables.save(jax.jit(jnp.sin).lower(jnp.ones(3)).compile(), tmp_path, "sine")
-    monkeypatch.setattr(jax, "__version__", "0.0.1")
-    with pytest.raises(ValueError, match=r"was compiled by .*; compile it again with this version"):
+@pytest.mark.parametrize(
+    ("change", "value"), [("jax", "0.0.1"), ("libtpu", "0.0.1"), ("kind", "TPU v5 lite"), ("devices", 9)]
+)
+def test_a_program_for_other_circumstances_is_refused_and_says_which(tmp_path, monkeypatch, change, value):
+    circumstances = executables._circumstances
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(executables, "_circumstances", lambda devices: circumstances(devices) | {change: value})
+        path = executables.save(jax.jit(jnp.sin).lower(jnp.ones(3)).compile(), tmp_path, "sine")
+    with pytest.raises(ValueError, match=rf"was compiled for .*{change} {value}.*, but here is .*; compile it again"):
         executables.load(path)
 
 
-def test_programs_for_tpus_are_serialised_too(tmp_path):
-    with compiler.uncached():
-        compiled = fake("step", lambda x: x @ x, jax.ShapeDtypeStruct((256, 256), jnp.float32)).lower().compile()
-        path = executables.save(compiled, tmp_path, "step")
+def test_programs_for_tpus_are_serialised_and_belong_to_their_chips(printed, saved):
+    (path,) = saved.iterdir()
+    assert path.name == "step.executable"
     assert path.stat().st_size > 10_000
+    with pytest.raises(
+        ValueError, match=r"for devices 4, kind TPU v5 lite, .*libtpu .*, but here is devices 8, kind cpu"
+    ):
+        executables.load(path)

@@ -46,6 +46,20 @@ def test_trip_counts_read_off_the_condition_are_those_that_the_compiler_knows():
     assert costs.count(bare).loops == costs.count(text).loops
 
 
+def test_elements_of_tuples_may_be_written_where_they_are_used():
+    text = compiled(nested, jnp.ones((N, N))).as_text()
+    inline = text
+    pattern = r"\n *%([\w.\-]+) = [^\n]* get-tuple-element\(%([\w.\-#]+)\), index=(\d+)[^\n]*"
+    while found := re.search(pattern, inline):
+        inline = inline.replace(found[0], "", 1)
+        inline = re.sub(rf"%{re.escape(found[1])}(?![\w.\-])", f"%{found[2]}#{found[3]}", inline)
+    assert "#0" in inline
+    before, after = costs.count(text), costs.count(inline)
+    assert sorted(after.loops) == [3, 5]
+    assert (after.total, after.once) == (before.total, before.once)
+    assert [one.bytes for one in buffers.at_peak(inline)] == [one.bytes for one in buffers.at_peak(text)]
+
+
 def test_a_loop_that_the_data_may_end_counts_to_its_bound_and_is_known_as_such():
     def generate(x):
         def go(carry):
@@ -160,6 +174,18 @@ HloModule test, is_scheduled=true
   ROOT %part = f32[2,128]{1,0:T(2,128)} dynamic-slice(%ar, %id, %id), dynamic_slice_sizes={2,128}
 }
 
+%begun (b0: f32[2,128]) -> (f32[2,128], f32[8,128]) {
+  %b0 = f32[2,128]{1,0:T(2,128)S(1)} parameter(0)
+  %bg = f32[8,128]{1,0:T(8,128)S(1)} all-gather(%b0), replica_groups=mesh['a'=2,'b'=8] {'a','b':(2)2}, config={ASYNC}
+  ROOT %bs = (f32[2,128]{1,0:T(2,128)S(1)}, f32[8,128]{1,0:T(8,128)S(1)}) custom-call(%bg), "AsyncCollectiveStart"
+}
+
+%beside (c0: f32[2,128]) -> (f32[2,128], f32[8,128]) {
+  %c0 = f32[2,128]{1,0:T(2,128)S(1)} parameter(0)
+  %cg = f32[8,128]{1,0:T(8,128)S(1)} all-gather(%c0), replica_groups=mesh['a'=2,'b'=8] {'a','b':(2)2}, config={ASYNC}
+  ROOT %cs = (f32[2,128]{1,0:T(2,128)S(1)}, f32[8,128]{1,0:T(8,128)S(1)}) tuple(%c0, %cg)
+}
+
 %aside (s0: f32[2,128]) -> f32[2,128] {
   %s0 = f32[2,128]{1,0:T(2,128)} parameter(0)
   ROOT %moved = f32[2,128]{1,0:T(2,128)} collective-permute(%s0), source_target_pairs={{0,1},{1,0}}
@@ -177,16 +203,20 @@ ENTRY %main (x: f32[8,128], i: s32[]) -> f32[8,128] {
   %started = ((f32[2,128]), f32[2,128], s32[]) async-start(%strided), calls=%aside
   %copied = (f32[2,128]{1,0:T(2,128)}, f32[2,128]{1,0:T(2,128)}, u32[]{:S(2)}) copy-start(%strided)
   %fetched = ((f32[8,128]{1,0:T(8,128)}), f32[1,128]{1,0:T(1,128)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:1]}
+  %begins = (f32[2,128]{1,0:T(2,128)S(1)}, f32[8,128]{1,0:T(8,128)S(1)}) fusion(%near), kind=kCustom, calls=%begun
+  %goes = (f32[2,128]{1,0:T(2,128)S(1)}, f32[8,128]{1,0:T(8,128)S(1)}) fusion(%near), kind=kOutput, calls=%beside
+  %out = (f32[2,128]{1,0:T(2,128)}, u32[]{:S(2)}, token[]) send(%strided), config={_xla_megascale_transfer_type="SENT"}
   %kernel = f32[8,128]{1,0:T(8,128)} custom-call(%gathered), custom_call_target="tpu_custom_call", metadata={x="
 broken over lines
 }}, backend_config={"custom_call_config":{"cost_estimate":{"flops":"77","transcendentals":"0","bytes_accessed":"99"}}}
   ROOT %last = f32[8,128]{1,0:T(8,128)} fusion(%kernel, %row, %i), kind=kLoop, calls=%update, config={CYCLES}
 }
-""".replace("CYCLES", '"estimated_cycles":"1500"')
+"""
+TEXT = TEXT.replace("CYCLES", '"estimated_cycles":"1500"').replace("ASYNC", '"async_collective_fusion_config":{}')
 
 
 def test_traffic_communication_and_kernels_of_a_program_counted_by_hand():
-    total = costs.count(TEXT, slice_of={i: i // 4 for i in range(8)}).total
+    total = costs.count(TEXT.replace("SENT", "ALL_REDUCE"), slices=3).total
     row, whole, part, index = 512, 4096, 1024, 4
     expected = row + index + row  # a slice of x through a fusion within a fusion
     expected += row + index + row  # written in place
@@ -194,14 +224,19 @@ def test_traffic_communication_and_kernels_of_a_program_counted_by_hand():
     expected += 2 * part + row  # started: within main memory, and a slice of x to the chip
     expected += whole  # read; what it is copied to is on the chip
     expected += whole + part + part + whole + part + part + 99 + row + index + row
+    expected += part  # sent to other slices
     assert total.bytes == expected
     assert total.collectives == {
         Collective("reduce-scatter", 4): (whole, 1),
-        Collective("all-gather", 4): (4 * part, 1),
+        Collective("all-gather", 4): (2 * 4 * part, 2),  # one of them beside other work
         Collective("collective-permute", 2): (part, 1),
-        Collective("all-reduce", 2, crosses_slices=True): (part, 1),  # {0, 4}, {1, 5}, ...
+        Collective("all-reduce", 2): (part, 1),
+        Collective("all-reduce", 3, crosses_slices=True): (part, 1),
     }
     assert (total.flops, total.cycles) == (77, 1500)
+    # What each of three slices sends, all of them have in the end.
+    gathered = costs.count(TEXT.replace("SENT", "ALL_GATHER"), slices=3).total.collectives
+    assert gathered[Collective("all-gather", 3, crosses_slices=True)] == (3 * part, 1)
 
 
 @pytest.mark.parametrize(

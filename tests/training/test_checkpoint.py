@@ -1,15 +1,17 @@
 """Checkpoints: what never changes is written once, parts can be read alone, and a store may fail."""
 
+import asyncio
 import shutil
+import signal
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from orbax.checkpoint._src.path import atomicity
+from orbax.checkpoint._src.path import atomicity, atomicity_defaults
 
-from jaxrl_post.training import checkpoint, config, fingerprints, loop, setup
+from jaxrl_post.training import checkpoint, config, fingerprints, loop, sampler, setup
 from tests.training import runs
 
 
@@ -30,18 +32,19 @@ def quick(monkeypatch):
     monkeypatch.setattr(checkpoint, "PAUSE_SECONDS", 0.0)
 
 
-def failing_store(monkeypatch, times, where=""):
-    """The next commits fail as a bucket does that is not there for a moment."""
-    finalize = atomicity.AtomicRenameTemporaryPath.finalize
+def failing_store(monkeypatch, times, where="", after=0.0, kind=atomicity.AtomicRenameTemporaryPath):
+    """The next commits fail, `after` seconds, as a bucket does that is not there for a moment."""
+    finalize = kind.finalize
     left = [times]
 
     async def sometimes(self, *given, **named):
         if left[0] > 0 and where in str(self.get_final()):
             left[0] -= 1
+            await asyncio.sleep(after)
             raise OSError("503 Service Unavailable")
         await finalize(self, *given, **named)
 
-    monkeypatch.setattr(atomicity.AtomicRenameTemporaryPath, "finalize", sometimes)
+    monkeypatch.setattr(kind, "finalize", sometimes)
     return left
 
 
@@ -157,6 +160,48 @@ def test_a_save_that_fails_in_the_background_is_told_once_and_the_next_one_holds
         store.commit(4, state(4), {})
         assert store.steps() == [3, 4]  # the oldest is pruned as ever
     assert checkpoint.restore(tmp_path / "c", state(0)).step == 4
+
+
+def test_a_save_that_is_still_being_written_and_then_fails_does_not_stop_the_next_one(tmp_path, monkeypatch, caplog):
+    with checkpoint.Checkpointer(tmp_path / "c") as store:
+        store.save(1, state(1), {})
+        failing_store(monkeypatch, 1, where="/2", after=1.0)
+        store.save(2, state(2), {})
+        assert store.failure() is None  # not yet
+        store.save(3, state(3), {})
+        assert "could not be saved (OSError: 503 Service Unavailable); trying again" in caplog.text
+        store.wait()
+        assert store.steps() == [1, 3]
+    assert checkpoint.restore(tmp_path / "c", state(0)).step == 3
+
+
+def test_what_is_frozen_is_written_anew_in_a_bucket_where_it_was_left_unfinished(tmp_path, monkeypatch):
+    """In a bucket a directory has its name from the start, and a file in it says that it is complete."""
+    kind = atomicity.CommitFileTemporaryPath
+    for name in ("get_default_temporary_path_class", "get_item_default_temporary_path_class"):
+        monkeypatch.setattr(atomicity_defaults, name, lambda *_, **__: kind)
+    failing_store(monkeypatch, 1, where="frozen", kind=kind)
+    with checkpoint.Checkpointer(tmp_path / "c") as store:
+        store.commit(1, state(1), {}, frozen=FROZEN)
+    assert len(list((tmp_path / "c-frozen").glob("*/commit_success.txt"))) == 2
+    assert checkpoint.restore(tmp_path / "c", state(0)).step == 1
+
+
+def test_rollouts_that_the_store_refuses_do_not_hold_up_a_stop(tmp_path, monkeypatch, caplog):
+    path = runs.tiny_run(tmp_path, warm_start=None, eval={"problems": 0})
+    left = failing_store(monkeypatch, 99, where="in-flight")
+    sample = sampler.Sampler.__call__
+
+    def and_stop(*given, **named):
+        signal.raise_signal(signal.SIGTERM)
+        return sample(*given, **named)
+
+    monkeypatch.setattr(sampler.Sampler, "__call__", and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(config.load(path))
+    assert left == [98]  # tried once
+    assert "were not saved and will be sampled again" in caplog.text
+    assert (tmp_path / "run/checkpoints/0").is_dir()
 
 
 def test_a_slow_store_is_reported(tmp_path, monkeypatch, caplog):

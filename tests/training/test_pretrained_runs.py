@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import jax
@@ -120,7 +121,11 @@ def test_a_run_goes_on_from_adapters_whose_options_and_base_it_takes_from_their_
         configs.load(path, [f"model.lora={{path: {checkpoint}}}"])
     with pytest.raises(ConfigError, match=r"model\.lora\.rank: is missing"):
         configs.load(path, ["model.lora={alpha: 2}", f"model.path={checkpoint}"])
-    shutil.rmtree(tmp_path / "first")  # an old run can be used without what it started from
+    # An old run can be used whatever has become of what it started from.
+    options = Path(adapter) / "adapter_config.json"
+    options.write_text(options.read_text().replace('"r": 2', '"r": 4'))
+    assert inference.load_run(tmp_path / "second" / "run")[1].keys() == trained.keys()
+    shutil.rmtree(tmp_path / "first")
     assert inference.load_run(tmp_path / "second" / "run")[1].keys() == trained.keys()
 
 

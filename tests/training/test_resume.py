@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 
 from jaxrl_post.training import checkpoint, config, loop, run_log
+from tests.conftest import XLA_FLAGS
 from tests.training import runs
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "XLA_FLAGS": XLA_FLAGS}
 
 # Steps 1 to 3 are the warm start, 4 to 9 the method; saved are 2, 3 (its end), 5, 7 and 9.
 POINTS = {
@@ -30,12 +33,13 @@ def uninterrupted(tmp_path_factory):
     return directory / "run"
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize(
+    "point", [pytest.param(p, marks=[] if "save" in p or "commit" in p else pytest.mark.nightly) for p in POINTS]
+)
 def test_a_killed_run_ends_with_the_same_bits(point, uninterrupted, tmp_path):
     path = runs.tiny_run(tmp_path)
     command = [sys.executable, str(Path(__file__).with_name("crash.py")), str(path), point, str(POINTS[point])]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    killed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert not (tmp_path / "run/checkpoints/9").exists()
 
@@ -111,8 +115,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(how, unin
     path = runs.tiny_run(tmp_path)
     # In a process of its own: this one would read what it wrote from a cache.
     command = [sys.executable, "-m", "jaxrl_post.cli.main", "train", str(path), "training.steps=4"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run(command, env=environment, capture_output=True, timeout=300, check=True)
+    subprocess.run(command, env=ENVIRONMENT, capture_output=True, timeout=300, check=True)
     newest = max(int(d.name) for d in (tmp_path / "run/checkpoints").iterdir() if d.name.isdigit())
     damage(tmp_path / "run/checkpoints" / str(newest), how)
     loop.run(config.load(path))

@@ -1,5 +1,7 @@
 """Runs whose directory is in a bucket. The bucket here is a directory that only `epath` reads and writes."""
 
+import os
+
 import pytest
 
 from jaxrl_post.training import config, inference, loop, run_files
@@ -31,7 +33,25 @@ def test_a_run_in_a_bucket_goes_on_on_another_machine(bucket, tmp_path, monkeypa
     loop.run(config.load(path, ["training.steps=4"]))
     assert [row["step"] for row in runs.lines(bucket / "run")] == [1, 2, 3, 4]
     assert len({row["num_tokens"] for row in runs.lines(bucket / "run")}) == 4
+    # Whoever looks at it leaves alone what the training process has written since.
+    local = run_files.RunFiles(bucket / "run").local / "metrics.jsonl"
+    local.write_text("later")
     assert inference.generate_text(str(bucket / "run"), ["12>"])[0][0]["text"] is not None
+    assert local.read_text() == "later"
+
+
+def test_a_directory_in_a_bucket_without_a_run_is_an_error_that_names_it(bucket):
+    with (
+        pytest.raises(FileNotFoundError, match=f"{bucket}/other is not the directory of a run"),
+        run_files.RunFiles(bucket / "other").reading("config.yaml"),
+    ):
+        pass
+
+
+def test_users_of_one_machine_have_local_copies_of_their_own(bucket, monkeypatch):
+    mine = run_files.RunFiles(bucket / "run").local
+    monkeypatch.setattr(os, "getuid", lambda: -1)
+    assert run_files.RunFiles(bucket / "run").local.parent != mine.parent
 
 
 def test_metrics_that_cannot_be_copied_are_told_and_copied_with_the_next_ones(bucket, monkeypatch, caplog):

@@ -55,7 +55,9 @@ def test_the_result_does_not_depend_on_padding(name, whole):
     assert_same(state.params, whole[name][0].params)
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [pytest.param({"fsdp": 8}, marks=pytest.mark.nightly), {"data": 2, "fsdp": 2, "tensor": 2}], ids=str
+)
 @pytest.mark.parametrize("name", ["grpo", "ppo", "dpo"])
 def test_eight_devices_agree_with_one(name, sizes, whole):
     method, make = METHODS[name]

@@ -107,7 +107,7 @@ def test_a_prompt_that_is_too_long_with_its_longest_budget_is_not_trained_on(tmp
         first_batch(path)
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_exits_are_answers_to_one_trajectory_whose_thought_is_trained_with_them_or_not(whole, tmp_path):
     path = exit_run(tmp_path, rollout=EXITS | {"exits": EXITS["exits"] | {"whole": whole}})
     batch, _, parts, _ = first_batch(path)
@@ -129,7 +129,7 @@ def test_exits_are_answers_to_one_trajectory_whose_thought_is_trained_with_them_
     assert batch.metrics["exits/thought_length"] == pytest.approx(np.asarray(made.extras["exit"])[:, -1].mean())
 
 
-@pytest.mark.parametrize("oversample", [1, 2])
+@pytest.mark.parametrize("oversample", [pytest.param(1, marks=pytest.mark.nightly), 2])
 @pytest.mark.parametrize("make", [budget_run, exit_run])
 def test_the_shapes_that_a_method_is_told_are_those_that_come(make, oversample, tmp_path):
     batch, stage, parts, _ = first_batch(make(tmp_path, curriculum={"oversample": oversample}))
@@ -140,7 +140,7 @@ def test_the_shapes_that_a_method_is_told_are_those_that_come(make, oversample, 
         assert (one.shape, one.dtype) == (other.shape, other.dtype), jax.tree_util.keystr(name)
 
 
-@pytest.mark.parametrize("make", [budget_run, exit_run])
+@pytest.mark.parametrize("make", [pytest.param(budget_run, marks=pytest.mark.nightly), exit_run])
 def test_a_run_goes_on_from_its_checkpoint_as_if_nothing_had_happened(make, tmp_path):
     training = runs.training(steps=4, max_empty_steps=100)
     loop.run(configs.load(make(tmp_path / "whole", training=training)))

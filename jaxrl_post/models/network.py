@@ -1,0 +1,249 @@
+"""The layers of a decoder-only language model, stacked and scanned, as an ordinary Flax NNX module."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxrl_post.kernels.attention import attention
+from jaxrl_post.mesh import LogicalAxes, constrain
+from jaxrl_post.models.experts import Experts
+from jaxrl_post.models.layers import (
+    CACHE_AXES,
+    MLP,
+    Attend,
+    Attention,
+    DecoderConfig,
+    KVCache,
+    LayerCache,
+    RMSNorm,
+    accumulation_dtype,
+    looked_up,
+    param,
+)
+from jaxrl_post.models.lora import fold_in
+from jaxrl_post.models.rope import rotary_angles
+from jaxrl_post.types import Array, Unembedding
+
+
+class Layer(nnx.Module):
+    """One residual layer: attention, then MLP, each with a norm before it, after it, or both."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        before, after = config.norms in ("pre", "both"), config.norms in ("post", "both")
+        self.attention_norm = RMSNorm(config.width, config) if before else None
+        self.attention = Attention(config, rngs=rngs)
+        self.after_attention_norm = RMSNorm(config.width, config) if after else None
+        self.mlp_norm = RMSNorm(config.width, config) if before else None
+        self.mlp = Experts(config, rngs=rngs) if config.experts else MLP(config, rngs=rngs)
+        self.after_mlp_norm = RMSNorm(config.width, config) if after else None
+
+    def __call__(
+        self,
+        x: Array,
+        rotation: tuple[Array, Array],
+        attend: Attend,
+        cache: LayerCache | None,
+        read_cache: bool,
+        keys: Array | None = None,
+    ) -> tuple[Array, LayerCache | None, dict[str, Array]]:
+        """`[B, T, D]` to `[B, T, D]`, the cache with this layer's keys and values written, and what the MLP reports."""
+        out, cache = self.attention(_normed(self.attention_norm, x), rotation, attend, cache, read_cache, keys)
+        x = x + _normed(self.after_attention_norm, out)
+        out, report = self.mlp(_normed(self.mlp_norm, x), keys)
+        x = x + _normed(self.after_mlp_norm, out)
+        return constrain(x, ("batch", "length", "act_embed")), cache, report
+
+
+def _normed(norm: RMSNorm | None, x: Array) -> Array:
+    return x if norm is None else norm(x)
+
+
+class ValueHead(nnx.Module):
+    """A linear estimate of the return, which starts at zero."""
+
+    def __init__(self, config: DecoderConfig):
+        self.kernel = nnx.Param(jnp.zeros((config.width,), config.param_dtype), logical_axes=("embed",))
+        self.bias = nnx.Param(jnp.zeros((), config.param_dtype), logical_axes=())
+
+    def __call__(self, hidden: Array) -> Array:
+        """`[B, T]` values of `[B, T, D]` states, float32 or wider."""
+        wide = accumulation_dtype(hidden.dtype)
+        return hidden.astype(wide) @ self.kernel[...].astype(wide) + self.bias[...].astype(wide)
+
+
+class Decoder(nnx.Module):
+    """The language model of `decoder` as a Flax NNX module; parameters under `layers` have a leading axis of layers."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        c = config
+        self.config = c
+        table: LogicalAxes = ("vocab", "embed")
+        self.embedding = param(rngs, (c.vocab_size, c.width), table, c, c.init_std)
+
+        @nnx.split_rngs(splits=c.layers)
+        @nnx.vmap
+        def stack(rngs: nnx.Rngs) -> Layer:
+            return Layer(c, rngs=rngs)
+
+        self.layers = stack(rngs)
+        self.final_norm = RMSNorm(c.width, c)
+        self.unembedding = None if c.tied else param(rngs, (c.vocab_size, c.width), table, c, c.init_std)
+        self.value_head = ValueHead(c) if c.value_head else None
+
+    def hidden(
+        self,
+        tokens: Array,
+        positions: Array,
+        segment_ids: Array | None = None,
+        completion_starts: tuple[int, ...] | None = None,
+        keys: Array | None = None,
+    ) -> tuple[Array, dict[str, Array]]:
+        """`[B, T, D]` states after the last norm, all tokens at once; those of a segment stand in their order.
+
+        Beside them, if the model has experts, what `Policy.hidden` says of them.
+        """
+        attend = functools.partial(_in_row_order, positions, segment_ids, completion_starts)
+        bounds = (0, *(completion_starts or ()), tokens.shape[1])
+
+        def sums(x: Array) -> Array:
+            """Over the tokens of each part of a row: `[B, T, E]` to `[B, S, E]`."""
+            x = jnp.where(positions[..., None] >= 0, x, 0)
+            return jnp.stack([jnp.sum(x[:, a:b], axis=1) for a, b in itertools.pairwise(bounds)], axis=1)
+
+        hidden, _, report = self._run(tokens, positions, attend, None, read_cache=False, keys=keys, summed=sums)
+        return hidden, {f"router_{name}": jnp.moveaxis(x, 0, 2) for name, x in report.items()}
+
+    def prefill(self, tokens: Array, positions: Array, cache: KVCache) -> tuple[Array, KVCache]:
+        """`hidden` that also fills an empty cache."""
+        # An empty cache holds nothing to attend to, so the new tokens attend to each other only: [T, T], not [T, S].
+        return self._cached(tokens, positions, cache, read_cache=False)
+
+    def decode(self, tokens: Array, positions: Array, cache: KVCache) -> tuple[Array, KVCache]:
+        """`hidden` of the next tokens, which attend to all that the cache holds and to each other."""
+        return self._cached(tokens, positions, cache, read_cache=True)
+
+    def unembed(self) -> Unembedding:
+        """The last linear map, in the compute dtype."""
+        table = self.embedding if self.unembedding is None else self.unembedding
+        return Unembedding(table[...].astype(self.config.dtype), self.config.softcap)
+
+    def heads(self, hidden: Array) -> dict[str, Array]:
+        """`value`, if the model has a value head."""
+        return {} if self.value_head is None else {"value": self.value_head(hidden)}
+
+    def _cached(self, tokens: Array, positions: Array, cache: KVCache, *, read_cache: bool) -> tuple[Array, KVCache]:
+        if tokens.shape[1] > cache.positions.shape[1]:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens do not fit a cache of capacity {cache.positions.shape[1]}; "
+                "make it with init_cache(batch, capacity) for prompt and completion together"
+            )
+        column = cache.index % cache.positions.shape[1]
+        written = jax.lax.dynamic_update_slice(cache.positions, positions.astype(jnp.int32), (0, column))
+        after = cache.index + tokens.shape[1]
+        attend = functools.partial(_in_row_order, positions, None, None)
+        if read_cache:
+            attend = functools.partial(_by_position, positions, written)
+        hidden, (k, v), _ = self._run(tokens, positions, attend, cache, read_cache=read_cache)
+        return hidden, KVCache(k, v, written, after)
+
+    def _run(
+        self,
+        tokens: Array,
+        positions: Array,
+        attends: Callable[[int | None], Attend],
+        cache: KVCache | None,
+        *,
+        read_cache: bool,
+        keys: Array | None = None,
+        summed: Callable[[Array], Array] | None = None,
+    ) -> tuple[Array, Any, dict[str, Array]]:
+        """States, caches and what the experts report, summed; `attends` makes the attention that a window leaves."""
+        c = self.config
+        wide = accumulation_dtype(c.dtype)
+        options = {"scale": c.attention_scale, "softcap": c.attention_softcap}
+        everywhere, nearby = (functools.partial(attends(window), **options) for window in (None, c.window))
+        angles, local_angles = (rotary_angles(r, c.head_dim, positions, wide) for r in (c.rope, c.local_rope))
+
+        def mixed(local: Array) -> tuple[tuple[Array, Array], Attend]:
+            """What differs between a local layer and another, where the program is the same for both."""
+            rotation = angles
+            if c.local_rope != c.rope:
+                rotation = jax.tree.map(lambda a, b: jnp.where(local, a, b), local_angles, angles)
+            if c.window is None:
+                return rotation, everywhere
+            return rotation, lambda *qkv: jax.lax.cond(local, nearby, everywhere, *qkv)
+
+        x = looked_up(self.embedding[...], tokens, c.dtype)
+        if c.embedding_scale is not None:
+            x = x * jnp.asarray(c.embedding_scale, c.dtype)
+        x = constrain(x, ("batch", "length", "act_embed"))
+        graph, stacked = nnx.split(self.layers)
+
+        def layer(carry: Any, scanned: Any) -> tuple[Any, Any]:
+            x, caches = carry
+            state, number, local = scanned
+            if all(c.local_layers):
+                rotation, attend = local_angles, nearby
+            elif not any(c.local_layers):
+                rotation, attend = angles, everywhere
+            else:
+                rotation, attend = mixed(local)
+            own_keys = fold_in(keys, number) if c.lora is not None and c.lora.dropout else None
+            entry = (
+                None if cache is None else LayerCache(caches[0], caches[1], number, cache.index % caches[0].shape[2])
+            )
+            x, entry, report = nnx.merge(graph, state)(x, rotation, attend, entry, read_cache, own_keys)
+            caches = None if entry is None else (constrain(entry.k, CACHE_AXES), constrain(entry.v, CACHE_AXES))
+            return (x, caches), {} if summed is None else jax.tree.map(summed, report)
+
+        if c.remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if c.remat == "dots" else None
+            # A scan already keeps the recomputation apart from the forward pass; a barrier would only cost.
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+        caches = None if cache is None else (cache.k, cache.v)
+        scanned = (stacked, jnp.arange(c.layers, dtype=jnp.int32), jnp.asarray(c.local_layers))
+        (x, caches), report = jax.lax.scan(layer, (x, caches), scanned)
+        return self.final_norm(x), caches, report
+
+
+def _in_row_order(
+    positions: Array, segment_ids: Array | None, completion_starts: tuple[int, ...] | None, window: int | None
+) -> Attend:
+    """Attention of a row to itself: to what stands before a token, in its segment and completion, and is no padding."""
+    segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
+    segments = jnp.where(positions < 0, -1, segments)
+    if completion_starts is not None and window is not None:
+        # No sequence is longer than the row without the other completions.
+        ends = (*completion_starts[1:], positions.shape[1])
+        longest = completion_starts[0] + max(b - a for a, b in zip(completion_starts, ends, strict=True))
+        if longest > window:
+            raise ValueError(
+                f"a model with a sliding window of {window} tokens cannot let completions share a prompt in rows of "
+                f"{longest} tokens; score them in rows of their own (training.share_prompts: false)"
+            )
+        window = None
+    return functools.partial(attention, segment_ids=segments, completion_starts=completion_starts, window=window)
+
+
+def _by_position(positions: Array, written: Array, window: int | None) -> Callable[..., Array]:
+    """Attention to a cache, where a token is found by its position: the order of columns says nothing.
+
+    Args:
+        positions: `[B, T]`, of the queries.
+        written: `[B, S]`, of what the cache holds.
+        window: of the attention.
+    """
+
+    def attend(query: Array, cache: LayerCache, **options: Any) -> Array:
+        key, value = (jax.lax.dynamic_index_in_dim(x, cache.layer, 0, keepdims=False) for x in (cache.k, cache.v))
+        where = {"query_positions": positions, "key_positions": written}
+        return attention(query, key, value, window=window, **where, **options)
+
+    return attend

@@ -1,0 +1,90 @@
+"""What a run is planned to compile is what it compiles, and what its model asks for; nothing here is compiled."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxrl_post.planning import compiler, programs
+from jaxrl_post.training import batches, evaluate, sampler
+from jaxrl_post.training import config as configs
+
+ROOT = Path(__file__).parents[2]
+TINY = str(Path(__file__).with_name("tiny.yaml"))
+
+
+def planned(*overrides, file=TINY, devices=None):
+    config = configs.load(file, overrides, check_files=False)
+    return programs.plan(config, jax.devices()[:1] if devices is None else devices)
+
+
+def test_a_run_whose_data_are_there_is_planned_without_reading_them(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"question": f"{i}+1=", "answer": f"#### {i + 1}"}) + "\n" for i in range(9)))
+    setup = planned(
+        f"data.files=[{rows}]",
+        f"data.eval_files=[{rows}]",
+        file=ROOT / "configs" / "qwen3-0.6b-grpo.yaml",
+        devices=compiler.devices("v5e:1x1"),
+    )
+    found = programs.programs(setup, ("step", "evaluate"))
+    assert [one.name for one in found] == ["step", "evaluate/greedy", "evaluate/sampled"]
+
+
+class Sampled(Exception):
+    """Raised in the place of sampling."""
+
+
+@pytest.mark.parametrize("method", ["grpo", "remax"])
+def test_what_is_sampled_in_steps_and_evaluations_is_what_is_planned(monkeypatch, method):
+    asked = []
+
+    def recorded(policy, sampling, new, group, parts=1, exits=None):
+        class Function:
+            def lower(self, params, prompts, key, version):
+                asked.append((sampling, new, group, parts, exits, jax.tree.map(lambda x: (x.shape, x.dtype), prompts)))
+
+            def __call__(self, *arguments, **keywords):
+                self.lower(*arguments, **keywords)
+                raise Sampled
+
+        return Function()
+
+    for module in (programs, sampler):
+        monkeypatch.setattr(module, "compiled_generate", recorded)
+    setup = planned(f"method={{name: {method}}}", "eval={problems: 40, samples: 3, k: 1}", "rollout.group_size=3")
+    found = programs.programs(setup, ("rollout", "evaluate"))
+    greedy = ["rollout/greedy"] if method == "remax" else []
+    assert [one.name for one in found] == ["rollout", *greedy, "evaluate/greedy", "evaluate/sampled"]
+    for one in found:
+        one.lower()
+    plan, asked[:] = list(asked), []
+    (stage,) = setup.stages
+    steps, evaluator = batches.Batches(setup, stage, batches.Cursor()), evaluate.Evaluator(setup)
+    samplers = [steps._sampler, *([steps._greedy] if greedy else []), evaluator._greedy, evaluator._sampled]
+    for one in samplers:
+        with pytest.raises(Sampled):
+            one({}, setup.problems.held_out, setup.key)
+    assert asked == plan
+    assert [shapes.id[0] for *_, shapes in plan][-2:] == [(12, 1), (4, 3)]  # of 4 prompts and 3 completions a step
+
+
+def test_a_rollout_reads_a_prompt_once_for_its_group():
+    (found,) = programs.programs(planned(), ("rollout",))
+    layers, width, mlp, length, new, prompts, group = 2, 256, 512, 128, 128, 4, 4
+    vocabulary = planned().tokenizer.vocab_size
+    matrices, rows = layers * (4 * width**2 + 3 * width * mlp), prompts * group
+    seen = prompts * sum(range(1, length + 1)) + rows * sum(range(length + 1, length + new))
+    logits = prompts + rows * (new - 1)
+    tokens = prompts * length + rows * (new - 1)
+    assert found.model_flops == 2 * (tokens * matrices + logits * vocabulary * width) + 4 * layers * width * seen
+
+
+def test_weights_in_few_bits_count_as_the_weights_that_they_stand_for():
+    lora = "model.lora={rank: 4, alpha: 8, targets: [q_proj, down_proj]}"
+    plain, *quantized = (
+        programs.ModelSizes.of(planned(lora, f"model.quantize={kind}")) for kind in ("none", "nf4", "int8")
+    )
+    assert [dataclasses.astuple(one) for one in quantized] == [dataclasses.astuple(plain)] * 2
