@@ -21,6 +21,7 @@ from jaxrl_post.kernels.token_logprob import core
 from jaxrl_post.kernels.token_logprob.arguments import check_logit_arguments
 from jaxrl_post.kernels.token_logprob.reference import matmul, raise_to_float32, soft_cap
 from jaxrl_post.kernels.token_logprob.selection import Selection, check_mask
+from jaxrl_post.kernels.token_logprob.statistics import Gradients
 from jaxrl_post.kernels.token_logprob.token_chunks import rows_per_chunk, scan_chunks, shards
 from jaxrl_post.types import Array
 
@@ -324,7 +325,9 @@ def _gradient_of_unembedding(problem: _Problem, saved: _Saved, cotangent: Array)
 
         start = jnp.zeros(weight.shape, jnp.promote_types(dtype, jnp.float32))
         d_weight, _ = scan_chunks(step, start, (hidden, teacher_hidden, known, cotangent), problem.rows)
-        return _add(core.scatter(at, d_weight), tuple(name for name in at.rows if name not in at.width)).astype(dtype)
+        summed = core.add_up(at, Gradients(None, core.scatter(at, d_weight), None, None)).unembedding
+        assert summed is not None
+        return summed.astype(dtype)
 
     run = core.per_device(
         at,
