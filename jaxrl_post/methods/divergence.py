@@ -61,7 +61,7 @@ def disco(
     checks.one_of("score", score, ScoreKind)
     checks.one_of("kl_estimator", kl_estimator, discriminative.HingeEstimator)
     checks.one_of("old_logp", old_logp, OldLogp)
-    checks.within("tau", tau, 1e-6)
+    checks.above("tau", tau, 0)
     checks.within("beta", beta, 0)
     checks.within("delta", delta, 0)
     temperature = (10.0 if score == "log_likelihood" else 1.0) if tau is None else float(tau)

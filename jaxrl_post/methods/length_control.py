@@ -72,7 +72,7 @@ def drpo(
     Reference: DRPO: Efficient Reasoning via Decoupled Reward Policy Optimization, arXiv 2510.04474.
     """
     checks.within("max_length", max_length, 1)
-    checks.within("lam", lam, 1e-6)
+    checks.above("lam", lam, 0)
     base = disco(
         score=score,
         tau=tau,
@@ -310,7 +310,7 @@ def asymmetric_po(
     """
     if form is not None:
         checks.one_of("form", form, DadsForm)
-    checks.within("rate", rate, 1e-6)
+    checks.above("rate", rate, 0)
     checks.within("base", base, 1)
     checks.applies(dads, "dads=False", rate=rate, form=form)
     checks.applies(stcr, "stcr=False", base=base)

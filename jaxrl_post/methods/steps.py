@@ -138,7 +138,7 @@ def trajectory_preference(
 
     Reference: Online Process Reward Leanring for Agentic Reinforcement Learning (arXiv 2509.19199).
     """
-    checks.within("beta", beta, 1e-9)
+    checks.above("beta", beta, 0)
     checks.one_of("pairs", pairs, Pairs)
     checks.one_of("over_steps", over_steps, Literal["sum", "mean"])
     checks.one_of("old_logp", old_logp, OldLogp)

@@ -52,7 +52,7 @@ def hbpo(
     Reference: Hierarchical Budget Policy Optimization for Adaptive Reasoning (arXiv 2507.15844).
     """
     checks.within("max_length", max_length, 1)
-    checks.within("scale", scale, 1e-6)
+    checks.above("scale", scale, 0)
     checks.within("intra_weight", intra_weight, 0)
     checks.kl_in_loss(options, "right answers are told by their reward")
     shape: dict[str, Any] = {"max_length": max_length, "scale": scale}

@@ -257,7 +257,7 @@ def test_a_decoder_gives_the_same_states_and_gradients_through_splash(monkeypatc
     positions = np.where(ids < 0, -1, np.arange(130) - np.array([[0], [7]]) - 50 * (ids == 1))
 
     # By its dotted name, for the package has a function of the module's name.
-    module = importlib.import_module("jaxrl_post.models.decoder")
+    module = importlib.import_module("jaxrl_post.models.network")
     results = []
     for implementation in ("xla", "splash"):
         monkeypatch.setattr(module, "attention", functools.partial(attention, implementation=implementation))

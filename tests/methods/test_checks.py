@@ -19,7 +19,7 @@ from jaxrl_post.methods import credit
         (lambda: methods.f_dpg(correct_above=0.5), "correct_above=0.5 does not apply to target='tilted'"),
         (lambda: methods.f_dpg(target="constrained", beta=0.1), "beta=0.1 does not apply to target='constrained'"),
         (lambda: methods.kimi(correct_above=0.5), "correct_above=0.5 does not apply to length_weight=0"),
-        (lambda: methods.dpo(beta=0.0), "beta must be at least"),
+        (lambda: methods.dpo(beta=0.0), "beta must be above 0, got 0.0"),
         (
             lambda: methods.salt(estimator="rloo", normalize_std=False),
             "normalize_std=False does not apply to estimator",

@@ -119,7 +119,7 @@ def marked(path):
     return pytest.param(path, id=path.stem, marks=[] if pairs or path.stem in EVERY_COMMIT else pytest.mark.nightly)
 
 
-@pytest.mark.parametrize("path", map(marked, PATHS))
+@pytest.mark.parametrize("path", [marked(path) for path in PATHS])
 def test_a_methods_configuration_trains_two_steps_of_its_own(path):
     config = load(path)
     method = getattr(methods, config.method.name)(**config.method.keywords)

@@ -236,7 +236,7 @@ def test_keywords_out_of_range_are_refused_where_the_method_is_made():
         (methods.salt, {"history": 0}, "history must be at least 1"),
         (methods.salt, {"estimator": "gae"}, "estimator must be one of grpo, rloo"),
         (methods.salt, {"steps": "lines"}, "there is no 'lines'"),
-        (methods.oprl, {"prm_beta": 0.0}, "beta must be at least"),
+        (methods.oprl, {"prm_beta": 0.0}, "beta must be above 0"),
         (methods.oprl, {"alpha": -1.0}, "alpha must be at least 0"),
         (methods.oprl, {"pairs": "best"}, "pairs must be one of all, extremes"),
         (methods.oprl, {"dual_clip": 3.0}, "dual_clip does not apply to oprl"),

@@ -101,7 +101,7 @@ def test_rollouts_without_sub_groups_are_an_error_that_says_where_they_come_from
     ("make", "message"),
     [
         (lambda: methods.hbpo(max_length=0), "max_length must be at least 1"),
-        (lambda: methods.hbpo(scale=0), "scale must be at least"),
+        (lambda: methods.hbpo(scale=0), "scale must be above 0, got 0"),
         (lambda: methods.hbpo(intra_weight=-1), "intra_weight must be at least 0"),
         (lambda: methods.s_grpo(decay=0.5), "decay must be at least 1"),
     ],
