@@ -335,6 +335,7 @@ def test_the_kernels_compile_for_every_chip_and_take_no_memory_to_speak_of(chip)
     check_memory(chip, 1024, 151936)
 
 
+@pytest.mark.nightly
 def test_the_kernels_compile_for_a_wide_model_with_a_large_vocabulary():
     check_memory("v5e", 4096, 262144)
 

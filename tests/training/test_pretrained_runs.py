@@ -200,6 +200,7 @@ def test_rows_whose_labels_no_method_learns_from_are_refused_with_what_can_be_do
     assert setup.build(configs.load(path, ["data.kind=prompt"])).problems.train[0]["prompt"] == "1>"
 
 
+@pytest.mark.nightly
 def test_a_run_from_a_checkpoint_is_resumed_from_its_own(tmp_path, checkpoint):
     run(tmp_path / "whole", checkpoint, "training.steps=4")
     path = run(tmp_path / "parts", checkpoint, "training.steps=2")
