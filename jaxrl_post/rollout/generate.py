@@ -99,6 +99,7 @@ def generate(
             the policy cannot insert rows into its cache.
 
     Example:
+        >>> import jax
         >>> from jaxrl_post import models
         >>> policy = models.decoder(vocab_size=8, width=8, layers=1, heads=2)
         >>> prompts = Prompts(jnp.array([[2, 3, 0], [4, 5, 6]]), jnp.array([2, 3]))

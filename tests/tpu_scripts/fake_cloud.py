@@ -11,7 +11,7 @@ import sys
 import types
 
 # Every call is a process, so little is imported before it is needed.
-ROOT = os.environ["FAKE_CLOUD"]
+ROOT = os.environ.get("FAKE_CLOUD", "")  # given to those who run it
 PROJECT = "projects/my-project/locations/us-west4-a"
 
 
