@@ -136,6 +136,7 @@ def run_stages(setup: Setup, files: RunFiles, resume: bool, stop_requested: Call
             if config.model.export is not None and state is not None:
                 export(setup.models, config.model, setup.tokenizer, state.params["policy"], config.model.export)
                 progress.message(f"the policy is in {config.model.export}, as a Hugging Face checkpoint")
+            progress.message(f"{directory} is complete with step {done}")
         if main:
             plot([files.local], files.local / "curves.png")
 
