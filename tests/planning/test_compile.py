@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_post.cli import compile as compile_command
 from jaxrl_post.cli.main import main
 from jaxrl_post.mesh import make_mesh, place, rollout_shardings
 from jaxrl_post.planning import chips, compiler, executables, plans, programs, report, summary
@@ -246,6 +247,10 @@ def test_what_cannot_be_is_one_clear_message(arguments, message, capfd):
     captured = capfd.readouterr()
     assert captured.out == ""
     assert re.search(message, captured.err), captured.err
+
+
+def test_the_command_offers_every_part_that_there_is():
+    assert compile_command.PARTS == programs.PARTS
 
 
 def test_without_the_compiler_the_extra_to_install_is_named(monkeypatch, capsys):
