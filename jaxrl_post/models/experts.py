@@ -52,20 +52,22 @@ class Experts(nnx.Module):
         del keys  # nothing here is random
         c = self.config
         logits = (x @ self.router[...].astype(x.dtype)).astype(accumulation_dtype(x.dtype))
-        gate, up = (_matrices(w, a, self.gate_lora) for w, a in ((self.gate, self.gate_lora), (self.up, self.up_lora)))
-        maps = jax.tree.map(lambda w: w.astype(x.dtype), (gate, up, _matrices(self.down, self.down_lora)))
-        out, expert = _on_each_device(c, x, logits, *maps)
+        gate = _matrices(x.dtype, self.gate, self.gate_lora)
+        up = _matrices(x.dtype, self.up, self.up_lora, self.gate_lora)
+        down = _matrices(x.dtype, self.down, self.down_lora)
+        out, expert = _on_each_device(c, x, logits, gate, up, down)
         chosen = jnp.sum(jax.nn.one_hot(expert, c.experts, dtype=logits.dtype), axis=-2)
         return out, {"chosen": chosen, "probability": jax.nn.softmax(logits, axis=-1)}
 
 
-def _matrices(weight: nnx.Param, adapter: Adapter | None, holder: Adapter | None = None) -> Map:
+def _matrices(dtype: Any, weight: nnx.Param, adapter: Adapter | None, holder: Adapter | None = None) -> Map:
     """A map of all experts: `W`, and with an adapter its `A` (of `holder` if it has none) and `s B`."""
+    whole = weight[...].astype(dtype)  # whatever it is stored in
     if adapter is None:
-        return (weight[...],)
+        return (whole,)
     a = adapter.a if adapter.a is not None or holder is None else holder.a
     assert a is not None
-    return weight[...], a[...], adapter.scale * adapter.b[...]
+    return whole, a[...].astype(dtype), (adapter.scale * adapter.b[...]).astype(dtype)
 
 
 def _axes(inputs: str, outputs: str) -> tuple[PartitionSpec, ...]:

@@ -66,6 +66,22 @@ def test_a_quantized_model_runs_in_the_place_of_the_other_and_is_smaller(kind, l
     np.testing.assert_allclose(found, policy.hidden(rounded, tokens, positions)[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantized_experts_compute_with_the_weights_that_they_stand_for(kind):
+    options = SIZES | {"experts": 4, "experts_per_token": 2, "init_std": 0.3}
+    policy = models.decoder(**options, lora=models.Lora(rank=2, targets=("gate_up", "down")))
+    params = policy.init(jax.random.key(0))
+    for projection in ("gate", "up", "down"):
+        params["layers"]["mlp"][f"{projection}_lora"]["b"] += 0.1
+    small = models.quantize(params, kind=kind, block=16)
+    assert isinstance(small["layers"]["mlp"]["down"], Quantized)
+    tokens = jax.random.randint(jax.random.key(3), (2, 6), 0, tiny.VOCAB)
+    run = jax.jit(lambda params: policy.hidden(params, tokens, jnp.broadcast_to(jnp.arange(6), (2, 6)))[0])
+    expected = run(models.dequantize(small))
+    np.testing.assert_allclose(run(small), expected, atol=1e-5)
+    assert float(jnp.max(jnp.abs(run(params) - expected))) > 1e-4
+
+
 def test_adapters_are_trained_on_a_quantized_model_and_sampling_from_it_works():
     lora = models.Lora(rank=2, targets=("query", "up"))
     policy, base = models.decoder(**SIZES, lora=lora), models.decoder(**SIZES)
