@@ -187,6 +187,9 @@ class Policy(NamedTuple):
         insert: `(cache, rows, source[R], slots[R]) -> cache`, which puts rows of a prefilled cache into slots of a
             larger one, in the place of what they held, or `(cache, rows, k)`, which fills all slots of an empty one
             with each row `k` times, as `models.insert_rows` does; None if the cache cannot, and slots are not refilled.
+        cast: `(params) -> params`, matrices in the precision that the model multiplies in, which it would round them to
+            anyway; the train step keeps gradients of a pass, and sums them over devices, in that. Parts of the tree may
+            be None. None if the model has no such precision.
     """
 
     init: Callable[..., Params]
@@ -198,6 +201,7 @@ class Policy(NamedTuple):
     decode: Callable[..., tuple[Array, PyTree]]
     axes: Callable[[], PyTree] | None = None
     insert: Callable[..., PyTree] | None = None
+    cast: Callable[[Params], Params] | None = None
 
 
 class Targets(NamedTuple):

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, get_args
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -29,8 +30,9 @@ from jaxrl_post.models.layers import (
 )
 from jaxrl_post.models.lora import Lora
 from jaxrl_post.models.network import Decoder
+from jaxrl_post.models.quantize import Quantized
 from jaxrl_post.models.rope import Rope
-from jaxrl_post.types import Policy
+from jaxrl_post.types import Params, Policy
 
 REMAT = ("none", "dots", "full")
 
@@ -228,6 +230,18 @@ def decoder(
 
         return nest((path, names(path, variable)) for path, variable in nnx.to_flat_state(params))
 
+    def cast(params: Params) -> Params:
+        def rounded(path: tuple[Any, ...], x: Any) -> Any:
+            names = [str(part.key) for part in path]
+            # Layers multiply with these once. Tables add up rows of many tokens, norms and adapters are small: these
+            # keep what they are stored in.
+            matrix = names[0] == "layers" and not any(name.endswith("_lora") for name in names)
+            if not matrix or isinstance(x, Quantized) or x.ndim < 3 or config.dtype.itemsize >= x.dtype.itemsize:
+                return x
+            return x.astype(config.dtype)
+
+        return jax.tree_util.tree_map_with_path(rounded, params, is_leaf=lambda x: isinstance(x, Quantized))
+
     policy = from_nnx(
         lambda rngs: Decoder(config, rngs=rngs),
         hidden=Decoder.hidden,
@@ -238,4 +252,5 @@ def decoder(
         decode=Decoder.decode,
         axes=axes,
     )
-    return policy._replace(insert=functools.partial(insert_rows, axes={"k": 1, "v": 1, "positions": 0}))
+    insert = functools.partial(insert_rows, axes={"k": 1, "v": 1, "positions": 0})
+    return policy._replace(insert=insert, cast=cast)

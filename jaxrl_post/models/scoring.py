@@ -175,7 +175,7 @@ def score(
             found[name] = own.reshape(batch, *parts.shape[2:])
         return TokenStats(**found)
 
-    return _LanguageScore(run, "token" if shared_prompt is None else "group")
+    return _LanguageScore(run, "token" if shared_prompt is None else "group", policy.cast or (lambda params: params))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +184,7 @@ class _LanguageScore:
 
     run: Callable[[Params, Rollouts, frozenset[str], Array | None], TokenStats]
     unit: Unit
+    cast: Callable[[Params], Params]
 
     def __call__(self, params: Params, rollouts: Rollouts, fields: frozenset[str], key: Array) -> TokenStats:
         return self.run(params, rollouts, fields, key)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import jax
 import optax
+from jax.typing import DTypeLike
 
 from jaxrl_post.types import Method, Params, PyTree
 
@@ -108,6 +109,7 @@ def make_optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     max_grad_norm: float | None = 1.0,
+    mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     """Clip by global norm, then the named optimiser.
 
@@ -119,12 +121,15 @@ def make_optimizer(
         eps: Adam's epsilon.
         weight_decay: decoupled weight decay, `"adamw"` only.
         max_grad_norm: global norm that gradients are scaled down to; None for no clipping.
+        mu_dtype: what the mean of gradients (the momentum of `"sgd"`) is kept in; None for that of the parameters. In
+            bfloat16 Adam takes a quarter less memory beside float32 parameters. The mean of squares stays as wide as
+            the parameters: at `b2=0.999` it moves by less than bfloat16 can hold.
 
     Returns:
         A gradient transformation.
 
     Raises:
-        ValueError: for an unknown name, or `weight_decay` with an optimiser that has none.
+        ValueError: for an unknown name, or `weight_decay` or `mu_dtype` with an optimiser that has none of it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -136,12 +141,14 @@ def make_optimizer(
     """
     if weight_decay and name != "adamw":
         raise ValueError(f"weight_decay={weight_decay} does not apply to {name!r}; use name='adamw' or weight_decay=0")
+    if mu_dtype is not None and name == "sgd" and not b1:
+        raise ValueError(f"mu_dtype={mu_dtype} does not apply to 'sgd' with b1=0, which keeps no momentum")
     if name == "adamw":
-        rule = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+        rule = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mu_dtype=mu_dtype)
     elif name == "adam":
-        rule = optax.adam(learning_rate, b1=b1, b2=b2, eps=eps)
+        rule = optax.adam(learning_rate, b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
     elif name == "sgd":
-        rule = optax.sgd(learning_rate, momentum=b1 or None)
+        rule = optax.sgd(learning_rate, momentum=b1 or None, accumulator_dtype=mu_dtype)
     else:
         raise ValueError(f"unknown optimizer {name!r}; there are adamw, adam and sgd")
     return rule if max_grad_norm is None else optax.chain(optax.clip_by_global_norm(max_grad_norm), rule)

@@ -9,6 +9,7 @@ import optax
 
 from jaxrl_post import methods
 from jaxrl_post.training.config import Config, OptimizerConfig
+from jaxrl_post.training.config.methods_check import find_method
 from jaxrl_post.training.optimizers import make_optimizer, make_schedule
 from jaxrl_post.training.roles import Role
 from jaxrl_post.training.step import most_updates
@@ -50,7 +51,7 @@ class Stage:
 
 def make_method(config: Config) -> Method:
     """The method that the configuration names, with its keywords."""
-    return getattr(methods, config.method.name)(**config.method.keywords)
+    return find_method(config.method.name)(**config.method.keywords)
 
 
 def make_stages(config: Config) -> list[Stage]:
@@ -81,7 +82,7 @@ def make_stages(config: Config) -> list[Stage]:
     }
     stages.append(
         Stage(
-            name=config.method.name,
+            name=config.method.name.rpartition(":")[2],
             kind=method.learns_from,
             method=method,
             optimizer={**dict.fromkeys(method.trains, optimizer), **own} if own else optimizer,
@@ -117,5 +118,6 @@ def _optimizer(options: OptimizerConfig, updates: int) -> tuple[optax.GradientTr
         eps=options.eps,
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
+        mu_dtype=options.mu_dtype,
     )
     return optimizer, schedule

@@ -203,18 +203,27 @@ def make_update(
         key: Array,
     ) -> tuple[PyTree, Array, dict[str, Metric]]:
         """`differentiate` of the whole batch: sums over micro-batches."""
+        # With respect to what the model multiplies with: of rounded parameters a gradient has the same numbers, and
+        # takes as little room as they do.
+        rounded = {role: getattr(scores[role], "cast", lambda params: params)(x) for role, x in trained.items()}
+
+        def widened(x: Array, param: Array) -> Array:
+            return x.astype(param.dtype)
+
         if micro_batches == 1:
-            return differentiate(trained, still, (rollouts, (targets, frozen_stats)), denominators, shares, key)
+            everything = (rollouts, (targets, frozen_stats))
+            gradients, values, metrics = differentiate(rounded, still, everything, denominators, shares, key)
+            return jax.tree.map(widened, gradients, trained), values, metrics
         pieces = split(rollouts, (targets, frozen_stats), micro_batches, method.unit)
         copies = () if method.combine is None else (len(denominators),)
         zeros = jax.tree.map(lambda x: jnp.zeros((*copies, *x.shape), x.dtype), trained)
 
         def accumulate(total: PyTree, piece) -> tuple[PyTree, tuple[Array, dict[str, Metric]]]:
-            gradients, values, metrics = differentiate(trained, still, piece, denominators, shares, key)
+            gradients, values, metrics = differentiate(rounded, still, piece, denominators, shares, key)
             # Without a barrier XLA adds the embedding's gradient row by row into the sum, and its TPU compiler then
             # fails on a mesh (in the pass that moves sums over devices out of loops).
             gradients = jax.lax.optimization_barrier(gradients)
-            return jax.tree.map(jnp.add, total, gradients), (values, metrics)
+            return jax.tree.map(lambda total, x: total + widened(x, total), total, gradients), (values, metrics)
 
         total, (values, metrics) = jax.lax.scan(accumulate, zeros, pieces)
         return total, jnp.sum(values, axis=0), {name: metric.merge() for name, metric in metrics.items()}

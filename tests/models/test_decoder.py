@@ -272,6 +272,27 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
     )
 
 
+def test_a_cast_rounds_what_layers_multiply_with_and_nothing_that_adds_up_in_float32():
+    options = {"experts": 2, "experts_per_token": 1, "tied": False, "value_head": True, "qk_norm": True}
+    policy = models.decoder(vocab_size=5, width=8, heads=2, layers=2, dtype=jnp.bfloat16, **options)
+    params = policy.init(jax.random.key(0))
+    cast = policy.cast(params | {"embedding": None})
+    assert cast["embedding"] is None
+    rounded = {jax.tree_util.keystr(path) for path, x in jax.tree.leaves_with_path(cast) if x.dtype == jnp.bfloat16}
+    attention = {f"['layers']['attention']['{name}']" for name in ("query", "key", "value", "out")}
+    assert rounded == attention | {f"['layers']['mlp']['{name}']" for name in ("gate", "up", "down", "router")}
+    tokens = jnp.array([[1, 2, 3, 4]])
+    states = [policy.hidden(p, tokens, arange(tokens))[0] for p in (params, policy.cast(params))]
+    np.testing.assert_array_equal(*states)
+
+
+def test_a_cast_never_widens():
+    policy = models.decoder(vocab_size=5, width=8, heads=2, layers=1, param_dtype=jnp.bfloat16)
+    assert {
+        x.dtype for x in jax.tree.leaves(jax.eval_shape(policy.cast, jax.eval_shape(policy.init, jax.random.key(0))))
+    } == {jnp.dtype(jnp.bfloat16)}
+
+
 def test_parameters_may_be_stored_in_bfloat16():
     policy = models.decoder(vocab_size=5, width=8, heads=2, layers=1, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
     assert {x.dtype for x in jax.tree.leaves(jax.eval_shape(policy.init, jax.random.key(0)))} == {

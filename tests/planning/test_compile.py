@@ -7,7 +7,10 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -322,3 +325,13 @@ def test_programs_for_tpus_are_serialised_and_belong_to_their_chips(printed, sav
         ValueError, match=r"for devices 4, kind TPU v5 lite, .*libtpu .*, but here is devices 8, kind cpu"
     ):
         executables.load(path)
+
+
+@pytest.mark.nightly
+def test_the_command_needs_no_environment_and_prints_nothing_but_its_object():
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("JAX", "TPU", "XLA", "ALLOW"))}
+    command = [sys.executable, "-m", "jaxrl_post.cli.main", "compile", TINY, "--topology", "v5e:1x1", "--only", "step"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run([*command, "--json"], cwd=root, env=clean, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["programs"][0]["fits"]
+    assert "compiling step" in done.stderr

@@ -197,6 +197,11 @@ CASES = [
         "does not apply",
     ),
     (
+        {"training__optimizer": {"learning_rate": 1e-3, "name": "sgd", "b1": 0.0, "mu_dtype": "bfloat16"}},
+        "training.optimizer.mu_dtype",
+        "keeps no momentum",
+    ),
+    (
         {"training__optimizer": {"learning_rate": 1e-3, "name": "adam", "weight_decay": 0.1}},
         "training.optimizer.weight_decay",
         "adamw decays",

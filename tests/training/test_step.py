@@ -125,6 +125,24 @@ def test_master_weights_move_by_updates_that_bfloat16_could_not_hold():
     np.testing.assert_allclose(np.abs(scale - before), 1e-6, rtol=0.1)
 
 
+def test_gradients_in_the_precision_of_the_products_are_those_of_the_master_weights():
+    policy = tiny.policy(dtype="bfloat16")
+    params, score, method = policy.init(jax.random.key(0)), models.score(policy), methods.sft()
+    optimizer = optax.sgd(1.0)  # what a parameter moves by is its gradient
+
+    def gradient(score, micro_batches):
+        given = {"policy": jax.tree.map(jnp.copy, params)}
+        step = training.make_step(score, method, optimizer, micro_batches=micro_batches)
+        state, _ = step(training.init(given, method, optimizer, jax.random.key(1)), tiny.batch())
+        return jax.tree.map(lambda new, old: new - old, state.params["policy"], params)
+
+    wide = gradient(lambda *given: score(*given), 8)  # a score that says nothing of a precision
+    assert_same(gradient(score, 8), wide)  # the same pieces give the same numbers, added up as widely
+    at_once = gradient(score, 1)
+    error, size = (optax.tree.norm(x) for x in (optax.tree.sub(at_once, wide), wide))
+    assert error < 2**-8 * size
+
+
 def test_stats_that_nothing_reads_are_not_computed():
     def flops(method):
         optimizer = optax.sgd(0.1)

@@ -229,6 +229,8 @@ def _optimizer(optimizer: OptimizerConfig, path: str, updates: int | None, probl
     if problems.ok(f"{path}.name"):
         if optimizer.name == "sgd":
             refuse_unused(optimizer, path, ("b2", "eps", "weight_decay"), "the optimiser is sgd", problems)
+            if problems.ok(f"{path}.b1") and optimizer.b1 == 0:
+                refuse_unused(optimizer, path, ("mu_dtype",), "sgd keeps no momentum where b1 is 0", problems)
         elif optimizer.name == "adam":
             refuse_unused(optimizer, path, ("weight_decay",), "the optimiser is adam; adamw decays weights", problems)
     if not problems.ok(f"{path}.schedule", f"{path}.warmup_steps"):

@@ -220,7 +220,11 @@ class MethodConfig:
     Where a keyword holds token ids, `{text: "..."}` stands for those of a text.
     """
 
-    name: str = option("a function of jaxrl_post.methods; its keywords stand beside it", "grpo")
+    name: str = option(
+        "a function of jaxrl_post.methods, or your own that returns a Method, as path/file.py:function or "
+        "module:function; its keywords stand beside it",
+        "grpo",
+    )
     keywords: dict[str, Any] = option("keywords of that function", factory=dict)
 
 
@@ -244,6 +248,9 @@ class OptimizerConfig:
     eps: float = option("added to the root of the mean square (adam, adamw)", 1e-8, above=0)
     weight_decay: float = option("decoupled weight decay (adamw)", 0.0, minimum=0)
     max_grad_norm: float | None = option("gradients are scaled down to this global norm; null: never", 1.0, above=0)
+    mu_dtype: Literal["float32", "bfloat16"] | None = option(
+        "type that the mean of gradients (the momentum of sgd) is kept in; null: model.param_dtype", None
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
