@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxrl_post.data import PRINTABLE, CharTokenizer, Tokenizer, load_tokenizer
+from jaxrl_post.rewards.loading import load
 from jaxrl_post.training.config.errors import Problems, nearest
 from jaxrl_post.training.config.parsing import BAD, coerce, type_name
 from jaxrl_post.training.config.schema import DataConfig, MethodConfig
@@ -29,6 +30,24 @@ def method_functions(namespace: Any = None) -> dict[str, Callable[..., Any]]:
     names = getattr(namespace, "__all__", None) or [name for name in vars(namespace) if not name.startswith("_")]
     found = {name: getattr(namespace, name) for name in names}
     return {name: function for name, function in found.items() if _makes_method(function)}
+
+
+def find_method(name: str, namespace: Any = None) -> Callable[..., Any]:
+    """The function that makes a method: one of `jaxrl_post.methods` by its name, or the user's own, `file.py:function`.
+
+    Args:
+        name: as a configuration has it.
+        namespace: as in `method_functions`.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if ":" in name:
+        return load(name)
+    functions = method_functions(namespace)
+    if name not in functions:
+        raise ValueError(f"there is no such method; {nearest(name, functions)}")
+    return functions[name]
 
 
 def _makes_method(function: Any) -> bool:
@@ -95,27 +114,29 @@ def tokenizer_of(options: DataConfig) -> Tokenizer:
 
 def check_method(method: MethodConfig, problems: Problems, namespace: Any = None) -> tuple[MethodConfig, Method | None]:
     """The method with its keywords as the function wants them, and what the function returns (None after a problem)."""
-    functions = method_functions(namespace)
-    if method.name not in functions:
-        problems.add("method.name", f"there is no such method; {nearest(method.name, functions)}", method.name)
+    try:
+        function = find_method(method.name, namespace)
+    except ValueError as error:
+        problems.add("method.name", str(error), method.name)
         return method, None
-    function = functions[method.name]
+    label = method.name if ":" in method.name else f"methods.{method.name}"
     types = keyword_types(function)
     keywords: dict[str, Any] = {}
     for name, value in method.keywords.items():
         key = f"method.{name}"
         if name not in types:
-            problems.add(
-                key, f"methods.{method.name} has no such keyword; {nearest(name, types, prefix='method')}", value
-            )
+            problems.add(key, f"{label} has no such keyword; {nearest(name, types, prefix='method')}", value)
             continue
         fitted = coerce(value, types[name], key, problems)
         if fitted is not BAD:
             keywords[name] = fitted
     for name, parameter in inspect.signature(function).parameters.items():
-        required = parameter.default is parameter.empty and parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        required = parameter.default is parameter.empty and parameter.kind in (
+            inspect.Parameter.KEYWORD_ONLY,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,  # of a user's own function
+        )
         if required and name not in method.keywords:
-            problems.add(f"method.{name}", f"methods.{method.name} needs this ({type_name(types[name])}); give it")
+            problems.add(f"method.{name}", f"{label} needs this ({type_name(types[name])}); give it")
     _check_horizon(types, keywords, problems)
     if not problems.ok("method"):
         return method, None
@@ -124,6 +145,11 @@ def check_method(method: MethodConfig, problems: Problems, namespace: Any = None
     except ValueError as error:
         subject = str(error).split()[0].split("=")[0]  # messages begin with the keyword that is wrong
         problems.add(f"method.{subject}" if subject in types else "method", str(error))
+        return method, None
+    if not isinstance(made, Method):
+        problems.add(
+            "method.name", f"must name a function that returns a Method, got {type(made).__name__}", method.name
+        )
         return method, None
     return dataclasses.replace(method, keywords=keywords), made
 
