@@ -87,7 +87,7 @@ def from_nnx(
 
     def module(params: Params) -> Any:
         leaves = [(path, _lookup(params, path)) for path in paths]
-        return nnx.merge(graph, nnx.from_flat_state(leaves), rest)
+        return nnx.merge(graph, nnx.from_flat_state(leaves), rest, copy=True)
 
     return _policy(
         init,

@@ -166,6 +166,23 @@ def test_nnx_parameters_are_a_nested_dict_with_strings_for_keys():
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(params))
 
 
+def test_an_nnx_module_that_draws_random_numbers_on_its_way_runs_inside_jit():
+    class Recurrent(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(5, 4, rngs=rngs)
+            self.cell = nnx.RNN(nnx.GRUCell(4, 4, rngs=rngs))  # whose first state may be drawn at each call
+
+    policy = models.from_nnx(
+        Recurrent,
+        hidden=lambda model, tokens, positions: model.cell(model.embed(tokens)),
+        unembed=lambda model: model.embed.embedding[...],
+    )
+    params, tokens = policy.init(jax.random.key(0)), jnp.array([[1, 2, 3]])
+    compiled, _ = jax.jit(policy.hidden)(params, tokens, jnp.arange(3)[None])
+    again, _ = policy.hidden(params, tokens, jnp.arange(3)[None])
+    np.testing.assert_allclose(compiled, again, atol=1e-6)
+
+
 def test_linen_accepts_a_function_in_place_of_a_method_name():
     policy, params, _ = case("linen")
     other = models.from_linen(

@@ -146,7 +146,7 @@ def check_method(method: MethodConfig, problems: Problems, namespace: Any = None
         subject = str(error).split()[0].split("=")[0]  # messages begin with the keyword that is wrong
         problems.add(f"method.{subject}" if subject in types else "method", str(error))
         return method, None
-    if not isinstance(made, Method):
+    if ":" in method.name and not isinstance(made, Method):
         problems.add(
             "method.name", f"must name a function that returns a Method, got {type(made).__name__}", method.name
         )
