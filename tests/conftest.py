@@ -14,16 +14,17 @@ os.environ |= {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-_CPU_ONLY = "--xla_cpu_use_fusion_emitters=false"
+# Programs are small: to cut one into pieces that are compiled side by side costs more than it gains.
+_ONE_PIECE, _OLD_EMITTERS = "--xla_cpu_parallel_codegen_split_count=1", "--xla_cpu_use_fusion_emitters=false"
 _flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in _flags:
     _flags += " --xla_force_host_platform_device_count=8"
 # Compilation is most of these tests' time, and their shapes are small: without what the CPU backend does to make
 # programs fast it takes half. The nightly run has it on.
 if "xla_backend_optimization_level" not in _flags:
-    _flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    _flags += f" --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true {_ONE_PIECE}"
     if int(version("jax").split(".")[1]) < 11:  # later ones do not know it, and end the process
-        _flags += f" {_CPU_ONLY}"
+        _flags += f" {_OLD_EMITTERS}"
 XLA_FLAGS = _flags.strip()  # for child processes whose programs are to have the same bits
 os.environ["XLA_FLAGS"] = XLA_FLAGS
 
@@ -31,7 +32,11 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.devices()  # reads the flags
-os.environ["XLA_FLAGS"] = XLA_FLAGS.replace(_CPU_ONLY, "").strip()  # libtpu does not know it either
+# Nor does libtpu know what is for the CPU alone.
+os.environ["XLA_FLAGS"] = XLA_FLAGS.replace(_ONE_PIECE, "").replace(_OLD_EMITTERS, "").strip()
+
+# Traced programs are many objects and little garbage, in which Python would look for cycles a twentieth of the time.
+gc.set_threshold(50_000, 5, 5)
 
 # Subprocesses of tests inherit the directory through the environment.
 _CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "jaxrl_post_jax_cache"))

@@ -60,22 +60,61 @@ def largest_difference(one, other):
     return float(jnp.max(jnp.abs(flat - other)))
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-def test_two_steps_are_the_methods_own_and_do_not_depend_on_micro_batches_or_devices(path):
+def made(path):
     config = load(path)
-    method = getattr(methods, config.method.name)(**config.method.keywords)
-    if method.learns_from != "rollouts":
-        pytest.skip("learns from given pairs; their batch is cut in test_token_rewards and in tests/training/test_step")
-    size = max(method.min_group, 4) + (path.stem == "mc-grpo")
-    batch = named_as_in(config, rollouts(size))
-    before, whole = updated(method, batch)
-    for role in method.trains:
-        assert largest_difference(whole[role], before[role]) > 1e-7, f"{role} did not move"
-    if path.stem not in SAME_AS_GRPO:
-        assert largest_difference(whole["policy"], by_grpo(size)) > 1e-7, "moves exactly as plain GRPO does"
+    return getattr(methods, config.method.name)(**config.method.keywords)
 
+
+FROM_ROLLOUTS = [path for path in PATHS if made(path).learns_from == "rollouts"]
+"""The others learn from given pairs; their batch is cut in `test_token_rewards` and in `tests/training/test_step`."""
+
+
+def kind(method):
+    """What the train step does differently for it: units, what is read of which role, probes, stages."""
+    stages = (method.stages or {"": method}).values()
+    return tuple(
+        (
+            *(stage.unit, tuple(sorted((name, *sorted(fields)) for name, fields in stage.needs.items()))),
+            *(tuple(sorted(stage.trains)), stage.probes is None, stage.combine is None, stage.batch is None),
+        )
+        for stage in stages
+    )
+
+
+def one_of_each_kind():
+    """All, of which those that are not the first of their kind are cut at night."""
+    seen = set()
+    for path in FROM_ROLLOUTS:
+        known = kind(made(path)) in seen
+        seen.add(kind(made(path)))
+        yield pytest.param(path, id=path.stem, marks=pytest.mark.nightly if known else ())
+
+
+def batch_of(path):
+    return named_as_in(load(path), rollouts(max(made(path).min_group, 4) + (path.stem == "mc-grpo")))
+
+
+@functools.cache
+def whole(path):
+    """Parameters before and after."""
+    return updated(made(path), batch_of(path))
+
+
+@pytest.mark.parametrize("path", FROM_ROLLOUTS, ids=lambda path: path.stem)
+def test_two_steps_are_the_methods_own(path):
+    before, after = whole(path)
+    for role in made(path).trains:
+        assert largest_difference(after[role], before[role]) > 1e-7, f"{role} did not move"
+    if path.stem not in SAME_AS_GRPO:
+        size = batch_of(path).group_size
+        assert largest_difference(after["policy"], by_grpo(size)) > 1e-7, "moves exactly as plain GRPO does"
+
+
+@pytest.mark.parametrize("path", one_of_each_kind())
+def test_two_steps_do_not_depend_on_micro_batches_or_devices(path):
+    method = made(path)
     cut = {} if method.unit == "batch" else {"micro_batches": 2}
-    _, parts = updated(method, batch, mesh=make_mesh(data=2), **cut)
+    _, parts = updated(method, batch_of(path), mesh=make_mesh(data=2), **cut)
     for role in method.trains:
-        for a, b in zip(jax.tree.leaves(whole[role]), jax.tree.leaves(parts[role]), strict=True):
+        for a, b in zip(jax.tree.leaves(whole(path)[1][role]), jax.tree.leaves(parts[role]), strict=True):
             np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6, err_msg=role)

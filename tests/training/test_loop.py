@@ -11,10 +11,11 @@ from tests.training import runs
 
 FAULTS = Path(__file__).with_name("faulty_rewards.py")
 NO_WARM_START = {"warm_start": None}
+NOTHING_ELSE = {**NO_WARM_START, "eval": {"problems": 0}}
 
 
 def faulty(name):
-    return {"rewards": [{"path": f"{FAULTS}:{name}"}], **NO_WARM_START}
+    return {"rewards": [{"path": f"{FAULTS}:{name}"}], **NOTHING_ELSE}
 
 
 def train(directory, *overrides, **changes):
@@ -128,7 +129,7 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run_with_a_report(t
     optimizer = {"name": "sgd", "learning_rate": 1e30, "max_grad_norm": None}
     training = {"steps": 6, "optimizer": optimizer, "max_nonfinite_steps": 2}
     with pytest.raises(loop.TrainingError, match=r"2 updates in a row .* Lower training\.optimizer"):
-        train(tmp_path, training=training, **NO_WARM_START)
+        train(tmp_path, training=training, **NOTHING_ELSE)
     rows = runs.lines(tmp_path / "run")
     assert [row["nonfinite_updates"] for row in rows] == [0.0, 1.0, 1.0]
     assert rows[-1]["loss"] is None  # null, never NaN
@@ -139,14 +140,14 @@ def test_long_prompts_are_filtered_and_counted_or_an_error(tmp_path):
     with files.open("a") as file:
         file.write(json.dumps({"question": "12345>", "answer": "1"}) + "\n")
     data = {"files": [str(files)], "alphabet": ">0123456789", "max_prompt_length": 3}
-    directory = train(tmp_path / "a", "training.steps=4", data=data, **NO_WARM_START)
+    directory = train(tmp_path / "a", "training.steps=4", data=data, **NOTHING_ELSE)
     assert runs.lines(directory)[-1]["data/filtered_problems"] >= 1
     with pytest.raises(ValueError, match="more than max_prompt_length=3"):
-        train(tmp_path / "b", data=data | {"on_long_prompt": "error"}, **NO_WARM_START)
+        train(tmp_path / "b", data=data | {"on_long_prompt": "error"}, **NOTHING_ELSE)
 
 
 def test_a_set_up_that_fails_leaves_a_directory_that_can_be_used(tmp_path):
-    path = runs.tiny_run(tmp_path, **NO_WARM_START)
+    path = runs.tiny_run(tmp_path, **NOTHING_ELSE)
     with pytest.raises(ValueError, match=r"no module"):
         loop.run(config.load(path, ["rewards.0.path=no_such_module:reward"]))
     loop.run(config.load(path, ["training.steps=1"]))
@@ -170,12 +171,12 @@ def test_the_learning_rate_counts_updates_and_roles_count_steps(tmp_path):
     optimizer = {"learning_rate": 0.01, "schedule": "linear"}
     training = runs.training(steps=3, optimizer=optimizer)
     roles = {"reference": {"refresh": "every", "every": 1}}
-    directory = train(tmp_path, training=training, roles=roles, eval={"problems": 0}, **faulty("nothing"))
+    directory = train(tmp_path, training=training, roles=roles, **faulty("nothing"))
     assert [row["learning_rate"] for row in runs.lines(directory)] == pytest.approx([0.01] * 3)
 
 
 def test_supervised_and_preference_data_need_no_rewards(tmp_path):
-    offline = {"rewards": None, "rollout": {"max_new_tokens": 4}, **NO_WARM_START}
+    offline = {"rewards": None, "rollout": {"max_new_tokens": 4}, **NOTHING_ELSE}
     training = {"steps": 3, "batch_size": 4, "optimizer": {"learning_rate": 0.01}, "log_completions_every": 0}
     rows = runs.lines(train(tmp_path / "sft", method={"name": "sft"}, training=training, **offline))
     assert rows[-1]["loss"] < rows[0]["loss"]
@@ -194,7 +195,7 @@ def test_supervised_and_preference_data_need_no_rewards(tmp_path):
 
 
 def test_ppo_brings_its_critic_through_a_restart(tmp_path):
-    changes = {"method": {"name": "ppo", "beta": 0.1}, "eval": {"problems": 0}, **NO_WARM_START}
+    changes = {"method": {"name": "ppo", "beta": 0.1}, **NOTHING_ELSE}
     whole = train(tmp_path / "whole", "training.steps=4", **changes)
     train(tmp_path / "parts", "training.steps=2", **changes)
     parts = train(tmp_path / "parts", "training.steps=4", **changes)
@@ -205,7 +206,7 @@ def test_ppo_brings_its_critic_through_a_restart(tmp_path):
 
 def test_eight_devices_train_as_one_does(tmp_path):
     rollout = {"group_size": 4, "prompts": 8, "max_new_tokens": 3}
-    changes = {"rollout": rollout, "eval": {"problems": 0}, **NO_WARM_START}
+    changes = {"rollout": rollout, **NOTHING_ELSE}
     one = train(tmp_path / "one", "training.steps=3", **changes)
     mesh = {"fsdp": 4, "tensor": 2}
     eight = train(tmp_path / "eight", "training.steps=3", mesh=mesh, **changes)

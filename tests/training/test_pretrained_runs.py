@@ -42,6 +42,14 @@ def save_qwen3(directory, kind=transformers.Qwen3ForCausalLM, **changes):
     return directory
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, checkpoint):
+    """The directory of a run of two steps from it, which is in `run` and what it gave back in `out`."""
+    directory = tmp_path_factory.mktemp("trained")
+    run(directory, checkpoint, "training.steps=2")
+    return directory
+
+
 def run(tmp_path, checkpoint, *overrides, **model):
     tmp_path.mkdir(exist_ok=True)
     path = runs.tiny_run(
@@ -49,11 +57,11 @@ def run(tmp_path, checkpoint, *overrides, **model):
         model={"path": checkpoint and str(checkpoint), "export": str(tmp_path / "out"), **model},
         data={
             "files": [str(runs.write_problems(tmp_path / "train.jsonl"))],
-            "eval_files": [str(runs.write_problems(tmp_path / "eval.jsonl", 8, 60))],
             "max_prompt_length": 3,
         },
         method={"name": "grpo", "beta": 0.1},
         warm_start=None,
+        eval={"problems": 0},
     )
     loop.run(configs.load(path, overrides))
     return path
@@ -65,17 +73,16 @@ def logits(directory, ids):
         return model(torch.tensor(ids)).logits.float().numpy()
 
 
-def test_what_a_run_gives_back_is_loaded_by_transformers_with_the_runs_own_logits(tmp_path, checkpoint):
-    run(tmp_path, checkpoint, "training.steps=2")
+def test_what_a_run_gives_back_is_loaded_by_transformers_with_the_runs_own_logits(trained, checkpoint):
     ids = [[3, 4, 2, 5], [8, 8, 2, 1]]
-    found = logits(tmp_path / "out", ids)[..., : len(ALPHABET)]  # of the other rows the tokenizer has no token
+    found = logits(trained / "out", ids)[..., : len(ALPHABET)]  # of the other rows the tokenizer has no token
     assert np.abs(found - logits(checkpoint, ids)[..., : len(ALPHABET)]).max() > 1e-3  # it has learnt
-    setup, params = inference.load_run(tmp_path / "run")
+    setup, params = inference.load_run(trained / "run")
     hidden, _ = setup.policy.hidden(params, np.array(ids), np.broadcast_to(np.arange(4), (2, 4)))
     ours = hidden @ setup.policy.unembed(params).weight.T
     np.testing.assert_allclose(found, ours, rtol=2e-4, atol=2e-5)
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").encode("12>") == [4, 5, 2]
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "qwen3"
+    assert transformers.AutoTokenizer.from_pretrained(trained / "out").encode("12>") == [4, 5, 2]
+    assert json.loads((trained / "out" / "config.json").read_text())["model_type"] == "qwen3"
 
 
 def test_a_run_of_adapters_gives_back_the_merged_model_and_the_adapters(tmp_path, checkpoint):
@@ -215,11 +222,10 @@ def test_sizes_beside_a_checkpoint_and_one_that_is_not_there_are_refused(tmp_pat
         run(tmp_path / "other", tmp_path / "nowhere")
 
 
-def test_the_first_parameters_are_those_of_the_checkpoint(tmp_path, checkpoint):
+def test_the_first_parameters_are_those_of_the_checkpoint(trained, checkpoint):
     from jaxrl_post.training import setup
 
-    path = run(tmp_path, checkpoint, "training.steps=1")
-    parts = setup.build(configs.load(path))
+    parts = setup.build(configs.load(trained / "config.yaml"))
     params = jax.device_get(parts.initial_params())
     weights = transformers.AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
     np.testing.assert_array_equal(
@@ -288,19 +294,20 @@ def test_models_are_converted_there_and_back_bit_by_bit(tmp_path, checkpoint, ca
     assert "already" in capsys.readouterr().err
 
 
-def test_a_finished_run_can_be_converted_later(tmp_path, checkpoint):
+def test_a_finished_run_can_be_converted_later(tmp_path, trained):
     from jaxrl_post.training.convert import convert
 
-    run(tmp_path, checkpoint, "training.steps=2")
-    convert(str(tmp_path / "run"), str(tmp_path / "later"), dtype="bfloat16")
+    convert(str(trained / "run"), str(tmp_path / "later"), dtype="bfloat16")
     ids = [[3, 4, 2, 5]]
-    np.testing.assert_allclose(logits(tmp_path / "later", ids), logits(tmp_path / "out", ids), rtol=0.05, atol=0.01)
+    np.testing.assert_allclose(logits(tmp_path / "later", ids), logits(trained / "out", ids), rtol=0.05, atol=0.01)
 
 
-def test_ids_that_the_tokenizer_has_not_are_never_sampled_and_the_models_own_stop_tokens_count(tmp_path, checkpoint):
+def test_ids_that_the_tokenizer_has_not_are_never_sampled_and_the_models_own_stop_tokens_count(
+    tmp_path, trained, checkpoint
+):
     from jaxrl_post.training import setup
 
-    path = run(tmp_path, checkpoint, "training.steps=1")
+    path = trained / "config.yaml"
     parts = setup.build(configs.load(path))
     assert parts.policy.unembed(parts.initial_params()).weight.shape[0] == len(ALPHABET) < 16
     other = json.loads((checkpoint / "config.json").read_text())
