@@ -4,7 +4,9 @@ Arrays name their axes by meaning ("batch", "vocab", "mlp", ...); `RULES` says w
 a changed row, not a changed model. Nothing here moves data except `place`.
 
 To all that are no experts, the axis `expert` is what `fsdp` is: it splits the batch and the parameters. Otherwise
-attention would do the same work on all devices along it.
+attention would do the same work on all devices along it. The axis `sequence` splits the parameters too, and of the
+tokens their positions: of a long row each device has a part, and what attention needs of the others is gathered. Where
+there are no positions to split, as in decoding, or where it does not divide their number, it splits the batch.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ Rules: TypeAlias = Mapping[str, str | tuple[str, ...] | None]
 RULES: Rules = {
     # parameters
     "vocab": "tensor",
-    "embed": ("fsdp", "expert"),
+    "embed": ("fsdp", "expert", "sequence"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
@@ -36,8 +38,8 @@ RULES: Rules = {
     "experts": "expert",
     "layers": None,
     # activations and rollouts
-    "batch": ("data", "fsdp", "expert"),
-    "length": "sequence",
+    "batch": ("data", "fsdp", "expert", "sequence"),
+    "length": "sequence",  # before "batch"
     "act_embed": None,
     "act_heads": "tensor",
     "act_mlp": "tensor",
@@ -62,7 +64,7 @@ def make_mesh(
         data: replicas that each hold a part of the batch and all of the parameters.
         fsdp: ways the parameters, the optimiser state and the batch are split.
         tensor: ways heads, hidden units and the vocabulary are split.
-        sequence: ways positions are split.
+        sequence: ways the positions of a row are split, and the parameters as over `fsdp`.
         expert: ways experts are split; all other parameters and the batch are split over it as over `fsdp`.
         devices: devices to use, `jax.devices()` by default; the first `data * fsdp * ...` of them are taken.
 
@@ -96,7 +98,8 @@ def spec(
     """The `PartitionSpec` of an array with logical `axes`.
 
     A mesh axis is used once, by the first logical axis that asks for it, and only where it divides the dimension: a
-    vocabulary of 39 is not split in two but kept whole.
+    vocabulary of 39 is not split in two but kept whole. "length" asks before all others: rows are split over `sequence`
+    only where positions are not.
 
     Args:
         axes: logical name of each dimension, None for "not split"; None altogether replicates the array.
@@ -112,14 +115,19 @@ def spec(
         ('tensor', 'fsdp')
         >>> tuple(spec(("vocab", "embed"), (39, 16), {"tensor": 2, "fsdp": 4}))
         (None, 'fsdp')
+        >>> tuple(spec(("batch", "length"), (4, 6), {"fsdp": 2, "sequence": 2}))
+        ('fsdp', 'sequence')
+        >>> tuple(spec(("batch", "length"), (4, 1), {"fsdp": 2, "sequence": 2}))
+        (('fsdp', 'sequence'), None)
     """
     if axes is None:
         return PartitionSpec()
     if len(axes) != len(shape):
         raise ValueError(f"{len(axes)} logical axes {axes} were given for an array of shape {tuple(shape)}")
     used: set[str] = set()
-    entries: list[str | tuple[str, ...] | None] = []
-    for name, size in zip(axes, shape, strict=True):
+    entries: list[str | tuple[str, ...] | None] = [None] * len(axes)
+    for place in sorted(range(len(axes)), key=lambda place: axes[place] != "length"):
+        name, size = axes[place], shape[place]
         if name is not None and name not in rules:
             raise ValueError(f"unknown logical axis {name!r}; the table holds {sorted(rules)}")
         wanted = rules[name] if name is not None else None
@@ -131,7 +139,7 @@ def spec(
             if ways > 1 and axis not in used and size % (ways * split) == 0:
                 taken.append(axis)
         used.update(taken)
-        entries.append(None if not taken else taken[0] if len(taken) == 1 else tuple(taken))
+        entries[place] = None if not taken else taken[0] if len(taken) == 1 else tuple(taken)
     return PartitionSpec(*entries)
 
 
@@ -214,11 +222,17 @@ def shardings(tree: PyTree, axes: PyTree | None, mesh: Mesh, rules: Rules = RULE
 
 
 def rollout_shardings(rollouts: Rollouts, mesh: Mesh) -> Rollouts:
-    """Shardings of `Rollouts`: every array's leading axis over those of "batch" as far as they divide it."""
+    """Shardings of `Rollouts`: leading axes over those of "batch", those of positions over that of "length".
+
+    Args:
+        rollouts: arrays or `jax.ShapeDtypeStruct`s; those of shape `[B, T, ...]` have positions.
+        mesh: from `make_mesh`.
+    """
+    places = jax.tree.leaves(rollouts.tokens)[0].shape[:2]
 
     def leaf(x: Any) -> NamedSharding:
-        names: LogicalAxes = ("batch", *(None,) * (x.ndim - 1)) if x.ndim else ()
-        return NamedSharding(mesh, spec(names, x.shape, dict(mesh.shape)))
+        names: LogicalAxes = ("batch", "length") if x.shape[:2] == places else ("batch",)[: x.ndim]
+        return NamedSharding(mesh, spec(names + (None,) * (x.ndim - len(names)), x.shape, dict(mesh.shape)))
 
     return jax.tree.map(leaf, rollouts)
 

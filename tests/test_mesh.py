@@ -62,6 +62,15 @@ def test_a_mesh_axis_is_used_once_by_the_first_that_asks():
     assert entries(("heads", "vocab"), (3, 4)) == (None, "tensor")  # not used by what it does not divide
 
 
+def test_sequence_splits_positions_where_it_can_and_else_rows():
+    sizes = {"fsdp": 2, "sequence": 2}
+    assert entries(("batch", "length", None), (4, 6, 6), sizes) == ("fsdp", "sequence", None)
+    assert entries(("batch", "length"), (4, 1), sizes) == (("fsdp", "sequence"), None)
+    assert entries(("batch", "length"), (2, 3), sizes) == ("fsdp", None)
+    assert entries(("layers", "batch", None), (3, 4, 6), sizes) == (None, ("fsdp", "sequence"), None)  # no positions
+    assert entries(("vocab", "embed"), (8, 8), sizes) == (None, ("fsdp", "sequence"))
+
+
 def test_axes_of_size_one_and_axes_that_the_mesh_lacks_are_not_named():
     assert entries(("vocab", "embed"), (8, 8), {"tensor": 1, "fsdp": 2}) == (None, "fsdp")
     assert entries(("vocab", "embed"), (8, 8), {"fsdp": 2}) == (None, "fsdp")
@@ -197,6 +206,15 @@ def test_rows_are_split_even_where_there_are_fewer_groups_than_devices():
     assert tuple(layout.reward.spec) == ("data", None)
     odd = to_rollouts([[1]] * 3, [[[2]]] * 3, length=2)
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(rollout_shardings(odd, mesh)))
+
+
+def test_of_rollouts_what_has_positions_is_split_along_them():
+    mesh = make_mesh(fsdp=2, sequence=2)
+    four = to_rollouts([[1]] * 4, [[[2], [3]]] * 4, length=6)
+    layout = rollout_shardings(four.replace(extras={"hint": np.zeros((4, 6)), "latent": np.zeros((8, 6, 3))}), mesh)
+    assert tuple(layout.tokens.spec) == tuple(layout.logp.spec) == ("fsdp", "sequence")
+    assert tuple(layout.extras["latent"].spec) == ("fsdp", "sequence", None)
+    assert tuple(layout.extras["hint"].spec) == tuple(layout.reward.spec) == (("fsdp", "sequence"), None)
 
 
 def test_place_puts_host_arrays_on_their_devices_unchanged():

@@ -1,11 +1,11 @@
 """Language models: a scanned decoder, adapters for models written elsewhere, and scoring."""
 
 from jaxrl_post.models.adapters import from_apply, from_linen, from_nnx
+from jaxrl_post.models.cache import KVCache
 from jaxrl_post.models.decoder import decoder
 from jaxrl_post.models.export import save_pretrained, to_config
 from jaxrl_post.models.families import decoder_keywords
 from jaxrl_post.models.group_divergence import group_divergence, group_fields
-from jaxrl_post.models.layers import KVCache
 from jaxrl_post.models.lora import Lora, merge_adapters, split_adapters, trainable
 from jaxrl_post.models.peft import (
     adapter_base,

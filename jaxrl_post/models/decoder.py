@@ -15,16 +15,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxrl_post.mesh import LogicalAxes, constrain
+from jaxrl_post.mesh import LogicalAxes
 from jaxrl_post.models.adapters import from_nnx, nest
+from jaxrl_post.models.cache import KVCache, empty_cache
 from jaxrl_post.models.insertion import insert_rows
 from jaxrl_post.models.layers import (
     ACTIVATIONS,
-    CACHE_AXES,
     Activation,
     Biases,
     DecoderConfig,
-    KVCache,
     Norms,
     QKNorm,
 )
@@ -217,9 +216,7 @@ def decoder(
     )
 
     def init_cache(batch: int, capacity: int, dtype: DTypeLike | None = None) -> KVCache:
-        shape = (layers, batch, capacity, kv_heads, head_dim)
-        k, v = (constrain(jnp.zeros(shape, config.dtype if dtype is None else dtype), CACHE_AXES) for _ in range(2))
-        return KVCache(k, v, jnp.full((batch, capacity), -1, jnp.int32), jnp.zeros((), jnp.int32))
+        return empty_cache(layers, batch, capacity, kv_heads, head_dim, config.dtype if dtype is None else dtype)
 
     def axes() -> dict[str, Any]:
         params = nnx.state(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))), nnx.Param)
@@ -232,13 +229,15 @@ def decoder(
 
     def cast(params: Params) -> Params:
         def rounded(path: tuple[Any, ...], x: Any) -> Any:
-            names = [str(part.key) for part in path]
-            # Layers multiply with these once. Tables add up rows of many tokens, norms and adapters are small: these
-            # keep what they are stored in.
-            matrix = names[0] == "layers" and not any(name.endswith("_lora") for name in names)
-            if not matrix or isinstance(x, Quantized) or x.ndim < 3 or config.dtype.itemsize >= x.dtype.itemsize:
+            if isinstance(x, Quantized):
                 return x
-            return x.astype(config.dtype)
+            names = [str(part.key) for part in path]
+            # These are multiplied with once. A table that tokens are looked up in adds up the gradients of many, norms
+            # and adapters are small: they keep what they are stored in.
+            in_layer = names[0] == "layers" and not any(name.endswith("_lora") for name in names) and x.ndim > 2
+            if not (in_layer or names[0] == "unembedding"):
+                return x
+            return x.astype(config.dtype) if config.dtype.itemsize < x.dtype.itemsize else x
 
         return jax.tree_util.tree_map_with_path(rounded, params, is_leaf=lambda x: isinstance(x, Quantized))
 
@@ -252,5 +251,5 @@ def decoder(
         decode=Decoder.decode,
         axes=axes,
     )
-    insert = functools.partial(insert_rows, axes={"k": 1, "v": 1, "positions": 0})
+    insert = functools.partial(insert_rows, axes={"k": (1, 3), "v": (1, 3), "positions": (0, 1)})
     return policy._replace(insert=insert, cast=cast)

@@ -12,7 +12,7 @@ from jaxrl_post.types import Array
 
 
 def insert_rows(
-    cache: Any, rows: Any, source: Array | int, slots: Array | None = None, *, axes: Mapping[str, int]
+    cache: Any, rows: Any, source: Array | int, slots: Array | None = None, *, axes: Mapping[str, tuple[int, int]]
 ) -> Any:
     """Put rows of a prefilled cache into a larger one.
 
@@ -27,7 +27,7 @@ def insert_rows(
         source: `[R]` int32, which of the rows goes into each of the slots; or a number `k`: each row `k` times, in
             order, into all slots of a cache that is empty.
         slots: `[R]` int32; one that does not exist is left out. None if `source` is a number.
-        axes: the axis of rows in each array, by its name; columns are on the next one.
+        axes: of each array by its name, the axis of rows and that of columns.
 
     Returns:
         The cache, with the new rows.
@@ -36,7 +36,7 @@ def insert_rows(
         >>> from jaxrl_post.models.recompute import RecomputeCache
         >>> empty = RecomputeCache(jnp.zeros((2, 3), int), jnp.full((2, 3), -1), jnp.asarray(0))
         >>> read = RecomputeCache(jnp.array([[7, 8]]), jnp.array([[0, 1]]), jnp.asarray(2))
-        >>> axes = {"tokens": 0, "positions": 0}
+        >>> axes = {"tokens": (0, 1), "positions": (0, 1)}
         >>> full = insert_rows(empty, read, 2, axes=axes)
         >>> full.tokens.tolist(), int(full.index)
         ([[7, 8, 0], [7, 8, 0]], 2)
@@ -54,17 +54,17 @@ def insert_rows(
 
     index = jnp.maximum(cache.index, length)
 
-    def replaced(old: Array, new: Array, axis: int, nothing: int) -> Array:
+    def replaced(old: Array, new: Array, axis: int, columns: int, nothing: int) -> Array:
         room = [(0, 0)] * new.ndim
-        room[axis + 1] = (0, capacity - length)
+        room[columns] = (0, capacity - length)
         new = jnp.pad(jnp.take(new, source, axis=axis), room, constant_values=nothing)
-        new = jnp.roll(new, index - length, axis=axis + 1).astype(old.dtype)
+        new = jnp.roll(new, index - length, axis=columns).astype(old.dtype)
         return old.at[(*(slice(None),) * axis, slots)].set(new, mode="drop")
 
     def inserted(name: str) -> Array:
-        old, new, axis = getattr(cache, name), getattr(rows, name), axes[name]
+        old, new, (axis, columns) = getattr(cache, name), getattr(rows, name), axes[name]
         if slots is None:
             return filled(old, new, axis)
-        return replaced(old, new, axis, -1 if name == "positions" else 0)
+        return replaced(old, new, axis, columns, -1 if name == "positions" else 0)
 
     return cache._replace(index=index, **{name: inserted(name) for name in axes})

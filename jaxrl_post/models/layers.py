@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,8 @@ from jaxrl_post.models.lora import Adapter, Lora, fold_in
 from jaxrl_post.models.rope import Rope, rotate
 from jaxrl_post.types import Array
 
-CACHE_AXES: LogicalAxes = ("layers", "batch", "cache_length", "kv_heads", "head_dim")
-
-# `(query[B, T, H, K], key[B, S, kv_heads, K], value) -> [B, T, H, K]`, or `(query, LayerCache)` of the same where the
-# cache is read: which token sees which is settled outside.
+# `(query[B, T, H, K], key[B, T, kv_heads, K], value) -> [B, T, H, K]`: which token sees which, and what a cache holds
+# beside, is settled outside.
 Attend: TypeAlias = Callable[..., Array]
 
 
@@ -77,38 +75,6 @@ class DecoderConfig:
     value_head: bool
     init_std: float
     lora: Lora | None = None
-
-
-class KVCache(NamedTuple):
-    """Keys and values of the tokens seen so far.
-
-    Attributes:
-        k: `[layers, B, S, kv_heads, head_dim]`, rotated.
-        v: the same shape.
-        positions: `[B, S]` int32, position of the token in each slot, -1 where the slot is empty or holds padding.
-        index: int32 scalar, number of columns written so far, the same for all rows; they are written round and round.
-    """
-
-    k: Array
-    v: Array
-    positions: Array
-    index: Array
-
-
-class LayerCache(NamedTuple):
-    """The caches of all layers, and where in them one layer writes.
-
-    Attributes:
-        k: `[layers, B, S, kv_heads, head_dim]`.
-        v: the same shape.
-        layer: int32 scalar.
-        index: int32 scalar, first slot to write.
-    """
-
-    k: Array
-    v: Array
-    layer: Array
-    index: Array
 
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: LogicalAxes, config: DecoderConfig, std: float) -> nnx.Param:
@@ -178,8 +144,9 @@ def looked_up(table: Array, tokens: Array, dtype: jnp.dtype) -> Array:
         `[B, T, D]`.
     """
     vocab, embed = spread(("vocab", "embed"), table.shape)
-    split, length = spread(("batch", "length"), tokens.shape)
-    rows = tuple(axis for axis in split if axis not in embed)
+    split = spread(("batch", "length"), tokens.shape)
+    rows, length = (tuple(axis for axis in axes if axis not in embed) for axes in split)
+    given_rows, given_length = (tuple(axis for axis in embed if axis in axes) for axes in split)
 
     def local(table: Array, tokens: Array) -> Array:
         if not vocab:
@@ -190,14 +157,24 @@ def looked_up(table: Array, tokens: Array, dtype: jnp.dtype) -> Array:
         found = jnp.where(here[..., None], table[jnp.where(here, own, 0)].astype(dtype), 0)
         return jax.lax.psum(found, vocab)
 
+    def exchanged(table: Array, tokens: Array) -> Array:
+        x = local(table, tokens)
+        # Columns lie in the order of `embed`, where what splits positions comes last.
+        for place, axes in ((1, given_length), (0, given_rows)):
+            if axes:
+                x = jax.lax.all_to_all(x, axes, split_axis=place, concat_axis=2, tiled=True)
+        return x
+
     if not vocab and not embed:
         return local(table, tokens)
     spec = PartitionSpec
     of_tokens = spec(rows or None, length or None)
-    x = jax.shard_map(
-        local, in_specs=(spec(vocab or None, embed or None), of_tokens), out_specs=spec(*of_tokens, embed or None)
-    )(table, tokens)
-    if not set(embed) <= set(split):  # a batch that does not divide has no tokens to give for columns
+    inputs = (spec(vocab or None, embed or None), of_tokens)
+    if set(embed) == {*given_rows, *given_length}:
+        out = spec((rows + given_rows) or None, (length + given_length) or None)
+        x = jax.shard_map(exchanged, in_specs=inputs, out_specs=out)(table, tokens)
+    else:  # tokens that do not divide cannot be given for columns
+        x = jax.shard_map(local, in_specs=inputs, out_specs=spec(*of_tokens, embed or None))(table, tokens)
         x = jax.lax.with_sharding_constraint(x, of_tokens)
     return constrain(x, ("batch", "length", "act_embed"))
 
@@ -253,11 +230,9 @@ class Attention(nnx.Module):
         x: Array,
         rotation: tuple[Array, Array],
         attend: Attend,
-        cache: LayerCache | None,
-        read_cache: bool,
         keys: Array | None = None,
-    ) -> tuple[Array, LayerCache | None]:
-        """`[B, T, D]` to `[B, T, D]`; with `read_cache` over all that the cache holds, else over `x` alone."""
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """`[B, T, D]` to `[B, T, D]`, and the keys and values `[B, T, kv_heads, K]` of these tokens."""
         dtype = x.dtype
         projections = (
             (self.query, self.query_bias, self.query_lora),
@@ -274,16 +249,9 @@ class Attention(nnx.Module):
             query, key = self._normalized(self.query_norm, query), self._normalized(self.key_norm, key)
         query, key = rotate(query, rotation), rotate(key, rotation)
         query, key, value = (constrain(a, ("batch", "length", "act_heads", None)) for a in (query, key, value))
-        if cache is not None:
-            # The whole stack is written at [layer, :, index:index+T], which XLA does in place; slicing a layer out,
-            # updating it and stacking it again would copy the cache at every token.
-            start = (cache.layer, 0, cache.index, 0, 0)
-            k = jax.lax.dynamic_update_slice(cache.k, key[None].astype(cache.k.dtype), start)
-            v = jax.lax.dynamic_update_slice(cache.v, value[None].astype(cache.v.dtype), start)
-            cache = cache._replace(k=k, v=v)
-        mixed = attend(query, key, value) if cache is None or not read_cache else attend(query, cache)
+        mixed = attend(query, key, value)
         out = _plus(jnp.einsum("bthk,hkd->btd", mixed, self.out[...].astype(dtype)), self.out_bias)
-        return adapted(out, self.out_lora, mixed, keys, len(projections)), cache
+        return adapted(out, self.out_lora, mixed, keys, len(projections)), (key, value)
 
     def _normalized(self, norm: RMSNorm, x: Array) -> Array:
         if self.config.qk_norm == "head":

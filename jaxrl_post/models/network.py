@@ -13,15 +13,13 @@ from flax import nnx
 
 from jaxrl_post.kernels.attention import attention
 from jaxrl_post.mesh import LogicalAxes, constrain
+from jaxrl_post.models.cache import KVCache, attend_cached, reach, write
 from jaxrl_post.models.experts import Experts
 from jaxrl_post.models.layers import (
-    CACHE_AXES,
     MLP,
     Attend,
     Attention,
     DecoderConfig,
-    KVCache,
-    LayerCache,
     RMSNorm,
     accumulation_dtype,
     looked_up,
@@ -49,16 +47,14 @@ class Layer(nnx.Module):
         x: Array,
         rotation: tuple[Array, Array],
         attend: Attend,
-        cache: LayerCache | None,
-        read_cache: bool,
         keys: Array | None = None,
-    ) -> tuple[Array, LayerCache | None, dict[str, Array]]:
-        """`[B, T, D]` to `[B, T, D]`, the cache with this layer's keys and values written, and what the MLP reports."""
-        out, cache = self.attention(_normed(self.attention_norm, x), rotation, attend, cache, read_cache, keys)
+    ) -> tuple[Array, tuple[Array, Array], dict[str, Array]]:
+        """`[B, T, D]` to `[B, T, D]`, the keys and values of its attention, and what the MLP reports."""
+        out, kv = self.attention(_normed(self.attention_norm, x), rotation, attend, keys)
         x = x + _normed(self.after_attention_norm, out)
         out, report = self.mlp(_normed(self.mlp_norm, x), keys)
         x = x + _normed(self.after_mlp_norm, out)
-        return constrain(x, ("batch", "length", "act_embed")), cache, report
+        return constrain(x, ("batch", "length", "act_embed")), kv, report
 
 
 def _normed(norm: RMSNorm | None, x: Array) -> Array:
@@ -117,17 +113,17 @@ class Decoder(nnx.Module):
             x = jnp.where(positions[..., None] >= 0, x, 0)
             return jnp.stack([jnp.sum(x[:, a:b], axis=1) for a, b in itertools.pairwise(bounds)], axis=1)
 
-        hidden, _, report = self._run(tokens, positions, attend, None, read_cache=False, keys=keys, summed=sums)
+        hidden, _, report = self._run(tokens, positions, attend, keys=keys, summed=sums)
         return hidden, {f"router_{name}": jnp.moveaxis(x, 0, 2) for name, x in report.items()}
 
     def prefill(self, tokens: Array, positions: Array, cache: KVCache) -> tuple[Array, KVCache]:
         """`hidden` that also fills an empty cache."""
         # An empty cache holds nothing to attend to, so the new tokens attend to each other only: [T, T], not [T, S].
-        return self._cached(tokens, positions, cache, read_cache=False)
+        return self._cached(tokens, positions, cache, functools.partial(_in_row_order, positions, None, None))
 
     def decode(self, tokens: Array, positions: Array, cache: KVCache) -> tuple[Array, KVCache]:
         """`hidden` of the next tokens, which attend to all that the cache holds and to each other."""
-        return self._cached(tokens, positions, cache, read_cache=True)
+        return self._cached(tokens, positions, cache, functools.partial(_by_position, positions, cache))
 
     def unembed(self) -> Unembedding:
         """The last linear map, in the compute dtype."""
@@ -138,47 +134,45 @@ class Decoder(nnx.Module):
         """`value`, if the model has a value head."""
         return {} if self.value_head is None else {"value": self.value_head(hidden)}
 
-    def _cached(self, tokens: Array, positions: Array, cache: KVCache, *, read_cache: bool) -> tuple[Array, KVCache]:
+    def _cached(
+        self, tokens: Array, positions: Array, cache: KVCache, attends: Callable[[int | None], Attend]
+    ) -> tuple[Array, KVCache]:
         if tokens.shape[1] > cache.positions.shape[1]:
             raise ValueError(
                 f"{tokens.shape[1]} tokens do not fit a cache of capacity {cache.positions.shape[1]}; "
                 "make it with init_cache(batch, capacity) for prompt and completion together"
             )
-        column = cache.index % cache.positions.shape[1]
-        written = jax.lax.dynamic_update_slice(cache.positions, positions.astype(jnp.int32), (0, column))
-        after = cache.index + tokens.shape[1]
-        attend = functools.partial(_in_row_order, positions, None, None)
-        if read_cache:
-            attend = functools.partial(_by_position, positions, written)
-        hidden, (k, v), _ = self._run(tokens, positions, attend, cache, read_cache=read_cache)
-        return hidden, KVCache(k, v, written, after)
+        hidden, (k, v), _ = self._run(tokens, positions, attends, keep=True)
+        return hidden, write(cache, k, v, positions)
 
     def _run(
         self,
         tokens: Array,
         positions: Array,
         attends: Callable[[int | None], Attend],
-        cache: KVCache | None,
         *,
-        read_cache: bool,
+        keep: bool = False,
         keys: Array | None = None,
         summed: Callable[[Array], Array] | None = None,
     ) -> tuple[Array, Any, dict[str, Array]]:
-        """States, caches and what the experts report, summed; `attends` makes the attention that a window leaves."""
+        """States, keys and values of all layers if they are kept, and what the experts report, summed.
+
+        `attends` makes the attention that a window leaves; its functions are given the layer's number too.
+        """
         c = self.config
         wide = accumulation_dtype(c.dtype)
         options = {"scale": c.attention_scale, "softcap": c.attention_softcap}
         everywhere, nearby = (functools.partial(attends(window), **options) for window in (None, c.window))
         angles, local_angles = (rotary_angles(r, c.head_dim, positions, wide) for r in (c.rope, c.local_rope))
 
-        def mixed(local: Array) -> tuple[tuple[Array, Array], Attend]:
+        def mixed(local: Array) -> tuple[tuple[Array, Array], Callable[..., Array]]:
             """What differs between a local layer and another, where the program is the same for both."""
             rotation = angles
             if c.local_rope != c.rope:
                 rotation = jax.tree.map(lambda a, b: jnp.where(local, a, b), local_angles, angles)
             if c.window is None:
                 return rotation, everywhere
-            return rotation, lambda *qkv: jax.lax.cond(local, nearby, everywhere, *qkv)
+            return rotation, lambda *given: jax.lax.cond(local, nearby, everywhere, *given)
 
         x = looked_up(self.embedding[...], tokens, c.dtype)
         if c.embedding_scale is not None:
@@ -186,8 +180,7 @@ class Decoder(nnx.Module):
         x = constrain(x, ("batch", "length", "act_embed"))
         graph, stacked = nnx.split(self.layers)
 
-        def layer(carry: Any, scanned: Any) -> tuple[Any, Any]:
-            x, caches = carry
+        def layer(x: Array, scanned: Any) -> tuple[Array, Any]:
             state, number, local = scanned
             if all(c.local_layers):
                 rotation, attend = local_angles, nearby
@@ -196,21 +189,16 @@ class Decoder(nnx.Module):
             else:
                 rotation, attend = mixed(local)
             own_keys = fold_in(keys, number) if c.lora is not None and c.lora.dropout else None
-            entry = (
-                None if cache is None else LayerCache(caches[0], caches[1], number, cache.index % caches[0].shape[2])
-            )
-            x, entry, report = nnx.merge(graph, state)(x, rotation, attend, entry, read_cache, own_keys)
-            caches = None if entry is None else (constrain(entry.k, CACHE_AXES), constrain(entry.v, CACHE_AXES))
-            return (x, caches), {} if summed is None else jax.tree.map(summed, report)
+            x, kv, report = nnx.merge(graph, state)(x, rotation, lambda *qkv: attend(*qkv, number), own_keys)
+            return x, (kv if keep else None, {} if summed is None else jax.tree.map(summed, report))
 
         if c.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if c.remat == "dots" else None
             # A scan already keeps the recomputation apart from the forward pass; a barrier would only cost.
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-        caches = None if cache is None else (cache.k, cache.v)
         scanned = (stacked, jnp.arange(c.layers, dtype=jnp.int32), jnp.asarray(c.local_layers))
-        (x, caches), report = jax.lax.scan(layer, (x, caches), scanned)
-        return self.final_norm(x), caches, report
+        x, (kept, report) = jax.lax.scan(layer, x, scanned)
+        return self.final_norm(x), kept, report
 
 
 def _in_row_order(
@@ -229,21 +217,19 @@ def _in_row_order(
                 f"{longest} tokens; score them in rows of their own (training.share_prompts: false)"
             )
         window = None
-    return functools.partial(attention, segment_ids=segments, completion_starts=completion_starts, window=window)
+
+    def attend(query: Array, key: Array, value: Array, layer: Array, **options: Any) -> Array:
+        where = {"segment_ids": segments, "completion_starts": completion_starts, "window": window}
+        return attention(query, key, value, **where, **options)
+
+    return attend
 
 
-def _by_position(positions: Array, written: Array, window: int | None) -> Callable[..., Array]:
-    """Attention to a cache, where a token is found by its position: the order of columns says nothing.
+def _by_position(positions: Array, cache: KVCache, window: int | None) -> Attend:
+    """Attention to a cache and among the new tokens, which have these positions."""
+    where = reach(cache, positions, window)
 
-    Args:
-        positions: `[B, T]`, of the queries.
-        written: `[B, S]`, of what the cache holds.
-        window: of the attention.
-    """
-
-    def attend(query: Array, cache: LayerCache, **options: Any) -> Array:
-        key, value = (jax.lax.dynamic_index_in_dim(x, cache.layer, 0, keepdims=False) for x in (cache.k, cache.v))
-        where = {"query_positions": positions, "key_positions": written}
-        return attention(query, key, value, window=window, **where, **options)
+    def attend(query: Array, key: Array, value: Array, layer: Array, **options: Any) -> Array:
+        return attend_cached(query, key, value, cache.k, cache.v, layer, where, **options)
 
     return attend

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxrl_post.kernels import token_logprob
 from jaxrl_post.kernels.token_logprob.reference import TokenLogprob, stats_of_logits, temper
+from jaxrl_post.models.flattening import flatten, length_parts, unflatten
 from jaxrl_post.models.group_divergence import GROUP_FIELDS, group_fields
 from jaxrl_post.models.shared_prompt import share_prompts
 from jaxrl_post.types import Array, Params, Policy, Rollouts, Score, TokenStats, Unembedding, Unit
@@ -122,10 +123,11 @@ def score(
             if of_router:  # which counts every token that is no padding
                 positions = jnp.where(inside, positions, -1)
             hidden, aux = policy.hidden(params, tokens, positions, key=row_keys(key, rollouts.id.reshape(-1)))
-            found = _fields(
-                policy, params, hidden[:, :-1], tokens[:, 1:], fields, temperature, rollouts.mask[:, 1:], bound
-            )
-            found = {name: jnp.pad(field, ((0, 0), (1, 0))) for name, field in found.items()}
+            # What is asked of a state is shifted, not the states: on a mesh these are large, and `T - 1` cannot be
+            # split as `T` is.
+            next_token, next_mask = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (tokens, rollouts.mask))
+            found = _fields(policy, params, hidden, next_token, fields, temperature, next_mask, bound)
+            found = {name: jnp.pad(field[:, :-1], ((0, 0), (1, 0))) for name, field in found.items()}
 
             def state_before(position: Array) -> Array:
                 return jnp.take_along_axis(hidden, jnp.maximum(position - 1, 0)[:, None, None], axis=1)[:, 0]
@@ -243,32 +245,38 @@ def vocabulary_stats(
     With `max_chosen`, only of the first so many tokens of each row for which `chosen` `[B, T]` is not 0.
     """
     weight, softcap, bias = unembedding
-    if chosen is not None and max_chosen is not None and weight is not None and max_chosen < targets.shape[1]:
-        # Row by row, so that on a mesh no token leaves its device.
-        place = jnp.argsort(chosen == 0, axis=1, stable=True)[:, :max_chosen]
+    if chosen is not None and max_chosen is not None and weight is not None and max_chosen < targets.shape[-1]:
+        # Row by row, and of a row that a mesh splits part by part, so that no token leaves its device.
+        batch, length = targets.shape
+        parts = length_parts(batch, length)
+        states, wanted, among = (
+            x.reshape(batch, parts, length // parts, *x.shape[2:]) for x in (states, targets, chosen != 0)
+        )
+        place = jnp.argsort(~among, axis=2, stable=True)[..., :max_chosen]
         few = vocabulary_stats(
             unembedding,
-            jnp.take_along_axis(states, place[..., None], axis=1),
-            jnp.take_along_axis(targets, place, axis=1),
+            jnp.take_along_axis(states, place[..., None], axis=2),
+            jnp.take_along_axis(wanted, place, axis=2),
             temperature,
             outputs,
         )
+        number = jnp.clip(jnp.cumsum(among, axis=2) - 1, 0, place.shape[2] - 1)
+        fits = jnp.cumsum(chosen != 0, axis=1) <= max_chosen
 
         def spread(field: Array) -> Array:
-            lost = jnp.full(targets.shape, jnp.nan, field.dtype)
-            rows = jnp.arange(targets.shape[0])[:, None]
-            return jnp.where(chosen != 0, lost.at[rows, place].set(field), 0.0)
+            field = jnp.take_along_axis(field, number, axis=2).reshape(batch, length)
+            return jnp.where(chosen != 0, jnp.where(fits, field, jnp.nan), 0.0)
 
         return TokenLogprob(*(None if field is None else spread(field) for field in few))
     if weight is None:  # the states are logits: nothing is left to save by going through them in chunks
         return stats_of_logits(temper(states, bias, temperature, softcap), targets, outputs)
     flat = token_logprob(
-        states.reshape(-1, states.shape[-1]),
+        flatten(states, targets.ndim),
         weight,
-        targets.reshape(-1),
+        flatten(targets, targets.ndim),
         temperature=temperature,
         softcap=softcap,
         bias=bias,
         outputs=outputs,
     )
-    return TokenLogprob(*(None if field is None else field.reshape(targets.shape) for field in flat))
+    return TokenLogprob(*(None if field is None else unflatten(field, targets.shape) for field in flat))

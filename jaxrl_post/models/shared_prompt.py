@@ -8,8 +8,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_post.kernels.attention.layout import shared_row
+from jaxrl_post.models.flattening import length_parts, rolled
 from jaxrl_post.types import Array, Rollouts
 
 
@@ -37,8 +39,8 @@ class SharedRows(NamedTuple):
     def before(self, states: Array) -> Array:
         """`[P, R, D]`: for each place the state of the token before it, which for all `C_i` is the prompt's last."""
         end = jnp.take_along_axis(states, self.last[:, None, None], axis=1)
-        shifted = jnp.concatenate([states[:, :1], states[:, :-1]], axis=1)
-        return shifted.at[:, jnp.array(self.starts)].set(end)
+        first = np.isin(np.arange(states.shape[1]), self.starts)
+        return jnp.where(first[:, None], end, rolled(states))
 
     def spread(self, field: Array) -> Array:
         """A field `[P, R]` as `[B, T]`, each token's number on the token; of no meaning where it does not fit."""
@@ -80,7 +82,8 @@ def share_prompts(rollouts: Rollouts, prompt_length: int) -> SharedRows:
             f"shared_prompt must leave room for completions: between 1 and T - 1 = {length - 1}, got {prompt_length}; "
             "give the longest prompt's length"
         )
-    row, starts = shared_row(prompt_length, length - prompt_length, size)
+    # So that the row is split where rows of `T` would be; 0 is a multiple of whatever that is.
+    row, starts = shared_row(prompt_length, length - prompt_length, size, length_parts(groups, 0))
     first, each = starts[0], (row - starts[0]) // size
 
     times = jnp.arange(length, dtype=jnp.int32)

@@ -350,9 +350,13 @@ def _source(inner: Computation, name: str) -> str:
 
 def _attention_flops(where: Computation, instruction: Instruction) -> float:
     """Of an attention kernel that skips no tile: scores and values, or their gradients with the scores again."""
-    rows = max((a.dims for a in _operands(where, instruction) if len(a.dims) == 4), key=math.prod, default=(0, 0, 0, 0))
+    arrays = [a.dims for a in _operands(where, instruction) if len(a.dims) == 4]
+    if not arrays:
+        return 0.0
+    batch, heads, keys, size = map(max, zip(*arrays, strict=True))
+    queries = min(dims[2] for dims in arrays)  # fewer than keys where a mesh splits the row
     products = 4 if "_dkv" in instruction.name else 3 if "_dq" in instruction.name else 2
-    return 2.0 * products * math.prod(rows) * rows[2]
+    return 2.0 * products * batch * heads * queries * keys * size
 
 
 def _convolution_flops(where: Computation, instruction: Instruction) -> float:

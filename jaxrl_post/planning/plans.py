@@ -185,6 +185,8 @@ def _compiled(config: Config, layout: Layout, wanted: Topology, say: Callable[[s
 def layouts(config: Config, wanted: Topology) -> Iterator[Layout]:
     """Every mesh of the topology that splits what it should, with every number of micro-batches that divides the batch.
 
+    Positions are split only where there are no more rows to split, since attention gathers their keys and values.
+
     Args:
         config: of the run.
         wanted: the topology.
@@ -198,13 +200,15 @@ def layouts(config: Config, wanted: Topology) -> Iterator[Layout]:
     stage = setup.stages[-1]
     pieces = scale.prompts if stage.method.unit in ("group", "batch") or config.training.share_prompts else scale.rows
     within = wanted.devices // wanted.slices
-    for tensor, expert in itertools.product(_divisors(math.gcd(within, scale.heads)), _divisors(scale.experts)):
-        if within % (tensor * expert):
+    ways = (math.gcd(within, scale.heads), math.gcd(within, scale.length), scale.experts)
+    for tensor, sequence, expert in itertools.product(*map(_divisors, ways)):
+        if within % (tensor * sequence * expert):
             continue
-        for fsdp, micro in itertools.product(_divisors(within // tensor // expert), _divisors(pieces)):
-            data = wanted.devices // tensor // expert // fsdp
-            if (scale.rows // micro) % (data * fsdp * expert) == 0:
-                mesh = {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": 1, "expert": expert}
+        for fsdp, micro in itertools.product(_divisors(within // tensor // sequence // expert), _divisors(pieces)):
+            data = wanted.devices // tensor // sequence // expert // fsdp
+            rows, left = divmod(scale.rows // micro, data * fsdp * expert)
+            if left == 0 and (sequence == 1 or rows == 1):
+                mesh = {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": sequence, "expert": expert}
                 yield Layout(mesh, micro, scale.estimate(wanted.chip, mesh, micro))
 
 
@@ -269,7 +273,7 @@ class _Scale(NamedTuple):
         leaves = jax.tree.leaves(params)
         moving = [True] * len(leaves) if chosen is None else jax.tree.leaves(chosen)
         trained = sum(x.size * x.dtype.itemsize for x, moves in zip(leaves, moving, strict=True) if moves)
-        cache = jax.eval_shape(lambda: setup.policy.init_cache(rows, length - 1))
+        cache = jax.eval_shape(lambda: setup.policy.init_cache(rows, length))
         experts = mlp["up"].shape[1] if mlp["up"].ndim == 4 else 1
         return cls(
             state=sum(programs.state_bytes(state).values()),
@@ -293,14 +297,14 @@ class _Scale(NamedTuple):
 
     def estimate(self, chip: Chip, mesh: Mapping[str, int], micro: int) -> tuple[float, float]:
         """Bytes at the worst moment, and seconds of a step: of each part what takes longest, as in `Times.roofline`."""
-        data, tensor, expert = mesh["data"], mesh["tensor"], mesh["expert"]
-        split = mesh["fsdp"] * expert  # ways that what is no expert is split; the batch is, with data
+        data, tensor, sequence, expert = (mesh[name] for name in ("data", "tensor", "sequence", "expert"))
+        split = mesh["fsdp"] * sequence * expert  # ways that what is no expert is split; tokens are, with data
         devices, shards = data * split * tensor, split * tensor
         local = self.rows / micro / (data * split)
         token = self.width * self.item
         # Weights of a pass as they are used: gathered, but for the experts of other devices.
         others, routed = (n * self.item / tensor for n in (self.matrices - self.routed, self.routed / expert))
-        foreign = others * (1 - 1 / split) + routed * (1 - 1 / mesh["fsdp"])
+        foreign = others * (1 - 1 / split) + routed * (1 - expert / split)
         cache = self.cache / (data * split * math.gcd(tensor, self.kv))
         head = 2 * self.sizes.head / tensor * self.item
 
@@ -314,6 +318,7 @@ class _Scale(NamedTuple):
         flops = 4 * self.sizes.forward(self.rows, self.length, self.rows * self.new) / devices
         read = 4 * micro * (others + routed)
         sent = 4 * micro * foreign + 4 * (others + routed) / split * (1 - 1 / data)
+        sent += 4 * (sequence - 1) * cache  # keys and values of the other parts of a device's rows
         sent += 8 * self.layers * local * micro * self.length * token * (1 - 1 / tensor + expert - 1)
         step = max(flops / chip.flops, read / chip.bandwidth, sent / chip.interconnect)
         decode = self.new * max((others + routed + cache) / chip.bandwidth, foreign / chip.interconnect)

@@ -81,7 +81,7 @@ class _Slots(NamedTuple):
     Attributes:
         request: `[S]` int32, the sequence in each slot; `B` where there is none.
         count: `[S]` int32, its tokens.
-        token: `[S]` int32, the last of them.
+        token: `[S]` int32, the last token that there is, at first that of the prompt.
         recent: `[S, m]` int32, the last of them, for sequences that end it; `m` may be 0.
         counts: `[S, V]` int32 how often it has sampled each, or None.
         ended: `[S]` bool.
@@ -124,84 +124,43 @@ def decode_all(
     is_end, memory = _ends(draw.sampling)
     limit = jnp.full(total, max_new_tokens, jnp.int32) if requests.limit is None else requests.limit
 
-    def store(state: _Slots, rows: Array, drawn: Drawn) -> _Slots:
-        """The state with a new token in each of the slots `rows`; those that are not running stay as they are."""
-        request, count = state.request[rows], state.count[rows]
-        running = ~state.ended[rows] & (rows < slots) & (request < total)
-        alive = jnp.where(running, drawn.mask, 0.0)
-        token = jnp.where(alive > 0, drawn.token, 0)
-        drawn = Drawn(token, alive, *(jnp.where(alive > 0, x, 0.0) for x in drawn[2:]))
-
-        def write(buffer: Array, values: Array) -> Array:
-            values = values.astype(buffer.dtype)
-            if at_once:
-                return jax.lax.dynamic_update_slice_in_dim(buffer, values[:, None], jnp.max(state.count), axis=1)
-            return buffer.at[jnp.where(running, request, total), count].set(values, mode="drop")
-
-        recent = jnp.concatenate([state.recent[rows], token[:, None]], axis=1)[:, 1:]
-        stopped = is_end(token, recent) & (alive > 0)
-        full = count + 1 >= limit[jnp.minimum(request, total - 1)]
-        finish = jnp.where(alive == 0, FINISH_ABORT, jnp.where(stopped, FINISH_STOP, FINISH_LENGTH))
-        over = running & ((alive == 0) | stopped | full)
-        counts = state.counts
-        if counts is not None:
-            counts = counts.at[rows, token].add(alive.astype(counts.dtype), mode="drop")
-        # Of rows that do not run the count goes on where all are written to one column.
-        grown = count + 1 if at_once else count + running
-        return state._replace(
-            count=state.count.at[rows].set(grown, mode="drop"),
-            token=state.token.at[rows].set(token, mode="drop"),
-            recent=state.recent.at[rows].set(recent, mode="drop"),
-            counts=counts,
-            ended=state.ended.at[rows].set(~running | over, mode="drop"),
-            drawn=jax.tree.map(write, state.drawn, drawn),
-            finish=state.finish.at[jnp.where(over, request, total)].set(finish.astype(jnp.int8), mode="drop"),
-        )
-
-    def counts_of(state: _Slots, rows: Array) -> Array | None:
-        return None if state.counts is None else state.counts[rows]
-
-    def prefilled(tokens: Array, length: Array) -> tuple[Array, PyTree]:
-        """The states before the first new tokens, and the cache of the prompts."""
+    def prefilled(tokens: Array, length: Array, cache: PyTree) -> PyTree:
+        """A cache of the prompts without their last tokens: the loop reads these, and draws what follows."""
         columns = jnp.arange(width)
-        positions = jnp.where(columns < length[:, None], columns, -1)
-        cache = policy.init_cache(len(tokens), width, cache_dtype)
-        hidden, cache = policy.prefill(params, tokens, positions, cache)
-        return jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0], cache
+        positions = jnp.where(columns < length[:, None] - 1, columns, -1)
+        return policy.prefill(params, tokens, positions, cache)[1]
+
+    def last_of(request: Array) -> Array:
+        row = jnp.minimum(request // requests.group_size, len(requests.tokens) - 1)
+        return requests.tokens[row, requests.length[row] - 1].astype(jnp.int32)
 
     def begin() -> _Slots:
         """All slots filled with the first sequences of the queue."""
-        rows = jnp.arange(slots, dtype=jnp.int32)
-        capacity = width + max_new_tokens - 1
-        state = _Slots(
-            request=rows,
+        first = jnp.arange(slots, dtype=jnp.int32)
+        cache = policy.init_cache(slots, width + max_new_tokens, cache_dtype)
+        if policy.insert is None:
+            tokens = constrain(jnp.repeat(requests.tokens, requests.group_size, axis=0), ("batch", None))
+            cache = prefilled(tokens, jnp.repeat(requests.length, requests.group_size), cache)
+        else:
+            prompts = -(-slots // requests.group_size)
+            own = policy.init_cache(prompts, width, cache_dtype)
+            own = prefilled(requests.tokens[:prompts], requests.length[:prompts], own)
+            cache = policy.insert(cache, own, requests.group_size)
+        return _Slots(
+            request=first,
             count=jnp.zeros(slots, jnp.int32),
-            token=jnp.zeros(slots, jnp.int32),
+            token=last_of(first),
             recent=jnp.full((slots, memory), -1, jnp.int32),
             counts=None if size is None else jnp.zeros((slots, size), jnp.int32),
             ended=jnp.zeros(slots, bool),
             waiting=jnp.asarray(slots, jnp.int32),
-            cache=None,
+            cache=cache,
             drawn=Drawn(
                 jnp.zeros((total, max_new_tokens), jnp.int32),
                 *(jnp.zeros((total, max_new_tokens), jnp.float32) for _ in range(4)),
             ),
             finish=jnp.full(total, FINISH_NONE, jnp.int8),
         )
-        if policy.insert is None:
-            tokens = constrain(jnp.repeat(requests.tokens, requests.group_size, axis=0), ("batch", None))
-            length = jnp.repeat(requests.length, requests.group_size)
-            columns = jnp.arange(width)
-            cache = policy.init_cache(slots, capacity, cache_dtype)
-            hidden, cache = policy.prefill(params, tokens, jnp.where(columns < length[:, None], columns, -1), cache)
-            hidden = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
-        else:
-            prompts = -(-slots // requests.group_size)
-            hidden, read = prefilled(requests.tokens[:prompts], requests.length[:prompts])
-            cache = policy.insert(policy.init_cache(slots, capacity, cache_dtype), read, requests.group_size)
-            hidden = jnp.repeat(hidden, requests.group_size, axis=0)[:slots]
-        state = state._replace(cache=cache)
-        return store(state, rows, draw(hidden, rows, state.count, state.counts))
 
     def admit(state: _Slots) -> _Slots:
         """The next `refill` sequences of the queue in slots that are free."""
@@ -212,38 +171,79 @@ def decode_all(
         first = state.waiting // requests.group_size
         prompts = min(refill, (refill - 2) // requests.group_size + 2)
         read = jnp.minimum(first + jnp.arange(prompts), len(requests.tokens) - 1)
-        hidden, cache = prefilled(requests.tokens[read], requests.length[read])
+        cache = prefilled(requests.tokens[read], requests.length[read], policy.init_cache(prompts, width, cache_dtype))
         source = jnp.clip(request // requests.group_size - first, 0, prompts - 1)
         insert: Callable[..., PyTree] = policy.insert  # type: ignore[assignment]
-        fresh = jnp.zeros(refill, jnp.int32)
-        state = state._replace(
+        return state._replace(
             request=state.request.at[rows].set(request, mode="drop"),
-            count=state.count.at[rows].set(fresh, mode="drop"),
+            count=state.count.at[rows].set(0, mode="drop"),
+            token=state.token.at[rows].set(last_of(request), mode="drop"),
             recent=state.recent.at[rows].set(-1, mode="drop"),
             counts=None if state.counts is None else state.counts.at[rows].set(0, mode="drop"),
             ended=state.ended.at[rows].set(False, mode="drop"),
             waiting=jnp.minimum(state.waiting + refill, total),
             cache=insert(state.cache, cache, source, rows),
         )
-        drawn = draw(hidden[source], request, fresh, counts_of(state, jnp.minimum(rows, slots - 1)))
-        return store(state, rows, drawn)
 
     def advance(state: _Slots) -> _Slots:
-        if not at_once:
-            free = jnp.sum(state.ended)
-            ready = (state.waiting < total) & (free >= jnp.minimum(refill, total - state.waiting))
-            state = jax.lax.cond(ready, admit, lambda state: state, state)
+        """The state with a new token in each slot; those that are not running stay as they are."""
+        request, count = state.request, state.count
         # The cache's place of a sequence that has ended is marked as padding; its output is not used.
-        length = requests.length[jnp.minimum(state.request, total - 1) // requests.group_size]
-        position = jnp.where(state.ended, -1, length + state.count - 1)
+        length = requests.length[jnp.minimum(request, total - 1) // requests.group_size]
+        position = jnp.where(state.ended, -1, length + count - 1)
         hidden, cache = policy.decode(params, state.token[:, None], position[:, None], state.cache)
-        drawn = draw(hidden[:, 0], state.request, state.count, state.counts)
-        return store(state._replace(cache=cache), jnp.arange(slots, dtype=jnp.int32), drawn)
+        drawn = draw(hidden[:, 0], request, count, state.counts)
+        running = ~state.ended & (request < total)
+        alive = jnp.where(running, drawn.mask, 0.0)
+        token = jnp.where(alive > 0, drawn.token, 0)
+        drawn = Drawn(token, alive, *(jnp.where(alive > 0, x, 0.0) for x in drawn[2:]))
 
-    def unfinished(state: _Slots) -> Array:
-        return ~jnp.all(state.ended) | (state.waiting < total)
+        def write(buffer: Array, values: Array) -> Array:
+            values = values.astype(buffer.dtype)
+            if at_once:
+                return jax.lax.dynamic_update_slice_in_dim(buffer, values[:, None], jnp.max(count), axis=1)
+            return buffer.at[jnp.where(running, request, total), count].set(values, mode="drop")
 
-    state = jax.lax.while_loop(unfinished, advance, begin())
+        recent = jnp.concatenate([state.recent, token[:, None]], axis=1)[:, 1:]
+        stopped = is_end(token, recent) & (alive > 0)
+        full = count + 1 >= limit[jnp.minimum(request, total - 1)]
+        finish = jnp.where(alive == 0, FINISH_ABORT, jnp.where(stopped, FINISH_STOP, FINISH_LENGTH)).astype(jnp.int8)
+        over = running & ((alive == 0) | stopped | full)
+        counts = state.counts
+        if counts is not None:
+            counts = counts.at[jnp.arange(slots), token].add(alive.astype(counts.dtype))
+        if at_once:
+            ends = jnp.where(over, finish, state.finish)
+        else:
+            ends = state.finish.at[jnp.where(over, request, total)].set(finish, mode="drop")
+        return state._replace(
+            # Of rows that do not run the count goes on where all are written to one column.
+            count=count + 1 if at_once else count + running,
+            token=token,
+            recent=recent,
+            counts=counts,
+            ended=~running | over,
+            cache=cache,
+            drawn=jax.tree.map(write, state.drawn, drawn),
+            finish=ends,
+        )
+
+    def is_running(state: _Slots) -> Array:
+        """Whether a slot has a sequence, and not so many have none that the next take them."""
+        free = jnp.sum(state.ended, dtype=jnp.int32)
+        ready = (state.waiting < total) & (free >= jnp.minimum(refill, total - state.waiting))
+        return (free < slots) & ~ready
+
+    def refilled(state: _Slots) -> _Slots:
+        # A loop in a loop, and not a condition for each token, which would copy the cache whichever way it goes.
+        state = jax.lax.while_loop(is_running, advance, state)
+        return jax.lax.cond(state.waiting < total, admit, lambda state: state, state)
+
+    state = begin()
+    if at_once:
+        state = jax.lax.while_loop(is_running, advance, state)
+    else:
+        state = jax.lax.while_loop(lambda state: ~jnp.all(state.ended) | (state.waiting < total), refilled, state)
     return state.drawn, state.finish
 
 

@@ -69,18 +69,18 @@ def sample(key: Array, logits: Array) -> Array:
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     size = logits.shape[-1]
     if size <= 2 * BLOCK:
-        return _highest_perturbed(key, logits)
-    fold = jax.vmap(jax.random.fold_in, (0, None)) if key.ndim else jax.random.fold_in
+        return jnp.argmax(logits + _noise(key, logits.shape, logits.dtype), axis=-1).astype(jnp.int32)
     blocks = jnp.pad(logits, ((0, 0), (0, -size % BLOCK)), constant_values=-jnp.inf).reshape(len(logits), -1, BLOCK)
-    of_block, of_token = fold(key, 0), fold(key, 1)
-    block = _highest_perturbed(of_block, jax.nn.logsumexp(blocks, axis=-1))
+    # All of a row's noise at once: every call of the generator costs a program of its own.
+    count = blocks.shape[1]
+    noise = _noise(key, (len(logits), count + BLOCK), logits.dtype)
+    block = jnp.argmax(jax.nn.logsumexp(blocks, axis=-1) + noise[:, :count], axis=-1).astype(jnp.int32)
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return block * BLOCK + _highest_perturbed(of_token, inside)
+    return block * BLOCK + jnp.argmax(inside + noise[:, count:], axis=-1).astype(jnp.int32)
 
 
-def _highest_perturbed(key: Array, logits: Array) -> Array:
+def _noise(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    """Gumbel noise, of one key or of a key for each row."""
     if key.ndim == 0:
-        noise = jax.random.gumbel(key, logits.shape, logits.dtype)
-    else:
-        noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[-1:], logits.dtype))(key)
-    return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+        return jax.random.gumbel(key, shape, dtype)
+    return jax.vmap(lambda k: jax.random.gumbel(k, shape[1:], dtype))(key)

@@ -72,6 +72,22 @@ def test_on_a_pod_every_device_works_on_the_heads_and_rows_that_it_holds(kv_head
     assert bool(summed) == (kv_heads == 2)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"window": 700}, marks=pytest.mark.nightly),
+        pytest.param({"completion_starts": (1024, 2048, 3072)}, marks=pytest.mark.nightly),
+    ],
+)
+def test_of_a_row_that_a_pod_splits_only_keys_and_values_travel(options):
+    with pod("v5e:2x4", fsdp=2, tensor=2, sequence=2) as mesh:
+        program = compiled(2, 4096, 8, 2, 128, mesh=mesh, **options)
+    sent = re.findall(r"\b(all-gather|all-reduce|all-to-all|reduce-scatter)(?:-start)?\(", program.as_text())
+    assert sorted(sent) == ["all-gather"] * 3 + ["all-reduce"] + ["reduce-scatter"] * 2
+    assert program.memory_analysis().temp_size_in_bytes < 4 * 4 * 2048 * 4096 / 8  # an eighth of a device's scores
+
+
 def decoder_step():
     """The gradient of a decoder's parameters, and the shapes of what it takes."""
     policy = models.decoder(vocab_size=256, width=256, layers=2, heads=4, kv_heads=2, dtype=jnp.bfloat16, remat="dots")

@@ -42,10 +42,13 @@ def test_layouts_split_only_what_they_divide_and_memory_shrinks_with_shards():
     for one in every:
         sizes = one.mesh
         assert tuple(sizes) == AXES
-        assert sizes["data"] * sizes["fsdp"] * sizes["tensor"] == 8
-        assert sizes["sequence"] == sizes["expert"] == 1
+        assert sizes["data"] * sizes["fsdp"] * sizes["tensor"] * sizes["sequence"] == 8
+        assert sizes["expert"] == 1
         assert sizes["tensor"] in (1, 2)  # of two heads
-        assert 64 // one.micro_batches % (sizes["data"] * sizes["fsdp"]) == 0
+        rows = 64 // one.micro_batches / (sizes["data"] * sizes["fsdp"])
+        assert rows % 1 == 0
+        assert rows == 1 or sizes["sequence"] == 1
+    assert {one.mesh["sequence"] for one in every} == {1, 2, 4, 8}
     by_layout = {(tuple(one.mesh.values())[:3], one.micro_batches): one.estimate for one in every}
     assert by_layout[(1, 8, 1), 1][0] < by_layout[(8, 1, 1), 1][0]
     assert by_layout[(1, 8, 1), 4][1] > by_layout[(1, 8, 1), 1][1]  # gathered four times
@@ -56,10 +59,10 @@ def test_experts_are_split_over_an_axis_of_their_own_which_gathers_fewer_weights
     assert {one.mesh["expert"] for one in every} == {1, 2, 4, 8, 16, 32, 64}
     estimates = {}
     for one in every:
-        data, fsdp, tensor, _, expert = one.mesh.values()
-        assert data * fsdp * tensor * expert == 64
-        estimates[(data, fsdp, tensor, expert), one.micro_batches] = one.estimate
-    by_experts, by_all = estimates[(1, 8, 1, 8), 8], estimates[(1, 64, 1, 1), 8]
+        data, fsdp, tensor, sequence, expert = one.mesh.values()
+        assert data * fsdp * tensor * sequence * expert == 64
+        estimates[(data, fsdp, tensor, sequence, expert), one.micro_batches] = one.estimate
+    by_experts, by_all = estimates[(1, 8, 1, 1, 8), 8], estimates[(1, 64, 1, 1, 1), 8]
     assert by_experts[1] < by_all[1]
 
 
@@ -80,7 +83,7 @@ def test_suggestions_rank_what_fits_by_time_and_say_what_to_pass(stand_in):
     text = plans.describe(ranked)
     assert "take: mesh.data=1 mesh.fsdp=8" in text
     assert "INTERNAL: cannot be split" in text
-    assert [one.as_json()["problem"] for one in ranked].count("INTERNAL: cannot be split") == 3
+    assert [one.as_json()["problem"] for one in ranked].count("INTERNAL: cannot be split") == 6
 
 
 def test_every_try_goes_to_another_mesh_as_long_as_they_fit(stand_in):
@@ -108,9 +111,9 @@ def test_what_is_suggested_is_what_train_takes(stand_in):
     )
     ranked = plans.suggest(tiny(*own[:2], *own[3:]), chips.topology("v5e:2x4"), tries=100)
     assert {one.mesh["tensor"] for one in ranked} == {1, 2}
-    # Of 20 examples eight devices have no equal shares, but four have, with two heads on each.
+    # Of 20 examples eight devices have no equal shares, but four have, with two heads or half the positions on each.
     ranked = plans.suggest(tiny("rollout.prompts=16", own[2]), chips.topology("v5e:2x4"), tries=100)
-    assert {one.mesh["tensor"] for one in ranked} == {2}
+    assert {one.mesh["data"] * one.mesh["fsdp"] for one in ranked} == {1, 2, 4}
     for one in ranked:
         config = configs.load(TINY, [own[0], own[1], own[2], *one.overrides()], check_files=False)
         assert plans.mesh_sizes(config) == one.mesh
@@ -122,4 +125,4 @@ def test_where_nothing_can_be_suggested_the_reason_is_said(stand_in):
         plans.suggest(tiny("model.width=65536", "model.heads=512"), chips.topology("v5e:1x1"))
     warm = "warm_start={steps: 1, examples: 64, batch_size: 9, optimizer: {learning_rate: 1.0e-3}}"
     with pytest.raises(configs.ConfigError, match=r"warm_start.batch_size = 9: must be a multiple of"):
-        plans.suggest(tiny(warm), chips.topology("v5e:2x2"))
+        plans.suggest(tiny(warm, "rollout.max_new_tokens=129"), chips.topology("v5e:2x2"))

@@ -1,6 +1,7 @@
 """What a step learns and what is sampled does not depend on the mesh, and no device holds what belongs to several."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ MESHES = {
     "fsdp": {"fsdp": 8},
     "data, fsdp, tensor": {"data": 2, "fsdp": 2, "tensor": 2},
     "fsdp, tensor, expert": {"fsdp": 2, "tensor": 2, "expert": 2},
+    "fsdp, tensor, sequence": {"fsdp": 2, "tensor": 2, "sequence": 2},
 }
 METHOD, OPTIMIZER = methods.grpo(beta=0.0), optax.sgd(1.0)
 
@@ -34,7 +36,7 @@ def run(name, mesh=None, micro_batches=1):
     policy = POLICIES[name]
     params = jax.jit(policy.init)(jax.random.key(0))
     before = jax.tree.map(np.asarray, params)
-    some = Prompts(jax.random.randint(jax.random.key(2), (4, 3), 2, 16), jnp.array([3, 1, 2, 3], jnp.int32))
+    some = Prompts(jax.random.randint(jax.random.key(2), (4, 4), 2, 16), jnp.array([3, 1, 2, 3], jnp.int32))
     layout = None if mesh is None else shardings(params, policy.axes(), mesh)
 
     def sample(params, key):
@@ -71,6 +73,8 @@ alone = functools.cache(run)
     [
         ("dense", "data, fsdp, tensor"),
         ("experts", "fsdp, tensor, expert"),
+        ("dense", "fsdp, tensor, sequence"),
+        ("experts", "fsdp, tensor, sequence"),
         pytest.param("dense", "fsdp", marks=pytest.mark.nightly),
         pytest.param("dense", "fsdp, tensor, expert", marks=pytest.mark.nightly),
         pytest.param("experts", "fsdp", marks=pytest.mark.nightly),
@@ -92,10 +96,15 @@ def test_eight_devices_sample_the_tokens_and_take_the_step_of_one(name, axes):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "more"), [({"fsdp": 8}, {}), ({"fsdp": 2, "tensor": 2, "expert": 2}, EXPERTS | {"tied": True})]
+    ("sizes", "more"),
+    [
+        ({"fsdp": 8}, {}),
+        ({"fsdp": 2, "tensor": 2, "expert": 2}, EXPERTS | {"tied": True}),
+        ({"fsdp": 2, "tensor": 2, "sequence": 2}, {}),
+    ],
 )
 def test_no_device_holds_a_whole_table_or_tokens_by_vocabulary(sizes, more, monkeypatch):
-    vocabulary, width, rows, length = 8192, 64, 8, 65
+    vocabulary, width, rows, length = 8192, 64, 8, 66
     monkeypatch.setattr(core, "GATHERED_BYTES", vocabulary * width)  # a fourth of a table of float32
     mesh = make_mesh(**sizes)
     policy = models.decoder(vocab_size=vocabulary, width=width, layers=1, heads=2, **{"mlp_width": 16} | more)
@@ -107,6 +116,11 @@ def test_no_device_holds_a_whole_table_or_tokens_by_vocabulary(sizes, more, monk
     step = training.make_step(models.score(policy), method, optimizer, mesh=mesh)
     compiled = step.lower(state, batch).compile()
     assert largest_array(compiled) < min(vocabulary * width, rows * (length - 1) * vocabulary)
+    shapes = [tuple(map(int, dims.split(","))) for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", compiled.as_text())]
+    split = "sequence" in sizes
+    assert any(shape.count(length) >= 2 for shape in shapes) != split  # scores of all places for all places
+    assert any({length // 2, length} <= set(shape) for shape in shapes) == split  # ... of half of them for all
+    assert any(length in shape and width in shape for shape in shapes) != split  # states of a whole row
     # The unembedding is gathered in pieces, forward and backward, and the gradient of each scattered. The embedding is
     # not: what its devices exchange are rows of the tokens.
     piece = max(np.prod(shape) for c in collectives(compiled) for shape in c.shapes)

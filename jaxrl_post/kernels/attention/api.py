@@ -14,7 +14,9 @@ from jaxrl_post.kernels.attention.layout import (
     are_even,
     common_power,
     completion_bits,
+    length_parts,
     placement,
+    whole_rows,
 )
 from jaxrl_post.kernels.attention.xla import attention_mask, attention_xla, attention_xla_shared
 from jaxrl_post.kernels.platform import current_device
@@ -73,7 +75,8 @@ def attention(
         scale: None for `1 / sqrt(K)`.
         softcap: scores become `softcap * tanh(scores / softcap)`.
         implementation: `"xla"`: everything, anywhere. `"splash"`: no positions, for TPU; on a CPU it is interpreted,
-            which is right and very slow. None: splash on a TPU where it can do the call and `T` fills a tile.
+            which is right and very slow. None: splash on a TPU where it can do the call and `T` fills a tile of every
+            device that it is split over.
 
     Returns:
         `[B, T, H, K]` in the query's dtype. At padding it is finite, and of no meaning.
@@ -110,7 +113,7 @@ def attention(
         key_segment_ids = segment_ids
     obstacle = _splash_obstacle(query, query_positions is not None, completion_starts)
     if implementation is None:
-        long_enough = query.shape[1] >= MIN_SPLASH_LENGTH
+        long_enough = query.shape[1] >= MIN_SPLASH_LENGTH * length_parts(placement(query))
         suits = obstacle is None and long_enough and current_device().platform == "tpu"
         implementation = "splash" if suits else "xla"
         logger.debug("attention: %s for query %s, key %s", implementation, query.shape, key.shape)
@@ -132,8 +135,10 @@ def attention(
             softcap=softcap,
             interpret=current_device().platform == "cpu",
         )
-    length = query.shape[1]
-    if completion_starts is not None and are_even(length, completion_starts):
+    length, where = query.shape[1], placement(query)
+    # Where places are split over the mesh, each device has the scores of its own queries alone.
+    key, value = whole_rows(key, where), whole_rows(value, where)
+    if completion_starts is not None and where[1] is None and are_even(length, completion_starts):
         return attention_xla_shared(
             query,
             key,
@@ -222,6 +227,4 @@ def _splash_obstacle(query: Array, has_positions: bool, starts: tuple[int, ...] 
     kinds = () if mesh.empty else zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
     if explicit := [name for name, size, kind in kinds if kind == AxisType.Explicit and size > 1]:
         return f"needs automatic or manual mesh axes, and {explicit} are explicit"
-    if placement(query)[1] is not None:
-        return "needs whole sequences on every device, and the mesh splits them"
     return None

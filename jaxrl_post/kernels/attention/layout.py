@@ -59,17 +59,19 @@ def are_even(length: int, completion_starts: tuple[int, ...]) -> bool:
     return len({end - start for start, end in itertools.pairwise(bounds)}) == 1
 
 
-def shared_row(prefix: int, completion: int, count: int) -> tuple[int, tuple[int, ...]]:
+def shared_row(prefix: int, completion: int, count: int, multiple: int = 1) -> tuple[int, tuple[int, ...]]:
     """Length and completion starts of a row with room for a prefix and `count` completions of one size.
 
     Only a very long row gets more room than is asked for: so much that its starts are multiples of a power of two that
-    lets every implementation hold them.
+    lets every implementation hold them. And one whose parts are to have lengths that `multiple` divides.
 
     Example:
         >>> shared_row(100, 20, 3), shared_row(2047, 8191, 16)[1][:2]
         ((160, (100, 120, 140)), (2048, 10240))
+        >>> shared_row(5, 3, 2, multiple=2)
+        (14, (6, 10))
     """
-    unit = 1
+    unit = multiple
     while True:
         first, each = (-(-size // unit) * unit for size in (prefix, completion))
         length, starts = first + count * each, tuple(first + i * each for i in range(count))
@@ -95,3 +97,26 @@ def placement(query: Array | np.ndarray) -> PartitionSpec:
         (None, None, None, None)
     """
     return spec(("batch", "length", "act_heads", None), query.shape, automatic_axes())
+
+
+def length_parts(where: PartitionSpec) -> int:
+    """Into how many parts a `placement` splits the queries.
+
+    Example:
+        >>> length_parts(PartitionSpec(None, None, None, None))
+        1
+    """
+    return 1 if where[1] is None else automatic_axes()[where[1]]
+
+
+def whole_rows(x: Array, where: PartitionSpec) -> Array:
+    """`[B, S, kv_heads, K]` with all places of a row on every device, otherwise as `where` says of the queries.
+
+    Example:
+        >>> whole_rows(np.zeros((2, 3, 4, 5)), PartitionSpec(None, None, None, None)).shape
+        (2, 3, 4, 5)
+    """
+    if where[1] is None:
+        return x
+    heads = spec((None, None, "act_heads", None), x.shape, automatic_axes())[2]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(where[0], None, heads, None))

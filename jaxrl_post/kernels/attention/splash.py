@@ -19,9 +19,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask,
     splash_attention_mask_info,
 )
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrl_post.kernels.attention.layout import automatic_axes, common_power, own_start, placement
+from jaxrl_post.kernels.attention.layout import automatic_axes, common_power, length_parts, own_start, placement
 from jaxrl_post.types import Array
 
 BLOCKS = (512, 256, 128)
@@ -78,18 +78,18 @@ def make_mask(
     return SharedPrefixMask(length, completion_starts)
 
 
-def padded_length(length: int) -> tuple[int, int]:
-    """The length to pad to and the tile to use.
+def padded_length(length: int, ways: int = 1) -> tuple[int, int]:
+    """The length to pad to, so that each of `ways` devices has a whole number of tiles, and the tile to use.
 
     The largest tile that adds at most an eighth: small tiles leave the matrix unit waiting, large ones compute what
     nobody reads.
 
     Example:
-        >>> padded_length(4000), padded_length(1152), padded_length(300)
-        ((4096, 512), (1280, 256), (384, 128))
+        >>> padded_length(4000), padded_length(1152), padded_length(300), padded_length(1152, 2)
+        ((4096, 512), (1280, 256), (384, 128), (1280, 128))
     """
     for block in BLOCKS:
-        padded = -(-length // block) * block
+        padded = -(-length // (block * ways)) * block * ways
         if padded - length <= length // 8:
             return padded, block
     return padded, block
@@ -110,8 +110,12 @@ def make_kernel(
     window: int | None,
     softcap: float | None,
     interpret: bool,
+    ways: int = 1,
 ) -> splash_attention_kernel.SplashAttentionKernel:
-    """Splash for one row of `length` places: `(query[H, T, K], key, value, SegmentIds | None) -> [H, T, K]`."""
+    """Splash for one row of `length` places: `(query[H, T, K], key, value, SegmentIds | None) -> [H, T, K]`.
+
+    With `ways` it has the masks of so many devices, each for its part of the queries and all keys.
+    """
     # Not the fused backward pass: it holds the query's gradient once for every tile of keys.
     sizes = splash_attention_kernel.BlockSizes(
         block_q=block,
@@ -125,21 +129,22 @@ def make_kernel(
         make_masks(length, heads, completion_starts, window),
         block_sizes=sizes,
         head_shards=1,
-        q_seq_shards=1,
+        q_seq_shards=ways,
         attn_logits_soft_cap=softcap,
         interpret=interpret,
     )
 
 
-def computed_tiles(mask: splash_attention_mask.MultiHeadMask, block: int) -> int:
-    """How many tiles of a head's scores the kernel computes; it skips those that are masked altogether.
+def computed_tiles(mask: splash_attention_mask.MultiHeadMask, block: int, ways: int = 1) -> int:
+    """How many tiles of a head's scores the kernel computes on all devices; it skips those that are masked altogether.
 
     Example:
-        >>> computed_tiles(make_masks(1024, 2, None, None), 256)
-        10
+        >>> masks = make_masks(1024, 2, None, None)
+        >>> computed_tiles(masks, 256), computed_tiles(masks, 256, 2)
+        (10, 10)
     """
     # The very call that makes the kernel, whose result is kept.
-    options = {"downcast_smem_data": True, "head_shards": 1, "q_seq_shards": 1}
+    options = {"downcast_smem_data": True, "head_shards": 1, "q_seq_shards": ways}
     tiles = splash_attention_mask_info.process_mask(mask, (block, block), **options)[0].block_mask
     return mask.shape[1] // block * (mask.shape[2] // block) if tiles is None else int(np.count_nonzero(tiles[0]))
 
@@ -174,50 +179,60 @@ def attention_splash(
     Returns:
         `[B, T, H, K]`.
     """
-    length, head_dim = query.shape[1], query.shape[3]
-    padded, block = padded_length(length)
+    length, heads, head_dim = query.shape[1:]
     # In float32: a factor rounded to bfloat16 would move all scores the same way.
     scaled = query.astype(jnp.float32) * (1 / math.sqrt(head_dim) if scale is None else scale)
     query = scaled.astype(query.dtype)
     axes, where = automatic_axes(), placement(query)
+    parts = length_parts(where)
+    padded, block = padded_length(length, parts)
     # Where key-value heads are too few to be split like the heads, every device has them all and takes what its own
     # heads read.
     split = (where[2],) if isinstance(where[2], str) else where[2] or ()
     ways, kv_heads = math.prod(axes[name] for name in split), key.shape[2]
     taken = math.lcm(kv_heads, ways) // ways
+    options = (heads // ways, completion_starts, window)
+    kernel = make_kernel(padded, block, *options, softcap, interpret, parts)
+    tiles = computed_tiles(make_masks(padded, *options), block, parts)
+    # What is added at the end of a row is later than all that is asked for.
+    query, key, value = (jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))) for x in (query, key, value))
+    # Padding sees padding, itself at least: a query that saw nothing would get gradients of no scale.
+    segment_ids, key_segment_ids = (
+        None if x is None else jnp.pad(jnp.maximum(x, -1), ((0, 0), (0, padded - length)), constant_values=-1)
+        for x in (segment_ids, key_segment_ids)
+    )
 
     def own_heads(x: Array) -> Array:
         first = jax.lax.axis_index(split) * taken
         heads = (first + jnp.arange(taken)) * kv_heads // (taken * ways)
         return jnp.take(x, heads, axis=2, mode="clip")
 
-    def rows(query: Array, key: Array, value: Array, segments: Array | None, key_segments: Array | None) -> Array:
+    def rows(kernel: Any, query: Array, key: Array, value: Array, segments: Any, key_segments: Any) -> Array:
         if kv_heads % ways:
             key, value = own_heads(key), own_heads(value)
-        # What is added at the end of a row is later than all that is asked for.
-        end = padded - length
-        query, key, value = (jnp.pad(x, ((0, 0), (0, end), (0, 0), (0, 0))).swapaxes(1, 2) for x in (query, key, value))
+        if parts > 1:
+            # Gathered here and not by the compiler, so that gradients are scattered again, not added up whole.
+            key, value, key_segments = jax.tree.map(
+                lambda x: jax.lax.all_gather(x, where[1], axis=1, tiled=True), (key, value, key_segments)
+            )
+        query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
         ids = None
         if segments is not None and key_segments is not None:
-            ids = splash_attention_kernel.SegmentIds(
-                *(
-                    # Padding sees padding, itself at least: a query that saw nothing would get gradients of no scale.
-                    jnp.pad(jnp.maximum(x, -1), ((0, 0), (0, end)), constant_values=-1).astype(jnp.int32)
-                    for x in (segments, key_segments)
-                )
-            )
-        kernel = make_kernel(padded, block, query.shape[1], completion_starts, window, softcap, interpret)
-        mask = make_masks(padded, query.shape[1], completion_starts, window)
+            ids = splash_attention_kernel.SegmentIds(segments.astype(jnp.int32), key_segments.astype(jnp.int32))
         # Compilers do not see what the kernel skips: whoever counts operations reads it in the name.
-        with jax.named_scope(f"attention_tiles_{computed_tiles(mask, block)}_of_{(padded // block) ** 2}"):
+        with jax.named_scope(f"attention_tiles_{tiles}_of_{(padded // block) ** 2}"):
             out: Any = jax.vmap(kernel)(query, key, value, ids)
-        return out.swapaxes(1, 2)[:, :length]
+        return out.swapaxes(1, 2)
 
+    given = (kernel, query, key, value, segment_ids, key_segment_ids)
     if math.prod(axes.values()) == 1:
-        return rows(query, key, value, segment_ids, key_segment_ids)
+        return rows(*given)[:, :length]
     # The compiler cannot split a kernel: each device is handed what it holds. Axes that split nothing repeat the work.
-    kv = PartitionSpec(where[0], None, None if kv_heads % ways else where[2], None)
-    ids = PartitionSpec(where[0], None)
-    return jax.shard_map(
-        rows, in_specs=(where, kv, kv, ids, ids), out_specs=where, axis_names=set(axes), check_vma=False
-    )(query, key, value, segment_ids, key_segment_ids)
+    mesh = jax.sharding.get_abstract_mesh()
+    masks = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, where[1])))
+    kv = PartitionSpec(where[0], where[1], None if kv_heads % ways else where[2], None)
+    ids = PartitionSpec(where[0], where[1])
+    run = jax.shard_map(
+        rows, in_specs=(masks, where, kv, kv, ids, ids), out_specs=where, axis_names=set(axes), check_vma=False
+    )
+    return run(*given)[:, :length]
