@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_post import data
 from jaxrl_post import mesh as mesh_lib
-from jaxrl_post.models.layers import CACHE_AXES
+from jaxrl_post.models.cache import CACHE_AXES
 from jaxrl_post.models.pretrained import known_configs
 from jaxrl_post.models.quantize import Quantized
 from jaxrl_post.rollout import Exits, Prompts, SamplingParams
@@ -32,6 +32,8 @@ from jaxrl_post.training.subgroups import make_budgets
 from jaxrl_post.types import PyTree, Rollouts, TokenStats
 
 PARTS = ("rollout", "score", "step", "evaluate")
+COPY = "rollout/params"
+"""Name of the program that lays the parameters out for sampling."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +41,9 @@ class Program:
     """A jitted function of a run and the shapes that it is called with.
 
     Attributes:
-        name: `rollout`, `rollout/greedy` (for methods that compare with it), `score`, `evaluate/greedy`,
-            `evaluate/sampled` or `step`; of a run with several stages `step/<stage>`.
+        name: `rollout`, `rollout/params` (the copy of the parameters on `rollout.mesh`), `rollout/greedy` (for methods
+            that compare with it), `score`, `evaluate/greedy`, `evaluate/sampled` or `step`; of a run with several
+            stages `step/<stage>`.
         lower: gives what `.compile()` compiles.
         arguments: bytes on a device of what goes in, by kind.
         resident: bytes on a device of what stays there meanwhile and does not go in, by kind.
@@ -122,6 +125,7 @@ def programs(setup: Setup, parts: Sequence[str] = PARTS) -> list[Program]:
         name = "step" if len(setup.stages) == 1 else f"step/{stage.name}"
         state, rollouts = setup.state_shapes(stage), setup.rollout_shapes(stage)
         if "rollout" in parts:
+            found += _copies(setup, stage, state)
             found += [_rollout(setup, stage, state, one) for one in _sampled(stage)]
         if stage.kind == "rollouts" and "score" in parts:
             found.append(_score(setup, stage, state, rollouts))
@@ -147,7 +151,7 @@ def _step(setup: Setup, stage: Stage, name: str, state: Any, rollouts: Rollouts)
         1,
         rollouts.tokens.size,
         forward * (updated + len(stage.method.roles - stage.method.trains)),
-        _sampled(stage),
+        (*(one.name for one in _copies(setup, stage, state)), *_sampled(stage)),
     )
 
 
@@ -166,7 +170,7 @@ def _score(setup: Setup, stage: Stage, state: Any, rollouts: Rollouts) -> Progra
         return jax.tree.map(lambda x: unsplit_rows(x, group), stats)
 
     # Nothing may be computed while a mesh of described devices is set: keys are made before.
-    batch, key = _placed(rollouts, setup.mesh), _key(setup)
+    batch, key = _placed(rollouts, setup.mesh), _key(setup, setup.mesh)
 
     def lower() -> Any:
         with jax.set_mesh(setup.mesh):
@@ -191,6 +195,24 @@ def _sampled(stage: Stage) -> tuple[str, ...]:
     if stage.kind != "rollouts":
         return ()
     return ("rollout", "rollout/greedy") if GREEDY_REWARD in stage.method.wants else ("rollout",)
+
+
+def _copies(setup: Setup, stage: Stage, state: Any) -> list[Program]:
+    """The copy of the parameters that is sampled with, where they lie in another way for it."""
+    move: Any = setup.to_rollout_mesh
+    if move is None or stage.kind != "rollouts":
+        return []
+    params, every = state.params["policy"], state_bytes(state)
+    own = _bytes(params)
+    rest = every | {"parameters": every["parameters"] - own}
+    return [Program(COPY, lambda: move.lower(params), {"parameters": own}, rest, 0, 1, 0, 0.0)]
+
+
+def _sampling_params(setup: Setup, state: Any) -> Any:
+    """Shapes of the parameters that are sampled with."""
+    move: Any = setup.to_rollout_mesh
+    params = state.params["policy"]
+    return params if move is None else move.eval_shape(params)
 
 
 def _rollout(setup: Setup, stage: Stage, state: Any, name: str) -> Program:
@@ -225,7 +247,7 @@ def _sampling(
     exits: Exits | None = None,
 ) -> Program:
     """`group` completions of each of `count` problems, which have `parts` prompts each."""
-    params, config = state.params["policy"], setup.config
+    params, config, mesh = _sampling_params(setup, state), setup.config, setup.rollout_mesh
     length, new = config.data.max_prompt_length, config.rollout.max_new_tokens
     prompts = _placed(
         Prompts(
@@ -234,30 +256,31 @@ def _sampling(
             prompt_id=jax.ShapeDtypeStruct((count * parts,), jnp.int32),  # type: ignore[arg-type]
             id=jax.ShapeDtypeStruct((count * parts, group // parts), jnp.uint32),  # type: ignore[arg-type]
         ),
-        setup.mesh,
+        mesh,
     )
-    sampling, key = sampling._replace(stop_tokens=setup.stop_tokens), _key(setup)
+    sampling, key = sampling._replace(stop_tokens=setup.stop_tokens), _key(setup, mesh)
 
     def lower() -> Any:
         generate: Any = compiled_generate(setup.policy, sampling, new, group, parts, exits)
-        with jax.set_mesh(setup.mesh):
+        with jax.set_mesh(mesh):
             return generate.lower(params, prompts, key, version=0)
 
     every, own = state_bytes(state), _bytes(params)
+    moved = 0 if setup.to_rollout_mesh is None else own
     rows = count * group
-    cache = jax.eval_shape(lambda: setup.policy.init_cache(rows, length + new - 1))
+    cache = jax.eval_shape(lambda: setup.policy.init_cache(rows, length + new))
     sizes = ModelSizes.of(setup)
-    # A prompt is read once for all its completions, and gives their first token; the last token is not read.
-    read = sizes.forward(count * parts, length, count * parts)
+    # A prompt is read once for all its completions, but for its last token, which gives each its first.
+    read = sizes.forward(count * parts, length - 1, 0)
     return Program(
         name,
         lower,
         {"parameters": own, "batch": _bytes(prompts)},
-        every | {"parameters": every["parameters"] - own},
-        sum(_cache_bytes(leaf, setup.mesh) for leaf in jax.tree.leaves(cache)),
-        new - 1,
+        every | {"parameters": every["parameters"] + moved - own},
+        sum(_cache_bytes(leaf, mesh) for leaf in jax.tree.leaves(cache)),
+        new,
         rows * new,
-        read + sizes.forward(rows, new - 1, rows * (new - 1), before=length),
+        read + sizes.forward(rows, new, rows * new, before=length - 1),
     )
 
 
@@ -320,8 +343,8 @@ def _tokenizer(config: Config) -> data.Tokenizer | None:
     return _SizedTokenizer(known["vocab_size"], tuple(ends) if isinstance(ends, list) else (int(ends),))
 
 
-def _key(setup: Setup) -> Any:
-    return jax.ShapeDtypeStruct((), setup.key.dtype, sharding=NamedSharding(setup.mesh, PartitionSpec()))
+def _key(setup: Setup, mesh: Mesh) -> Any:
+    return jax.ShapeDtypeStruct((), setup.key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
 
 def _placed(tree: Any, mesh: Mesh) -> Any:

@@ -48,11 +48,11 @@ def load_run(
         # The data that it was trained on may be gone by now.
         config = configs.load(path, overrides, check_files=False)
     if mesh is not None:
-        config = dataclasses.replace(config, mesh=mesh)
+        config = _laid_out(config, mesh)
     sizes = dataclasses.asdict(config.mesh)
     if math.prod(sizes.values()) > jax.device_count():
         logger.warning("the run's mesh %s needs more than the %d devices here; using one", sizes, jax.device_count())
-        config = dataclasses.replace(config, mesh=configs.MeshConfig())
+        config = _laid_out(config, configs.MeshConfig())
     setup = setups.build(config)
     if not checkpoint_dir.is_dir():
         raise CheckpointError(f"{run_dir} holds no checkpoint yet; train first, or wait for the first save")
@@ -63,6 +63,10 @@ def load_run(
     if restored is None:
         raise CheckpointError(f"{run_dir} holds no checkpoint yet; train first, or wait for the first save")
     return setup, restored.state["params"]["policy"]
+
+
+def _laid_out(config: configs.Config, mesh: configs.MeshConfig) -> configs.Config:
+    return dataclasses.replace(config, mesh=mesh, rollout=dataclasses.replace(config.rollout, mesh=None))
 
 
 def policy_alone(state: TrainState) -> dict[str, Any]:

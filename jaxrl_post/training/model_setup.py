@@ -117,6 +117,23 @@ def make_checkpoint(
     return Checkpoint(_policy(model, tokenizer, source, lora=lora, value_head=value_head), load)
 
 
+def make_copy(policy: Policy, key: Array, mesh: Mesh) -> Callable[[Params], Params]:
+    """A jitted function that copies the policy's parameters to another layout of their devices, as it multiplies with.
+
+    Args:
+        policy: the model.
+        key: that its parameters could be drawn with.
+        mesh: the same devices in the same order.
+
+    Returns:
+        `params -> params`.
+    """
+    cast = policy.cast or (lambda params: params)
+    shapes = jax.eval_shape(lambda: cast(policy.init(key)))
+    layout = mesh_lib.shardings(shapes, None if policy.axes is None else policy.axes(), mesh)
+    return jax.jit(cast, out_shardings=layout)
+
+
 def read_policy(model: ModelConfig, path: str, key: Array, mesh: Mesh) -> Params:
     """A checkpoint's parameters for a policy with the configuration's adapters."""
     return _read(model, path, key, mesh, lora=lora_of(model))

@@ -13,6 +13,7 @@ from jaxrl_post.training.config import Config, ConfigWarning
 HARMLESS_KEYS = (
     "run_dir",  # a run that was moved is still that run
     "mesh",  # nor does it matter where it is computed
+    "rollout.mesh",
     "training.micro_batches",
     "training.steps",  # unless the step size decays over them
     "training.checkpoint_every",

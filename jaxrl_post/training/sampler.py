@@ -129,7 +129,9 @@ class Sampler:
             version: the policy's version, recorded with every token; scheduled budgets are those of this step.
         """
         budgets = (None,) if self._budgets is None else self._budgets.at(version)
-        share = make_share(self._prompts, self._setup.mesh)
+        share = make_share(self._prompts, self._setup.rollout_mesh)
+        if self._setup.to_rollout_mesh is not None:
+            params = self._setup.to_rollout_mesh(params)
         pieces, own = [], []
         for start in range(0, len(problems), self._prompts):
             some = list(problems[start : start + self._prompts])
@@ -137,7 +139,7 @@ class Sampler:
             some += some[:1] * (self._prompts - count)  # filled up to the compiled shape
             texts = {int(i): [self._asked(some[i], budget) for budget in budgets] for i in share.held}
             prompts = self._prompts_of(share, texts, first_id + start * self._group_size, count)
-            with jax.set_mesh(self._setup.mesh):
+            with jax.set_mesh(self._setup.rollout_mesh):
                 piece = self._generate(params, prompts, key, version=version)
             if self._budgets is not None:
                 piece = with_budgets(piece, budgets)
@@ -145,6 +147,8 @@ class Sampler:
             own.append(_Own(start + mine, [some[i] for i in mine], [texts[i] for i in mine], _rows(share, piece)))
             pieces.append(piece if count == self._prompts else _first_prompts(piece, count))
         rollouts = pieces[0] if len(pieces) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *pieces)
+        if self._setup.rollout_mesh is not self._setup.mesh:
+            rollouts = mesh_lib.place(rollouts, mesh_lib.rollout_shardings(rollouts, self._setup.mesh))
         completions = [text for part in own for text in self._decode(part)]
         every = distributed.exchange(lambda: self._report(own, completions))
         return self._merged(rollouts, completions, every, len(problems))

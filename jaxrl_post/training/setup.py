@@ -28,6 +28,7 @@ from jaxrl_post.training.model_setup import (
     check_export,
     check_same_tokens,
     make_checkpoint,
+    make_copy,
     make_models,
     read_policy,
     router_losses,
@@ -56,6 +57,19 @@ class Setup:
     def policy(self) -> Policy:
         """The model that is trained."""
         return self.models.policy
+
+    @functools.cached_property
+    def rollout_mesh(self) -> Mesh:
+        """The same devices as they are laid out for sampling."""
+        sizes = self.config.rollout.mesh
+        if sizes is None:
+            return self.mesh
+        return mesh_lib.make_mesh(**dataclasses.asdict(sizes), devices=list(self.mesh.devices.flat))
+
+    @functools.cached_property
+    def to_rollout_mesh(self) -> Callable[[Params], Params] | None:
+        """Copies the policy's parameters there; None where sampling has no mesh of its own."""
+        return None if self.config.rollout.mesh is None else make_copy(self.policy, self.key, self.rollout_mesh)
 
     @functools.cached_property
     def problems(self) -> Problems:

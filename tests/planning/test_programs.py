@@ -71,14 +71,31 @@ def test_what_is_sampled_in_steps_and_evaluations_is_what_is_planned(monkeypatch
     assert [shapes.id[0] for *_, shapes in plan][-2:] == [(12, 1), (4, 3)]  # of 4 prompts and 3 completions a step
 
 
+def test_a_mesh_for_sampling_costs_a_copy_of_the_parameters_as_they_are_multiplied_with():
+    layout = ("mesh.fsdp=8", "rollout.prompts=16", "model.heads=4", "rollout.mesh.fsdp=2", "rollout.mesh.tensor=4")
+    setup = planned(*layout, "training.micro_batches=1", devices=jax.devices())
+    copy, rollout, step = programs.programs(setup, ("rollout", "step"))
+    assert (copy.name, rollout.name) == step.needs == ("rollout/params", "rollout")
+    sizes = programs.weight_shapes(jax.eval_shape(setup.policy.init, setup.key))
+    matrices = sum(x.size for x in jax.tree.leaves(sizes["layers"]) if x.ndim > 2)
+    norms = sum(x.size for x in jax.tree.leaves(sizes) if x.ndim < 3) - 2 * sizes["embedding"].size
+    # Two bytes a number, split over all devices; but tables, whose odd vocabulary tensor does not split, over two, and
+    # that of the tokens and the norms keep four bytes.
+    expected = 2 * matrices / 8 + (2 + 4) * sizes["embedding"].size / 2 + 4 * norms
+    assert rollout.arguments["parameters"] == expected
+    assert rollout.resident["parameters"] == step.arguments["parameters"]  # which training goes on with
+    assert 2 * copy.arguments["parameters"] == step.arguments["parameters"]  # which reads the reference too
+
+
 def test_a_rollout_reads_a_prompt_once_for_its_group():
     (found,) = programs.programs(planned(), ("rollout",))
     layers, width, mlp, length, new, prompts, group = 2, 256, 512, 128, 128, 4, 4
     vocabulary = planned().tokenizer.vocab_size
     matrices, rows = layers * (4 * width**2 + 3 * width * mlp), prompts * group
-    seen = prompts * sum(range(1, length + 1)) + rows * sum(range(length + 1, length + new))
-    logits = prompts + rows * (new - 1)
-    tokens = prompts * length + rows * (new - 1)
+    # Of a prompt all but the last token, which each completion reads for itself, to draw its first.
+    seen = prompts * sum(range(1, length)) + rows * sum(range(length, length + new))
+    logits = rows * new
+    tokens = prompts * (length - 1) + rows * new
     assert found.model_flops == 2 * (tokens * matrices + logits * vocabulary * width) + 4 * layers * width * seen
 
 

@@ -25,7 +25,7 @@ def cases():
 def test_a_published_model_fits_and_has_not_grown(name, parts):
     before = records.recorded()[name]["programs"]
     now = records.account(CASES[name], parts)["programs"]
-    assert set(now) == set(before) & set(parts)
+    assert set(now) == {name for name in before if name.split("/")[0] in parts}
     for part, program in now.items():
         assert program["fits"], f"{part} no longer fits: {program}"
         for figure in ("peak_bytes", "collective_bytes"):
@@ -45,7 +45,7 @@ def test_every_recorded_program_fits_and_computes_what_its_model_asks_for():
         for program in record["programs"].values():
             assert program["fits"], name
             assert program["peak_bytes"] <= record["memory_bytes"]
-            assert program["flops"] > program["model_flops"], name
+            assert program["flops"] > program["model_flops"] or program["model_flops"] == 0, name
         step = record["programs"]["step"]
         # Blocks are run again in the backward pass: a third more, and what attention's tiles compute in vain.
         assert step["flops"] / step["model_flops"] < 1.8, name

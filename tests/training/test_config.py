@@ -152,7 +152,7 @@ CASES = [
     ({"model": {"router_loss": {"coefficient": 0.0}}}, "model.router_loss.coefficient", "above 0"),
     ({"mesh": {"data": 3}}, "mesh", "make rollout.prompts a multiple of 3"),
     ({"mesh": {"data": 2, "fsdp": 3}}, "mesh", "multiple of 3"),
-    ({"mesh": {"sequence": 2}}, "mesh.sequence", "not available yet"),
+    ({"mesh": {"sequence": 7}}, "mesh.sequence", "does not divide the positions of a row"),
     ({"mesh": {"expert": 3}}, "mesh", "multiple of 3"),
     ({"model": {"path": "somewhere", "width": 32}}, "model.width", "sizes of its own"),
     ({"model": {"heads": 6, "width": 96, "kv_heads": 4}}, "model.kv_heads", "divide model.heads = 6; try 3"),
@@ -190,6 +190,11 @@ CASES = [
         },
         "roles.critic.from",
         "circle",
+    ),
+    (
+        {"mesh": {"fsdp": 4}, "rollout__mesh": {"tensor": 8}},
+        "rollout.mesh",
+        "is 8 devices, but mesh is 4",
     ),
     (
         {"training__optimizer": {"learning_rate": 1e-3, "name": "sgd", "b2": 0.9}},

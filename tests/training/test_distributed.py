@@ -103,7 +103,8 @@ def test_a_run_goes_from_one_process_to_two_and_back_as_if_there_had_never_been_
     # SIGTERM reaches one process only, while it scores the third step's completions: its fourth call, after those of
     # the second step and two of an evaluation.
     variables = {"REWARD_LOG": str(tmp_path), "REWARD_SIGNAL": f"1:4:{signal.SIGTERM.value}"}
-    statuses, outputs = ended(launch(path, 2, 2, "mesh.fsdp=4", **variables), tmp_path)
+    other = ("rollout.mesh.data=2", "rollout.mesh.tensor=2")  # parameters move to another layout to be sampled with
+    statuses, outputs = ended(launch(path, 2, 2, "mesh.fsdp=4", *other, **variables), tmp_path)
     assert statuses == [130, 130], outputs
     assert "resuming" in outputs[0]
     assert "stopped after step 2, which is saved with the rollouts of the next one" in outputs[0]

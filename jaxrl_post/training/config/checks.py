@@ -168,8 +168,23 @@ def _mesh(config: Config, problems: Problems) -> None:
     mesh = config.mesh
     if mesh is None:
         return
-    if problems.ok("mesh.sequence") and mesh.sequence > 1:
-        problems.add("mesh.sequence", "splitting over this axis is not available yet; set it to 1", mesh.sequence)
+    if config.data is not None and config.rollout is not None and problems.ok("mesh.sequence", "data", "rollout"):
+        prompt, new = config.data.max_prompt_length, config.rollout.max_new_tokens
+        if left := (prompt + new) % mesh.sequence:
+            problems.add(
+                "mesh.sequence",
+                f"does not divide the positions of a row, data.max_prompt_length + rollout.max_new_tokens = {prompt} + "
+                f"{new} = {prompt + new}; set rollout.max_new_tokens to {new + mesh.sequence - left}, say",
+                mesh.sequence,
+            )
+    if config.rollout is not None and config.rollout.mesh is not None and problems.ok("rollout.mesh", "mesh"):
+        own, other = (math.prod(dataclasses.asdict(one).values()) for one in (mesh, config.rollout.mesh))
+        if own != other:
+            problems.add(
+                "rollout.mesh",
+                f"is {other} devices, but mesh is {own}; it lays out the same ones: make the products equal, or leave "
+                "it out",
+            )
     drawn = problems.ok("mesh.tensor", "model") and config.model.path is None
     if drawn and mesh.tensor > 1 and config.model.heads % mesh.tensor:
         problems.warnings.append(

@@ -211,6 +211,12 @@ class RolloutConfig:
         "what a budget adds to the prompt", " I will answer the question with {budget} tokens.\n"
     )
     exits: ExitsConfig | None = option("early exits from one thought in place of separate completions", None)
+    mesh: MeshConfig | None = option(
+        "layout of the devices while completions are sampled; parameters are copied to it at each step, in the "
+        "precision that they are multiplied in. Every token takes all parameters: where they are many, shards of the "
+        "products (tensor) are faster than shards that are collected first (fsdp). null: that of mesh",
+        None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,7 +333,7 @@ class MeshConfig:
     data: int = option("copies that split the batch", 1, minimum=1)
     fsdp: int = option("shards of parameters that split the batch too", 1, minimum=1)
     tensor: int = option("shards of heads, MLP and vocabulary", 1, minimum=1)
-    sequence: int = option("shards of the sequence", 1, minimum=1)
+    sequence: int = option("shards of each row's positions, and of parameters", 1, minimum=1)
     expert: int = option("shards of the experts; of all else what fsdp is", 1, minimum=1)
 
 
