@@ -40,7 +40,7 @@ CASES = {
         Case("8b-v6e-2x4", "Qwen3-8B", "qwen3-8b-grpo", "v6e:2x4", ("mesh.fsdp=8", "rollout.mesh.data=1")),
         Case("llama-8b-lora-v5e-2x4", "Llama-3.1-8B, LoRA", "llama-3.1-8b-lora-grpo", "v5e:2x4"),
         Case("30b-a3b-v5p-4x4x4", "Qwen3-30B-A3B", "qwen3-30b-a3b-grpo", "v5p:4x4x4"),
-        Case("32b-v5p-4x4x8", "Qwen3-32B", "qwen3-32b-grpo", "v5p:4x4x8"),
+        Case("32b-v5p-4x4x8", "Qwen3-32B", "qwen3-32b-grpo", "v5p:4x4x8", every_commit=True),
         Case(
             "32b-tpu7x-2x2x2",
             "Qwen3-32B",
