@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from jaxrl_post.kernels.attention.xla import MASKED_SCORE
@@ -19,6 +20,7 @@ from jaxrl_post.mesh import LogicalAxes, constrain
 from jaxrl_post.types import Array
 
 CACHE_AXES: LogicalAxes = ("layers", "batch", "kv_heads", "cache_length", "head_dim")
+IN_ORDER = Layout(tuple(range(len(CACHE_AXES))))
 
 BLOCKS = {"cpu": 32, "other": 256}
 """Columns that are read at a time: what a step costs grows with the columns in use, not with the capacity.
@@ -86,7 +88,10 @@ def write(cache: KVCache, k: Array, v: Array, positions: Array) -> KVCache:
 
     def put(old: Array, new: Array) -> Array:
         new = jnp.swapaxes(new, 2, 3).astype(old.dtype)
-        return constrain(jax.lax.dynamic_update_slice(old, new, (0, 0, 0, column, 0)), CACHE_AXES)
+        whole = jax.lax.dynamic_update_slice(old, new, (0, 0, 0, column, 0))
+        # Columns before heads would suit the write: a TPU's compiler then turns the whole cache over for each token, as
+        # what reads it wants it the other way.
+        return constrain(with_layout_constraint(whole, IN_ORDER), CACHE_AXES)
 
     positions = jax.lax.dynamic_update_slice(cache.positions, positions.astype(jnp.int32), (0, column))
     return KVCache(put(cache.k, k), put(cache.v, v), positions, cache.index + k.shape[2])

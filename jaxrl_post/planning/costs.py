@@ -351,10 +351,9 @@ def _source(inner: Computation, name: str) -> str:
 def _attention_flops(where: Computation, instruction: Instruction) -> float:
     """Of an attention kernel that skips no tile: scores and values, or their gradients with the scores again."""
     arrays = [a.dims for a in _operands(where, instruction) if len(a.dims) == 4]
-    if not arrays:
+    if len(arrays) < 2:
         return 0.0
-    batch, heads, keys, size = map(max, zip(*arrays, strict=True))
-    queries = min(dims[2] for dims in arrays)  # fewer than keys where a mesh splits the row
+    (batch, heads, queries, size), (_, _, keys, _) = arrays[:2]  # fewer queries than keys where a mesh splits the row
     products = 4 if "_dkv" in instruction.name else 3 if "_dq" in instruction.name else 2
     return 2.0 * products * batch * heads * queries * keys * size
 
