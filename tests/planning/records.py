@@ -16,7 +16,7 @@ from jaxrl_post.planning import compiler
 
 ROOT = Path(__file__).parents[2]
 FILE = Path(__file__).with_name("records.json")
-PARTS = ("rollout", "score", "step")
+PARTS = ("rollout", "step")
 BEGIN, END = "<!-- compiled: begin -->", "<!-- compiled: end -->"
 GIB = 2**30
 
