@@ -1,7 +1,7 @@
 """Published models fit the slices that the README says, and take no more memory or communication than is recorded.
 
 What grows by more than 5% fails here until the record is renewed on purpose: `python -m tests.planning.records`. The
-train step of one model is compiled on every commit; its other programs, and those of all recorded models, every night.
+train steps of two models are compiled on every commit; how they sample, and the other models, every night.
 """
 
 import pytest
