@@ -197,6 +197,16 @@ CASES = [
         "is 8 devices, but mesh is 4",
     ),
     (
+        {
+            "method": {"name": "sft"},
+            "training__batch_size": 16,
+            "eval": {"problems": 0},
+            "rollout__mesh": {"data": 1},
+        },
+        "rollout.mesh",
+        "eval.problems is 0",
+    ),
+    (
         {"training__optimizer": {"learning_rate": 1e-3, "name": "sgd", "b2": 0.9}},
         "training.optimizer.b2",
         "does not apply",
@@ -328,6 +338,7 @@ SHORT = {"training__steps": 2, "training__epochs": 2}
     ("changes", "words"),
     [
         ({"mesh": {"tensor": 3}}, "does not divide model.heads = 4"),
+        ({"mesh": {"tensor": 3}, "rollout__mesh": {"fsdp": 3}}, "cannot share rollout.prompts"),
         ({"training__optimizer": {"learning_rate": 1e-3, "warmup_steps": 10}}, "last of the 10 updates"),
         (
             {"training__optimizer": {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 25}, **SHORT},

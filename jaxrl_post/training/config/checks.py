@@ -12,7 +12,7 @@ from jaxrl_post.training.config.content_checks import refuse_unused
 from jaxrl_post.training.config.errors import ConfigError, Problems
 from jaxrl_post.training.config.fields import yaml_key
 from jaxrl_post.training.config.role_checks import check_roles
-from jaxrl_post.training.config.schema import NOT_SIZES, Config, OptimizerConfig
+from jaxrl_post.training.config.schema import NOT_SIZES, Config, MeshConfig, OptimizerConfig, RolloutConfig
 from jaxrl_post.training.config.subgroup_checks import check_subgroups
 from jaxrl_post.training.splitting import coarsest
 from jaxrl_post.types import Method
@@ -130,6 +130,8 @@ def _source(config: Config, made: Method, problems: Problems) -> None:
         if rollout is not None:
             names = ("group_size", "prompts", "budgets", "budget_prompt", "exits")
             refuse_unused(rollout, "rollout", names, why, problems)
+            if config.eval is not None and problems.ok("eval.problems") and config.eval.problems == 0:
+                refuse_unused(rollout, "rollout", ("mesh",), f"{why}, and eval.problems is 0", problems)
         if config.curriculum is not None:
             refuse_unused(config.curriculum, "curriculum", ("oversample",), why, problems)
     elif config.training is not None:
@@ -177,19 +179,29 @@ def _mesh(config: Config, problems: Problems) -> None:
                 f"{new} = {prompt + new}; set rollout.max_new_tokens to {new + mesh.sequence - left}, say",
                 mesh.sequence,
             )
-    if config.rollout is not None and config.rollout.mesh is not None and problems.ok("rollout.mesh", "mesh"):
-        own, other = (math.prod(dataclasses.asdict(one).values()) for one in (mesh, config.rollout.mesh))
-        if own != other:
-            problems.add(
-                "rollout.mesh",
-                f"is {other} devices, but mesh is {own}; it lays out the same ones: make the products equal, or leave "
-                "it out",
-            )
+    if config.rollout is not None and config.rollout.mesh is not None and problems.ok("rollout", "mesh"):
+        _rollout_mesh(config.rollout, config.rollout.mesh, mesh, problems)
     drawn = problems.ok("mesh.tensor", "model") and config.model.path is None
     if drawn and mesh.tensor > 1 and config.model.heads % mesh.tensor:
         problems.warnings.append(
             f"mesh.tensor = {mesh.tensor}: does not divide model.heads = {config.model.heads}, so every device keeps "
             "all heads"
+        )
+
+
+def _rollout_mesh(rollout: RolloutConfig, mesh: MeshConfig, training: MeshConfig, problems: Problems) -> None:
+    devices, own = (math.prod(dataclasses.asdict(one).values()) for one in (mesh, training))
+    if devices != own:
+        problems.add(
+            "rollout.mesh",
+            f"is {devices} devices, but mesh is {own}; it lays out the same ones: make the products equal, or set it "
+            "to null",
+        )
+    rows, ways = rollout.prompts * rollout.group_size, devices // mesh.tensor
+    if rows % ways:
+        problems.warnings.append(
+            f"rollout.mesh: {ways} devices cannot share rollout.prompts * rollout.group_size = {rows} completions "
+            "evenly, so some repeat the work of others; give more of the devices to tensor"
         )
 
 
