@@ -20,15 +20,14 @@ from jaxrl_post import mesh as mesh_lib
 from jaxrl_post.models.cache import CACHE_AXES
 from jaxrl_post.models.pretrained import known_configs
 from jaxrl_post.models.quantize import Quantized
-from jaxrl_post.rollout import Exits, Prompts, SamplingParams
+from jaxrl_post.rollout import Prompts, SamplingParams
 from jaxrl_post.training import setup as setups
 from jaxrl_post.training.batches import GREEDY_REWARD
 from jaxrl_post.training.config import Config, ConfigError
-from jaxrl_post.training.sampler import compiled_generate
+from jaxrl_post.training.generation import Generation, compiled_generate
 from jaxrl_post.training.setup import Setup
 from jaxrl_post.training.splitting import split, unsplit_rows
 from jaxrl_post.training.stages import Stage
-from jaxrl_post.training.subgroups import make_budgets
 from jaxrl_post.types import PyTree, Rollouts, TokenStats
 
 PARTS = ("rollout", "score", "step", "evaluate")
@@ -218,10 +217,8 @@ def _sampling_params(setup: Setup, state: Any) -> Any:
 def _rollout(setup: Setup, stage: Stage, state: Any, name: str) -> Program:
     """One of `_sampled`, as `Batches` has it."""
     if name == "rollout/greedy":
-        return _sampling(setup, state, name, SamplingParams(greedy=True), stage.batch_size, 1)
-    budgets, group = make_budgets(setup.config), setup.config.rollout.group_size
-    parts = 1 if budgets is None else budgets.parts
-    return _sampling(setup, state, name, setup.sampling(), stage.batch_size, group, parts, setup.exits)
+        return _sampling(setup, state, name, setup.generation(SamplingParams(greedy=True)), stage.batch_size)
+    return _sampling(setup, state, name, setup.trained_generation(), stage.batch_size)
 
 
 def _evaluations(setup: Setup, state: Any) -> Iterator[Program]:
@@ -232,23 +229,14 @@ def _evaluations(setup: Setup, state: Any) -> Iterator[Program]:
         return
     rows = config.rollout.prompts * config.curriculum.oversample * config.rollout.group_size
     greedy, each = min(rows, options.problems), min(max(1, rows // options.samples), options.problems)
-    yield _sampling(setup, state, "evaluate/greedy", SamplingParams(greedy=True), greedy, 1)
-    yield _sampling(setup, state, "evaluate/sampled", setup.sampling(), each, options.samples)
+    yield _sampling(setup, state, "evaluate/greedy", setup.generation(SamplingParams(greedy=True)), greedy)
+    yield _sampling(setup, state, "evaluate/sampled", setup.generation(setup.sampling(), options.samples), each)
 
 
-def _sampling(
-    setup: Setup,
-    state: Any,
-    name: str,
-    sampling: SamplingParams,
-    count: int,
-    group: int,
-    parts: int = 1,
-    exits: Exits | None = None,
-) -> Program:
-    """`group` completions of each of `count` problems, which have `parts` prompts each."""
-    params, config, mesh = _sampling_params(setup, state), setup.config, setup.rollout_mesh
-    length, new = config.data.max_prompt_length, config.rollout.max_new_tokens
+def _sampling(setup: Setup, state: Any, name: str, how: Generation, count: int) -> Program:
+    """Groups of completions of `count` problems."""
+    params, mesh = _sampling_params(setup, state), setup.rollout_mesh
+    length, new, group, parts = setup.config.data.max_prompt_length, how.max_new_tokens, how.group_size, how.parts
     prompts = _placed(
         Prompts(
             tokens=jax.ShapeDtypeStruct((count * parts, length), jnp.int32),  # type: ignore[arg-type]
@@ -258,17 +246,19 @@ def _sampling(
         ),
         mesh,
     )
-    sampling, key = sampling._replace(stop_tokens=setup.stop_tokens), _key(setup, mesh)
+    key = _key(setup, mesh)
 
     def lower() -> Any:
-        generate: Any = compiled_generate(setup.policy, sampling, new, group, parts, exits)
+        generate: Any = compiled_generate(setup.policy, how)
         with jax.set_mesh(mesh):
             return generate.lower(params, prompts, key, version=0)
 
     every, own = state_bytes(state), _bytes(params)
     moved = 0 if setup.to_rollout_mesh is None else own
     rows = count * group
-    cache = jax.eval_shape(lambda: setup.policy.init_cache(rows, length + new))
+    kept = rows if how.slots is None else min(rows, how.slots)
+    dtype = None if how.cache_dtype is None else jnp.dtype(how.cache_dtype)
+    cache = jax.eval_shape(lambda: setup.policy.init_cache(kept, length + new, dtype))
     sizes = ModelSizes.of(setup)
     # A prompt is read once for all its completions, but for its last token, which gives each its first.
     read = sizes.forward(count * parts, length - 1, 0)

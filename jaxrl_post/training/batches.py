@@ -120,13 +120,12 @@ class Batches:
             sampler = functools.partial(
                 Sampler,
                 setup,
-                max_new_tokens=rollout.max_new_tokens,
                 prompts=stage.batch_size,
                 prompt_length=config.data.max_prompt_length,
             )
             budgets = make_budgets(config)
-            self._sampler = sampler(setup.sampling(), group_size=rollout.group_size, budgets=budgets, exits=setup.exits)
-            self._greedy = sampler(SamplingParams(greedy=True), group_size=1)
+            self._sampler = sampler(setup.trained_generation(), budgets=budgets)
+            self._greedy = sampler(setup.generation(SamplingParams(greedy=True)))
             self._select = jax.jit(curation.select_groups, static_argnums=1)
 
     def position(self) -> dict[str, Any]:

@@ -58,17 +58,11 @@ class Evaluator:
         self._setup = setup
         rows = max(1, config.rollout.prompts * config.curriculum.oversample * config.rollout.group_size)
         self._samples = config.eval.samples
-        sampler = functools.partial(
-            Sampler,
-            setup,
-            max_new_tokens=config.rollout.max_new_tokens,
-            prompt_length=config.data.max_prompt_length,
-        )
+        sampler = functools.partial(Sampler, setup, prompt_length=config.data.max_prompt_length)
         count = max(1, len(setup.problems.held_out))
-        self._greedy = sampler(SamplingParams(greedy=True), group_size=1, prompts=min(rows, count))
-        options = config.rollout.sampling
-        sampling = SamplingParams(options.temperature, options.top_k, options.top_p, options.min_p)
-        self._sampled = sampler(sampling, group_size=self._samples, prompts=min(max(1, rows // self._samples), count))
+        self._greedy = sampler(setup.generation(SamplingParams(greedy=True)), prompts=min(rows, count))
+        how = setup.generation(setup.sampling(), self._samples)
+        self._sampled = sampler(how, prompts=min(max(1, rows // self._samples), count))
 
     def greedy_accuracy(self, params: Params, problems: Sequence[data.Problem]) -> float:
         """Fraction of problems whose greedy completion is correct; one that could not be scored is not."""

@@ -126,9 +126,11 @@ def generate_text(
     lengths = [len(data.encode_prompt(setup.tokenizer, problem)) for problem in problems]
     sampler = Sampler(
         setup,
-        SamplingParams(temperature=temperature or 1.0, greedy=temperature == 0),
-        group_size=samples,
-        max_new_tokens=max_new_tokens or setup.config.rollout.max_new_tokens,
+        setup.generation(
+            SamplingParams(temperature=temperature or 1.0, greedy=temperature == 0),
+            samples,
+            max_new_tokens=max_new_tokens,
+        ),
         prompts=len(prompts),
         prompt_length=max(lengths),
         rewarded=False,

@@ -6,9 +6,8 @@ every reward and none holds all tokens. A reward function that compares completi
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,12 +18,13 @@ from numpy.typing import NDArray
 
 from jaxrl_post import data, rewards
 from jaxrl_post import mesh as mesh_lib
-from jaxrl_post.rollout import BUDGET, EXIT, Exits, Prompts, SamplingParams
+from jaxrl_post.rollout import BUDGET, EXIT, Prompts
 from jaxrl_post.training import distributed
+from jaxrl_post.training.generation import Generation, compiled_generate
 from jaxrl_post.training.setup import Setup
 from jaxrl_post.training.shares import Share, make_share
-from jaxrl_post.training.subgroups import Budgets, sample_groups, subgroup_metrics, with_budgets
-from jaxrl_post.types import FINISH_ABORT, FINISH_LENGTH, Array, Params, Policy, Rollouts
+from jaxrl_post.training.subgroups import Budgets, subgroup_metrics, with_budgets
+from jaxrl_post.types import FINISH_ABORT, FINISH_LENGTH, Array, Params, Rollouts
 
 COMPONENT = "component/"
 """What the names of the reward's components begin with in a process's report."""
@@ -52,63 +52,35 @@ class Sampled(NamedTuple):
     scored: rewards.Scored | None
 
 
-@functools.lru_cache(maxsize=32)
-def compiled_generate(
-    policy: Policy,
-    sampling: SamplingParams,
-    max_new_tokens: int,
-    group_size: int,
-    parts: int = 1,
-    exits: Exits | None = None,
-) -> Callable[..., Rollouts]:
-    """`sample_groups`, jitted; samplers of the same kind share it, so that training and evaluation compile once."""
-    limits = {"max_new_tokens": max_new_tokens, "group_size": group_size, "parts": parts}
-    return jax.jit(functools.partial(sample_groups, policy, sampling=sampling, exits=exits, **limits))
-
-
 class Sampler:
     """Samples completions of problems and scores them, in batches of fixed shape.
 
     Args:
         setup: the run's parts.
-        sampling: how tokens are drawn; the tokenizer's end-of-sequence ids are added to its stop tokens.
-        group_size: completions per prompt.
-        max_new_tokens: longest completion.
+        how: groups are sampled.
         prompts: prompts of one compiled call; a longer list is sampled in several calls.
         prompt_length: longest prompt, tokens.
         rewarded: score the completions with the run's reward functions.
         budgets: what the members of a group are asked to keep to; None for nothing.
-        exits: makes groups serial; None for completions that are sampled separately.
     """
 
     def __init__(
         self,
         setup: Setup,
-        sampling: SamplingParams,
+        how: Generation,
         *,
-        group_size: int,
-        max_new_tokens: int,
         prompts: int,
         prompt_length: int,
         rewarded: bool = True,
         budgets: Budgets | None = None,
-        exits: Exits | None = None,
     ):
         self._setup = setup
-        self._group_size = group_size
+        self._group_size = how.group_size
         self._prompts = prompts
         self._prompt_length = prompt_length
         self._rewarded = rewarded
         self._budgets = budgets
-        stops = (*setup.stop_tokens, *(int(token) for token in sampling.stop_tokens))
-        self._generate = compiled_generate(
-            setup.policy,
-            sampling._replace(stop_tokens=stops),
-            max_new_tokens,
-            group_size,
-            1 if budgets is None else budgets.parts,
-            exits,
-        )
+        self._generate = compiled_generate(setup.policy, how)
 
     def __call__(
         self,

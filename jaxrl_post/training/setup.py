@@ -17,11 +17,12 @@ from jax.sharding import Mesh
 
 from jaxrl_post import data, models, rewards
 from jaxrl_post import mesh as mesh_lib
-from jaxrl_post.rollout import Prompts, SamplingParams
+from jaxrl_post.rollout import Exits, Prompts, SamplingParams
 from jaxrl_post.training.config import BASE, Config, ConfigError, check_devices
 from jaxrl_post.training.config.content_checks import reward_names
 from jaxrl_post.training.config.methods_check import tokenizer_of
 from jaxrl_post.training.config.role_checks import is_checkpoint
+from jaxrl_post.training.generation import Generation, sample_groups
 from jaxrl_post.training.model_setup import (
     Checkpoint,
     Models,
@@ -39,7 +40,7 @@ from jaxrl_post.training.roles import Role, check_same_shapes, make_refresh, rol
 from jaxrl_post.training.stages import Stage, make_stages
 from jaxrl_post.training.state import TrainState, init, state_shardings
 from jaxrl_post.training.step import Step, make_step
-from jaxrl_post.training.subgroups import Exits, make_budgets, make_exits, sample_groups, with_budgets
+from jaxrl_post.training.subgroups import make_budgets, make_exits, with_budgets
 from jaxrl_post.types import ANSWER_TOKENS, Array, Params, Policy, PyTree, Rollouts, Score
 
 
@@ -179,6 +180,26 @@ class Setup:
         options = self.config.rollout.sampling
         return SamplingParams(options.temperature, options.top_k, options.top_p, options.min_p)
 
+    def generation(
+        self, sampling: SamplingParams, group_size: int = 1, *, max_new_tokens: int | None = None
+    ) -> Generation:
+        """How groups are sampled; the tokens that end a completion are added to those of `sampling`."""
+        rollout = self.config.rollout
+        stops = (*self.stop_tokens, *(int(token) for token in sampling.stop_tokens))
+        return Generation(
+            sampling._replace(stop_tokens=stops),
+            rollout.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            group_size,
+            slots=rollout.slots,
+            cache_dtype=rollout.cache_dtype,
+        )
+
+    def trained_generation(self) -> Generation:
+        """How the groups that are trained on are sampled."""
+        budgets = make_budgets(self.config)
+        how = self.generation(self.sampling(), self.config.rollout.group_size)
+        return how._replace(parts=1 if budgets is None else budgets.parts, exits=self.exits)
+
     @functools.cached_property
     def exits(self) -> Exits | None:
         """How thoughts are left early while training; None if they are not."""
@@ -189,28 +210,15 @@ class Setup:
         config = self.config
         length = config.data.max_prompt_length + config.rollout.max_new_tokens
         if stage.kind == "rollouts":
-            count, size = config.rollout.prompts, config.rollout.group_size
-            budgets = make_budgets(config)
-            asked = (None,) if budgets is None else budgets.at(0)
-            parts = len(asked)
+            count, budgets, how = config.rollout.prompts, make_budgets(config), self.trained_generation()
             prompts = Prompts(
-                jax.ShapeDtypeStruct((count * parts, config.data.max_prompt_length), jnp.int32),  # type: ignore[arg-type]
-                jax.ShapeDtypeStruct((count * parts,), jnp.int32),  # type: ignore[arg-type]
+                jax.ShapeDtypeStruct((count * how.parts, config.data.max_prompt_length), jnp.int32),  # type: ignore[arg-type]
+                jax.ShapeDtypeStruct((count * how.parts,), jnp.int32),  # type: ignore[arg-type]
             )
 
             def sample(params: Params, prompts: Prompts, key: Array) -> Rollouts:
-                made = sample_groups(
-                    self.policy,
-                    params,
-                    prompts,
-                    key,
-                    sampling=self.sampling(),
-                    max_new_tokens=config.rollout.max_new_tokens,
-                    group_size=size,
-                    parts=parts,
-                    exits=self.exits,
-                )
-                return made if budgets is None else with_budgets(made, asked)
+                made = sample_groups(self.policy, params, prompts, key, how=how)
+                return made if budgets is None else with_budgets(made, budgets.at(0))
 
             shapes = jax.eval_shape(sample, jax.eval_shape(self.policy.init, self.key), prompts, self.key)
             shapes = shapes.replace(rewards=dict.fromkeys(reward_components(config), shapes.reward))

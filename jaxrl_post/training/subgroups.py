@@ -1,6 +1,6 @@
 """How the members of a group differ: under which token budgets they are sampled, or from which exits of one thought.
 
-From the configuration to the prompts' texts and to one function that samples them; checks are in `config`.
+From the configuration to the prompts' texts, and to what is measured of the parts; checks are in `config`.
 """
 
 from __future__ import annotations
@@ -12,18 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_post import data, rewards
-from jaxrl_post.rollout import (
-    BUDGET,
-    EXIT,
-    Exits,
-    Prompts,
-    SamplingParams,
-    generate,
-    generate_exits,
-    merge_groups,
-)
+from jaxrl_post.rollout import BUDGET, EXIT, Exits
 from jaxrl_post.training.config import BudgetScheduleConfig, Config
-from jaxrl_post.types import Array, Params, Policy, Rollouts
+from jaxrl_post.types import Rollouts
 
 
 class Budgets(NamedTuple):
@@ -88,43 +79,6 @@ def make_exits(config: Config, tokenizer: data.Tokenizer) -> Exits | None:
         max_new_tokens=given.max_new_tokens or config.rollout.max_new_tokens,
         whole=given.whole,
     )
-
-
-def sample_groups(
-    policy: Policy,
-    params: Params,
-    prompts: Prompts,
-    key: Array,
-    *,
-    sampling: SamplingParams,
-    max_new_tokens: int,
-    group_size: int,
-    parts: int = 1,
-    exits: Exits | None = None,
-    version: Array | int = 0,
-) -> Rollouts:
-    """Groups of completions: of one prompt each, of `parts` prompts each, or serial ones.
-
-    Args:
-        policy: the model.
-        params: its parameters.
-        prompts: `P * parts` prompts, those of a group next to each other; `id` is `[P * parts, G / parts]`.
-        key: of the random streams.
-        sampling: how tokens are drawn.
-        max_new_tokens: longest completion.
-        group_size: `G`.
-        parts: prompts of a group, which divides it evenly.
-        exits: of serial groups, which are one longer than its count.
-        version: recorded with every token.
-
-    Returns:
-        `Rollouts` of `[P, G]`.
-    """
-    limits = {"sampling": sampling, "max_new_tokens": max_new_tokens, "version": version}
-    if exits is not None:
-        return generate_exits(policy, params, prompts, key, exits=exits, **limits)
-    sampled = generate(policy, params, prompts, key, group_size=group_size // parts, **limits)
-    return sampled if parts == 1 else merge_groups(sampled, parts)
 
 
 def with_budgets(rollouts: Rollouts, budgets: tuple[int | None, ...]) -> Rollouts:

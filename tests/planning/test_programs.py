@@ -41,10 +41,10 @@ class Sampled(Exception):
 def test_what_is_sampled_in_steps_and_evaluations_is_what_is_planned(monkeypatch, method):
     asked = []
 
-    def recorded(policy, sampling, new, group, parts=1, exits=None):
+    def recorded(policy, how):
         class Function:
             def lower(self, params, prompts, key, version):
-                asked.append((sampling, new, group, parts, exits, jax.tree.map(lambda x: (x.shape, x.dtype), prompts)))
+                asked.append((how, jax.tree.map(lambda x: (x.shape, x.dtype), prompts)))
 
             def __call__(self, *arguments, **keywords):
                 self.lower(*arguments, **keywords)

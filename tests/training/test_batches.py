@@ -1,5 +1,6 @@
 """What the loop gives to a method beside sampled completions: greedy rewards, columns of the data, the batch before."""
 
+import functools
 import json
 
 import jax
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 
 from jaxrl_post import methods
-from jaxrl_post.rollout import SamplingParams
+from jaxrl_post.rollout import Prompts, SamplingParams
 from jaxrl_post.training import config as configs
 from jaxrl_post.training import loop, setup
 from jaxrl_post.training.batches import Batches, Cursor, TrainingError, with_greedy_reward
+from jaxrl_post.training.generation import sample_groups
 from jaxrl_post.training.sampler import Sampler, sampled_metrics
 from jaxrl_post.types import FINISH_ABORT
 from tests import tiny
@@ -36,9 +38,8 @@ def test_a_method_that_wants_it_gets_the_reward_of_a_greedy_completion_of_each_p
     assert stage.method.wants == {"greedy_reward"}
     found = np.asarray(batch.rollouts.extras["greedy_reward"])
     # The same prompts, completed greedily and scored by hand.
-    sampler = Sampler(
-        parts, SamplingParams(greedy=True), group_size=1, max_new_tokens=3, prompts=4, prompt_length=3, rewarded=False
-    )
+    how = parts.generation(SamplingParams(greedy=True), max_new_tokens=3)
+    sampler = Sampler(parts, how, prompts=4, prompt_length=3, rewarded=False)
     greedy = sampler(parts.initial_params(), batches.problems, jax.random.key(9))
     expected = runs.reward(greedy.completions, [problem["answer"] for problem in batches.problems])
     np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -66,7 +67,7 @@ def test_a_prompt_whose_greedy_completion_cannot_be_scored_is_not_valid():
 
 def test_a_completion_that_the_engine_gave_up_is_not_valid_whatever_its_reward(tmp_path):
     parts = setup.build(configs.load(runs.tiny_run(tmp_path, **WITHOUT)))
-    sampler = Sampler(parts, SamplingParams(), group_size=4, max_new_tokens=3, prompts=4, prompt_length=3)
+    sampler = Sampler(parts, parts.generation(SamplingParams(), 4, max_new_tokens=3), prompts=4, prompt_length=3)
     params = parts.initial_params()
     one = parts.tokenizer.encode("1")[0]
     params["embedding"] = params["embedding"].at[one].set(jnp.nan)
@@ -180,3 +181,33 @@ def test_a_component_that_could_not_be_scored_reaches_the_method_as_nan(tmp_path
     assert np.isnan(judged[1::2]).all()
     assert (judged[::2] == 1).all()
     assert np.isfinite(np.asarray(batch.rollouts.reward)).all()
+
+
+def test_completions_that_take_each_others_slots_are_those_that_are_decoded_together(tmp_path):
+    groups = {"group_size": 4, "prompts": 4, "max_new_tokens": 3}
+    variants = {
+        "together": {},
+        "in turns": {"rollout": {**groups, "slots": 8}},
+        "on four devices": {"rollout": {**groups, "slots": 8}, "mesh": {"data": 2, "fsdp": 2}},
+    }
+    sampled = {}
+    for name, changes in variants.items():
+        batch, *_ = first_batch(runs.tiny_run(tmp_path / name, **WITHOUT, **changes))
+        sampled[name] = jax.device_get(batch.rollouts)
+    for name in ("in turns", "on four devices"):
+        np.testing.assert_array_equal(sampled[name].tokens, sampled["together"].tokens)
+        np.testing.assert_allclose(sampled[name].logp, sampled["together"].logp, atol=1e-5)
+        np.testing.assert_array_equal(sampled[name].reward, sampled["together"].reward)
+
+
+def test_keys_and_values_are_kept_in_the_type_that_is_asked_for(tmp_path):
+    parts = setup.build(configs.load(runs.tiny_run(tmp_path, rollout={"max_new_tokens": 3, "cache_dtype": "bfloat16"})))
+    how, params = parts.trained_generation(), parts.initial_params()
+    prompts = Prompts(jnp.ones((32, 3), int), jnp.full(32, 3))
+    with jax.set_mesh(parts.mesh):
+        program = jax.make_jaxpr(lambda *given: sample_groups(parts.policy, *given, how=how))(
+            params, prompts, parts.key
+        )
+    cache = "[1,256,2,6,8]"  # layers, rows, heads, columns, size of a head
+    assert f"bf16{cache}" in str(program)
+    assert f"f32{cache}" not in str(program)

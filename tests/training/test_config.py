@@ -206,6 +206,9 @@ CASES = [
         "rollout.mesh",
         "eval.problems is 0",
     ),
+    ({"rollout__slots": 256}, "rollout.slots", "a step samples 256 completions"),
+    ({"rollout__slots": 6, "mesh": {"fsdp": 4}}, "rollout.slots", "try 8"),
+    ({"rollout__cache_dtype": "int4"}, "rollout.cache_dtype", "int8"),
     (
         {"training__optimizer": {"learning_rate": 1e-3, "name": "sgd", "b2": 0.9}},
         "training.optimizer.b2",

@@ -38,6 +38,7 @@ def check(config: Config, made: Method | None, problems: Problems, check_files: 
             why = f"cannot be added to {config.method.name}, which weighs its terms' gradients itself; leave it out"
             problems.add("model.router_loss", why)
         _source(config, made, problems)
+        _slots(config, made, problems)
         if made.learns_from == "rollouts":
             _groups(config, made, problems)
             check_subgroups(config, made, problems)
@@ -131,7 +132,9 @@ def _source(config: Config, made: Method, problems: Problems) -> None:
             names = ("group_size", "prompts", "budgets", "budget_prompt", "exits")
             refuse_unused(rollout, "rollout", names, why, problems)
             if config.eval is not None and problems.ok("eval.problems") and config.eval.problems == 0:
-                refuse_unused(rollout, "rollout", ("mesh",), f"{why}, and eval.problems is 0", problems)
+                refuse_unused(
+                    rollout, "rollout", ("mesh", "slots", "cache_dtype"), f"{why}, and eval.problems is 0", problems
+                )
         if config.curriculum is not None:
             refuse_unused(config.curriculum, "curriculum", ("oversample",), why, problems)
     elif config.training is not None:
@@ -202,6 +205,27 @@ def _rollout_mesh(rollout: RolloutConfig, mesh: MeshConfig, training: MeshConfig
         problems.warnings.append(
             f"rollout.mesh: {ways} devices cannot share rollout.prompts * rollout.group_size = {rows} completions "
             "evenly, so some repeat the work of others; give more of the devices to tensor"
+        )
+
+
+def _slots(config: Config, made: Method, problems: Problems) -> None:
+    rollout = config.rollout
+    if rollout is None or rollout.slots is None or not problems.ok("rollout", "curriculum", "mesh"):
+        return
+    if rollout.exits is not None:
+        problems.add("rollout.slots", "does not apply to rollout.exits, whose groups are serial; leave it out", None)
+    devices = rollout.mesh or config.mesh
+    ways = math.prod(dataclasses.asdict(devices).values()) // devices.tensor
+    if rollout.slots % ways:
+        nearest = -(-rollout.slots // ways) * ways
+        problems.add("rollout.slots", f"{ways} devices cannot share so many evenly; try {nearest}", rollout.slots)
+    total = rollout.prompts * rollout.group_size * config.curriculum.oversample
+    if made.learns_from == "rollouts" and rollout.slots >= total:
+        problems.add(
+            "rollout.slots",
+            f"a step samples {total} completions (rollout.prompts * rollout.group_size * curriculum.oversample), and "
+            "all of them at a time without it; give fewer, or leave it out",
+            rollout.slots,
         )
 
 

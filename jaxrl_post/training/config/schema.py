@@ -211,6 +211,17 @@ class RolloutConfig:
         "what a budget adds to the prompt", " I will answer the question with {budget} tokens.\n"
     )
     exits: ExitsConfig | None = option("early exits from one thought in place of separate completions", None)
+    slots: int | None = option(
+        "completions that are decoded at a time; where one ends, the next takes its slot, so that none waits for the "
+        "longest of a batch, and the cache is of so many. null: all of a step, or of an evaluation's batch",
+        None,
+        minimum=1,
+    )
+    cache_dtype: Literal["float32", "bfloat16", "int8"] | None = option(
+        "type that keys and values are kept in while sampling; what is read of a narrower one differs from what the "
+        "trained model computes, which method.correction can repair. null: model.dtype",
+        None,
+    )
     mesh: MeshConfig | None = option(
         "layout of the devices while completions are sampled; parameters are copied to it at each step, in the "
         "precision that they are multiplied in. Every token takes all parameters: where they are many, shards of the "
