@@ -205,9 +205,8 @@ def test_keys_and_values_are_kept_in_the_type_that_is_asked_for(tmp_path):
     how, params = parts.trained_generation(), parts.initial_params()
     prompts = Prompts(jnp.ones((32, 3), int), jnp.full(32, 3))
     with jax.set_mesh(parts.mesh):
-        program = jax.make_jaxpr(lambda *given: sample_groups(parts.policy, *given, how=how))(
-            params, prompts, parts.key
-        )
+        sample = functools.partial(sample_groups, parts.policy, how=how)
+        program = jax.make_jaxpr(sample)(params, prompts, parts.key)
     cache = "[1,256,2,6,8]"  # layers, rows, heads, columns, size of a head
     assert f"bf16{cache}" in str(program)
     assert f"f32{cache}" not in str(program)
