@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser, count: Callable[[str], int]) 
     parser.add_argument(
         "--save",
         metavar="DIR",
-        help="write the compiled programs, for jaxrl_post.planning.executables.load; train does not read them",
+        help="write the compiled programs, for train --executables DIR on such devices",
     )
 
 
@@ -80,8 +80,9 @@ def run(arguments: argparse.Namespace) -> None:
     from jaxrl_post.planning import compiler
 
     compiler.prepare()
-    from jaxrl_post.planning import chips, executables, plans, summary
+    from jaxrl_post.planning import chips, plans, summary
     from jaxrl_post.training import config as configs
+    from jaxrl_post.training import executables
 
     topology = chips.topology(arguments.topology, arguments.slices)
     with warnings.catch_warnings():
@@ -108,7 +109,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.save:
         for one in compiled:
             if one.executable is not None:
-                say(f"wrote {executables.save(one.executable, arguments.save, one.program.name)}")
+                program = one.program
+                of = program.configuration
+                say(f"wrote {executables.save(one.executable, arguments.save, program.name, configuration=of)}")
     print(
         json.dumps(summary.as_json(compiled, topology, mesh))
         if arguments.json

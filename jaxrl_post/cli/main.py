@@ -113,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "overrides", nargs="*", metavar="key=value", help="e.g. training.steps=100 rollout.group_size=16"
     )
+    train.add_argument(
+        "--executables", metavar="DIR", help="programs that compile --save has written, in the place of compiling them"
+    )
     train.set_defaults(interrupted="; the same command resumes the run from its last checkpoint")
 
     generate = command("generate", _generate, "complete prompts with the model of a run")
@@ -200,7 +203,7 @@ def _train(arguments: argparse.Namespace) -> None:
         return USER_ERROR
 
     with distributed.session(report):
-        loop.run(config)
+        loop.run(config, executables=arguments.executables)
 
 
 def _generate(arguments: argparse.Namespace) -> None:

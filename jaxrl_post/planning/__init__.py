@@ -1,5 +1,5 @@
 """What a run will need and do on TPUs that are not here, by their own compiler's account.
 
 `plans.compile_run` compiles a run's programs for a described topology; `costs` counts what a compiled program does,
-`buffers` what fills its memory; `executables` keeps compiled programs in files. The command is `jaxrl-post compile`.
+`buffers` what fills its memory. The command is `jaxrl-post compile`.
 """

@@ -21,6 +21,7 @@ from jaxrl_post.models.cache import CACHE_AXES
 from jaxrl_post.models.pretrained import known_configs
 from jaxrl_post.models.quantize import Quantized
 from jaxrl_post.rollout import Prompts, SamplingParams
+from jaxrl_post.training import executables
 from jaxrl_post.training import setup as setups
 from jaxrl_post.training.batches import GREEDY_REWARD
 from jaxrl_post.training.config import Config, ConfigError
@@ -51,6 +52,7 @@ class Program:
         tokens: tokens of all devices that it samples, scores or trains on.
         model_flops: what the model's definition asks of all devices, without anything that is computed again.
         needs: names of the programs that run before it in every step.
+        configuration: what tells it from programs of other runs.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Program:
     tokens: int
     model_flops: float
     needs: tuple[str, ...] = ()
+    configuration: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +124,6 @@ def programs(setup: Setup, parts: Sequence[str] = PARTS) -> list[Program]:
     """
     found: list[Program] = []
     for stage in setup.stages:
-        name = "step" if len(setup.stages) == 1 else f"step/{stage.name}"
         state, rollouts = setup.state_shapes(stage), setup.rollout_shapes(stage)
         if "rollout" in parts:
             found += _copies(setup, stage, state)
@@ -129,20 +131,20 @@ def programs(setup: Setup, parts: Sequence[str] = PARTS) -> list[Program]:
         if stage.kind == "rollouts" and "score" in parts:
             found.append(_score(setup, stage, state, rollouts))
         if "step" in parts:
-            found.append(_step(setup, stage, name, state, rollouts))
+            found.append(_step(setup, stage, state, rollouts))
         if stage is setup.stages[-1] and "evaluate" in parts:
             found += _evaluations(setup, state)
     return found
 
 
-def _step(setup: Setup, stage: Stage, name: str, state: Any, rollouts: Rollouts) -> Program:
+def _step(setup: Setup, stage: Stage, state: Any, rollouts: Rollouts) -> Program:
     sizes = ModelSizes.of(setup)
     batch = _placed(rollouts, setup.mesh)
     forward = sizes.forward(*_tokens(setup, rollouts))
     # Forward, gradient of what goes in, gradient of the parameters: which adapters alone hardly cost anything.
     updated = len(stage.method.trains) * stage.epochs * (3 if setup.config.model.lora is None else 2)
     return Program(
-        name,
+        setup.step_name(stage),
         lambda: setup.step(stage).lower(state, rollouts),
         state_bytes(state) | {"batch": _bytes(batch)},
         {},
@@ -151,6 +153,7 @@ def _step(setup: Setup, stage: Stage, name: str, state: Any, rollouts: Rollouts)
         rollouts.tokens.size,
         forward * (updated + len(stage.method.roles - stage.method.trains)),
         (*(one.name for one in _copies(setup, stage, state)), *_sampled(stage)),
+        executables.identity(setup.config),
     )
 
 
@@ -271,6 +274,7 @@ def _sampling(setup: Setup, state: Any, name: str, how: Generation, count: int) 
         new,
         rows * new,
         read + sizes.forward(rows, new, rows * new, before=length - 1),
+        configuration=executables.identity(setup.config, how),
     )
 
 

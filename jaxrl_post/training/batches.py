@@ -124,8 +124,8 @@ class Batches:
                 prompt_length=config.data.max_prompt_length,
             )
             budgets = make_budgets(config)
-            self._sampler = sampler(setup.trained_generation(), budgets=budgets)
-            self._greedy = sampler(setup.generation(SamplingParams(greedy=True)))
+            self._sampler = sampler(setup.trained_generation(), name="rollout", budgets=budgets)
+            self._greedy = sampler(setup.generation(SamplingParams(greedy=True)), name="rollout/greedy")
             self._select = jax.jit(curation.select_groups, static_argnums=1)
 
     def position(self) -> dict[str, Any]:

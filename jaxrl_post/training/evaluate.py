@@ -60,9 +60,10 @@ class Evaluator:
         self._samples = config.eval.samples
         sampler = functools.partial(Sampler, setup, prompt_length=config.data.max_prompt_length)
         count = max(1, len(setup.problems.held_out))
-        self._greedy = sampler(setup.generation(SamplingParams(greedy=True)), prompts=min(rows, count))
+        how = setup.generation(SamplingParams(greedy=True))
+        self._greedy = sampler(how, name="evaluate/greedy", prompts=min(rows, count))
         how = setup.generation(setup.sampling(), self._samples)
-        self._sampled = sampler(how, prompts=min(max(1, rows // self._samples), count))
+        self._sampled = sampler(how, name="evaluate/sampled", prompts=min(max(1, rows // self._samples), count))
 
     def greedy_accuracy(self, params: Params, problems: Sequence[data.Problem]) -> float:
         """Fraction of problems whose greedy completion is correct; one that could not be scored is not."""

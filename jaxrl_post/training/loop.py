@@ -60,8 +60,12 @@ class Services(NamedTuple):
     stop_requested: Callable[[], bool]
 
 
-def run(config: Config) -> None:
+def run(config: Config, *, executables: str | None = None) -> None:
     """Train as `config` says, or go on with the run in its `run_dir`.
+
+    Args:
+        config: of the run.
+        executables: a directory of programs that need not be compiled, see `executables`.
 
     Raises:
         ValueError: for whatever the user can change; the message says what.
@@ -71,7 +75,7 @@ def run(config: Config) -> None:
         asked = held.enter_context(stop_requests())
         files = RunFiles(config.run_dir)
         distributed.on_main(lambda: held.enter_context(lock_run_dir(files.local)) is None)
-        setup = distributed.together(lambda: prepared(config))
+        setup = distributed.together(lambda: prepared(config, executables))
         # Last, so that a set-up that fails leaves nothing that the corrected configuration would be held against.
         resume = distributed.on_main(lambda: begin(config, files))
         if distributed.is_main():
@@ -85,9 +89,9 @@ def begin(config: Config, files: RunFiles) -> bool:
     return prepare_run_dir(config, files)
 
 
-def prepared(config: Config) -> Setup:
+def prepared(config: Config, executables: str | None = None) -> Setup:
     """The run's parts, with problems and reward functions made, so that what is wrong with them shows."""
-    setup = setups.build(config)
+    setup = setups.build(config, executables=executables)
     setup.prepare()
     return setup
 
@@ -185,7 +189,7 @@ def run_stage(
     batches = Batches(setup, stage, cursor if waiting is None else waiting.cursor)
     refresh = make_refresh(stage.roles)
     skip = make_skip(refresh)
-    step = setup.step(stage)
+    step = setup.program(setup.step_name(stage), setup.step(stage))
     while not (cursor.ended or cursor.stage_step >= stage.steps):
         started = time.perf_counter()
         batch, waiting = batches.next(state, cursor) if waiting is None else waiting.batch, None

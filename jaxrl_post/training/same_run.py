@@ -14,6 +14,7 @@ HARMLESS_KEYS = (
     "run_dir",  # a run that was moved is still that run
     "mesh",  # nor does it matter where it is computed
     "rollout.mesh",
+    "rollout.slots",
     "training.micro_batches",
     "training.steps",  # unless the step size decays over them
     "training.checkpoint_every",

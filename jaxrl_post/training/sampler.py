@@ -58,6 +58,7 @@ class Sampler:
     Args:
         setup: the run's parts.
         how: groups are sampled.
+        name: of the compiled call among the run's programs.
         prompts: prompts of one compiled call; a longer list is sampled in several calls.
         prompt_length: longest prompt, tokens.
         rewarded: score the completions with the run's reward functions.
@@ -69,6 +70,7 @@ class Sampler:
         setup: Setup,
         how: Generation,
         *,
+        name: str = "",
         prompts: int,
         prompt_length: int,
         rewarded: bool = True,
@@ -80,7 +82,7 @@ class Sampler:
         self._prompt_length = prompt_length
         self._rewarded = rewarded
         self._budgets = budgets
-        self._generate = compiled_generate(setup.policy, how)
+        self._generate = setup.program(name, compiled_generate(setup.policy, how), how)
 
     def __call__(
         self,

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxrl_post import data, models, rewards
 from jaxrl_post import mesh as mesh_lib
 from jaxrl_post.rollout import Exits, Prompts, SamplingParams
+from jaxrl_post.training import executables
 from jaxrl_post.training.config import BASE, Config, ConfigError, check_devices
 from jaxrl_post.training.config.content_checks import reward_names
 from jaxrl_post.training.config.methods_check import tokenizer_of
@@ -53,6 +54,13 @@ class Setup:
     models: Models
     mesh: Mesh
     stages: list[Stage]
+    executables: str | None = None
+
+    def program(self, name: str, jitted: Any, how: Generation | None = None) -> Callable[..., Any]:
+        """`jitted`, or what was compiled of it before, where the run was given a directory of `executables`."""
+        if self.executables is None:
+            return jitted
+        return executables.use(self.executables, name, jitted, configuration=executables.identity(self.config, how))
 
     @property
     def policy(self) -> Policy:
@@ -149,6 +157,10 @@ class Setup:
             )
             for role in stage.method.roles
         }
+
+    def step_name(self, stage: Stage) -> str:
+        """The name of a stage's train step among the run's programs."""
+        return "step" if len(self.stages) == 1 else f"step/{stage.name}"
 
     def step(self, stage: Stage) -> Step:
         """The train step of a stage, on the run's mesh."""
@@ -351,13 +363,20 @@ class Setup:
         return found
 
 
-def build(config: Config, *, devices: Sequence[Any] | None = None, tokenizer: data.Tokenizer | None = None) -> Setup:
+def build(
+    config: Config,
+    *,
+    devices: Sequence[Any] | None = None,
+    tokenizer: data.Tokenizer | None = None,
+    executables: str | None = None,
+) -> Setup:
     """Build a run's parts.
 
     Args:
         config: of the run.
         devices: that its mesh is made of, present or only described; those of this machine if None.
         tokenizer: in place of the one that the configuration names.
+        executables: a directory of programs that need not be compiled.
 
     Raises:
         ConfigError: if there are too few devices.
@@ -374,7 +393,7 @@ def build(config: Config, *, devices: Sequence[Any] | None = None, tokenizer: da
         limits = f"data.max_prompt_length + rollout.max_new_tokens = {wanted}"
         raise ConfigError([f"{limits}, but the model was made for {longest} positions"])
     mesh = mesh_lib.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
-    return Setup(config, tokenizer, made, mesh, make_stages(config))
+    return Setup(config, tokenizer, made, mesh, make_stages(config), executables)
 
 
 def make_tokenizer(config: Config) -> data.Tokenizer:

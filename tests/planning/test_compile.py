@@ -20,10 +20,11 @@ import pytest
 
 from jaxrl_post.cli import compile as compile_command
 from jaxrl_post.cli.main import main
-from jaxrl_post.mesh import make_mesh, place, rollout_shardings
-from jaxrl_post.planning import chips, compiler, executables, plans, programs, report, summary
+from jaxrl_post.mesh import make_mesh
+from jaxrl_post.planning import chips, compiler, plans, programs, report, summary
 from jaxrl_post.planning.costs import Collective, Costs
 from jaxrl_post.training import config as configs
+from jaxrl_post.training import executables
 
 SMALL = (
     "model.width=16",
@@ -286,35 +287,6 @@ def test_a_step_on_two_slices_sends_gradients_between_them():
 
 def test_a_chip_of_v4_is_one_device_as_it_is_where_there_is_one():
     assert len(compiler.devices("v4:2x2x1")) == chips.topology("v4:2x2x1").devices == 4
-
-
-def test_a_saved_train_step_goes_on_without_compiling_and_gives_the_same(tmp_path):
-    setup = programs.plan(tiny(*SMALL, "mesh.fsdp=8", "rollout.prompts=16", "training.micro_batches=1"), jax.devices())
-    (stage,) = setup.stages
-    batch = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), setup.rollout_shapes(stage))
-    layout = rollout_shardings(batch, setup.mesh)
-    step = setup.step(stage)
-    state = setup.begin(stage, setup.initial_params(), step=0)
-    with compiler.uncached():  # what comes from the compilation cache cannot be serialised again on a CPU
-        path = executables.save(step.lower(setup.state_shapes(stage), batch).compile(), tmp_path / "made", "step/grpo")
-    assert path.name == "step-grpo.executable"
-    saved_state, saved_metrics = executables.load(path)(jax.tree.map(jnp.copy, state), place(batch, layout))
-    state, metrics = step(state, batch)
-    assert int(saved_state.step) == 1
-    jax.tree.map(np.testing.assert_array_equal, saved_state.params, state.params)
-    jax.tree.map(np.testing.assert_array_equal, saved_metrics, metrics)
-
-
-@pytest.mark.parametrize(
-    ("change", "value"), [("jax", "0.0.1"), ("libtpu", "0.0.1"), ("kind", "TPU v5 lite"), ("devices", 9)]
-)
-def test_a_program_for_other_circumstances_is_refused_and_says_which(tmp_path, monkeypatch, change, value):
-    circumstances = executables._circumstances
-    with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(executables, "_circumstances", lambda devices: circumstances(devices) | {change: value})
-        path = executables.save(jax.jit(jnp.sin).lower(jnp.ones(3)).compile(), tmp_path, "sine")
-    with pytest.raises(ValueError, match=rf"was compiled for .*{change} {value}.*, but here is .*; compile it again"):
-        executables.load(path)
 
 
 def test_programs_for_tpus_are_serialised_and_belong_to_their_chips(printed, saved):

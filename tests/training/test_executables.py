@@ -1,0 +1,64 @@
+"""Compiled programs in files: a run that starts without compiling, and what such files are refused for."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxrl_post.planning import compiler, programs
+from jaxrl_post.training import config as configs
+from jaxrl_post.training import executables, loop
+from tests.training import runs
+
+METHOD = {"name": "policy_gradient", "advantage": "remax"}  # which samples greedy completions too
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The configuration of a run, and a directory with its programs."""
+    directory = tmp_path_factory.mktemp("made")
+    path = runs.tiny_run(directory, warm_start=None, mesh={"fsdp": 2}, method=METHOD, training=runs.training(steps=2))
+    setup = programs.plan(configs.load(path), jax.devices()[:2])
+    with compiler.uncached():  # what comes from the compilation cache cannot be serialised again on a CPU
+        for one in programs.programs(setup, ("rollout", "step", "evaluate")):
+            compiled = one.lower().compile()
+            executables.save(compiled, directory / "programs", one.name, configuration=one.configuration)
+    return path, directory / "programs"
+
+
+def test_a_run_whose_programs_are_there_compiles_none_of_them_and_gives_the_same(tmp_path, made, caplog):
+    path, directory = made
+    names = {"step", "rollout", "rollout-greedy", "evaluate-greedy", "evaluate-sampled"}
+    assert {file.stem for file in directory.iterdir()} == names
+    loop.run(configs.load(path, [f"run_dir={tmp_path}/compiled"]))
+    with caplog.at_level(logging.WARNING):
+        loop.run(configs.load(path, [f"run_dir={tmp_path}/loaded"]), executables=str(directory))
+    assert "is compiled here" not in caplog.text
+    assert runs.lines(tmp_path / "loaded") == runs.lines(tmp_path / "compiled")
+    assert runs.final_state(tmp_path / "loaded") == runs.final_state(tmp_path / "compiled")
+
+
+def test_a_program_that_is_not_there_is_compiled_and_named(tmp_path, caplog):
+    doubled = executables.use(tmp_path, "rollout/greedy", lambda x: 2 * x, configuration="")
+    assert doubled(3) == 6
+    assert f"there is no {tmp_path}/rollout-greedy.executable; rollout/greedy is compiled here" in caplog.text
+
+
+def test_the_programs_of_another_configuration_are_refused(tmp_path, made):
+    path, directory = made
+    other = configs.load(path, ["training.optimizer.learning_rate=0.02", f"run_dir={tmp_path}/other"])
+    with pytest.raises(ValueError, match="was compiled from another configuration, or for other end tokens"):
+        loop.run(other, executables=str(directory))
+
+
+@pytest.mark.parametrize(
+    ("change", "value"), [("jax", "0.0.1"), ("libtpu", "0.0.1"), ("kind", "TPU v5 lite"), ("devices", 9)]
+)
+def test_a_program_for_other_circumstances_is_refused_and_says_which(tmp_path, monkeypatch, change, value):
+    circumstances = executables._circumstances
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(executables, "_circumstances", lambda devices: circumstances(devices) | {change: value})
+        path = executables.save(jax.jit(jnp.sin).lower(jnp.ones(3)).compile(), tmp_path, "sine")
+    with pytest.raises(ValueError, match=rf"was compiled for .*{change} {value}.*, but here is .*; compile it again"):
+        executables.load(path)
