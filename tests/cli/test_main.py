@@ -47,13 +47,16 @@ def stub(monkeypatch, name, **functions):
 
 def test_train_runs_the_configuration_with_its_overrides(monkeypatch, config_file):
     runs = []
-    stub(monkeypatch, "loop", run=runs.append)
-    assert cli.main(["train", str(config_file), "training.steps=3", "method.clip_high=0.28"]) == 0
-    assert runs == [configs.load(config_file, ["training.steps=3", "method.clip_high=0.28"])]
+    stub(monkeypatch, "loop", run=lambda config, executables: runs.append((config, executables)))
+    overrides = ["training.steps=3", "method.clip_high=0.28"]
+    assert cli.main(["train", str(config_file), *overrides]) == 0
+    assert cli.main(["train", str(config_file), *overrides, "--executables", "made"]) == 0
+    config = configs.load(config_file, overrides)
+    assert runs == [(config, None), (config, "made")]
 
 
 def test_a_wrong_configuration_gives_all_its_problems_on_stderr_and_no_traceback(monkeypatch, config_file, capsys):
-    stub(monkeypatch, "loop", run=lambda config: pytest.fail("must not run"))
+    stub(monkeypatch, "loop", run=lambda config, **options: pytest.fail("must not run"))
     assert cli.main(["train", str(config_file), "training.stepz=3", "rollout.sampling.top_p=0"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -77,7 +80,7 @@ def test_a_missing_configuration_is_one_line(capsys, tmp_path):
 
 
 def test_warnings_of_a_configuration_are_printed_before_it_runs(monkeypatch, config_file, capsys):
-    stub(monkeypatch, "loop", run=lambda config: print("running", file=sys.stderr))
+    stub(monkeypatch, "loop", run=lambda config, **options: print("running", file=sys.stderr))
     assert cli.main(["train", str(config_file), "training.optimizer.warmup_steps=10"]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("warning: training.optimizer.warmup_steps = 10: ")
@@ -85,7 +88,7 @@ def test_warnings_of_a_configuration_are_printed_before_it_runs(monkeypatch, con
 
 
 def test_an_interrupted_training_says_that_it_can_be_resumed(monkeypatch, config_file, capsys):
-    def interrupted(config):
+    def interrupted(config, **options):
         raise KeyboardInterrupt
 
     stub(monkeypatch, "loop", run=interrupted)
@@ -94,24 +97,24 @@ def test_an_interrupted_training_says_that_it_can_be_resumed(monkeypatch, config
 
 
 def test_an_error_that_the_library_did_not_foresee_keeps_its_traceback(monkeypatch, config_file):
-    def fails(config):
+    def fails(config, **options):
         raise ValueError("a bug")  # raised outside jaxrl_post, as by JAX or NumPy
 
     stub(monkeypatch, "loop", run=fails)
     with pytest.raises(ValueError, match="a bug"):
         cli.main(["train", str(config_file)])
-    stub(monkeypatch, "loop", run=lambda config: {}["missing"])
+    stub(monkeypatch, "loop", run=lambda config, **options: {}["missing"])
     with pytest.raises(KeyError):
         cli.main(["train", str(config_file)])
 
 
 def test_wrong_input_that_the_library_refuses_while_it_runs_is_a_message(monkeypatch, config_file, capsys):
     # Real code of the library, called with wrong input: the ValueError is raised inside jaxrl_post.
-    stub(monkeypatch, "loop", run=lambda config: jaxrl_post.mesh.make_mesh(data=0))
+    stub(monkeypatch, "loop", run=lambda config, **options: jaxrl_post.mesh.make_mesh(data=0))
     assert cli.main(["train", str(config_file)]) == 2
     assert "mesh sizes must be at least 1" in capsys.readouterr().err
 
-    def denied(config):
+    def denied(config, **options):
         raise PermissionError(13, "Permission denied", "protected/run")
 
     stub(monkeypatch, "loop", run=denied)
@@ -129,7 +132,7 @@ def test_wrong_input_that_the_library_refuses_while_it_runs_is_a_message(monkeyp
 def test_what_the_operating_system_refuses_is_a_message_and_a_traceback_on_demand(
     monkeypatch, config_file, capsys, error, words
 ):
-    def fails(config):
+    def fails(config, **options):
         raise error
 
     stub(monkeypatch, "loop", run=fails)
