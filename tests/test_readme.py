@@ -81,3 +81,17 @@ def test_the_example_of_a_model_is_valid():
     found = config.from_dict(values, check_files=False)
     assert found.roles["reference"].sources == ("base",)
     assert found.data.tokenizer == "Qwen/Qwen3-0.6B"
+
+
+def test_the_example_of_turns_plays_them(capsys):
+    names: dict = {}
+    exec(EXAMPLES[3], names)
+    transcript, shape, per_token = (
+        capsys.readouterr().out.split(" ", 1)[0],
+        names["out"].reward.shape,
+        names["out"].mask,
+    )
+    assert shape == (2, 4)
+    assert transcript.count("/") >= 2  # the board
+    assert names["out"].rewards["environment"].shape == per_token.shape
+    assert int(names["out"].extras["turns"].max()) > 1

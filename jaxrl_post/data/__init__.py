@@ -3,6 +3,7 @@
 from jaxrl_post.data.batching import pad_prompts, to_rollouts
 from jaxrl_post.data.chat import ChatSource, continue_chat, encode_completion, encode_prompt, extend_prompt
 from jaxrl_post.data.choices import InvertedQuestion, invert_question, negate_question
+from jaxrl_post.data.environments import verifiers_problems
 from jaxrl_post.data.problems import (
     Problem,
     ReasoningGymSource,
@@ -57,4 +58,5 @@ __all__ = [
     "stream",
     "to_problem",
     "to_rollouts",
+    "verifiers_problems",
 ]

@@ -17,9 +17,9 @@ from jaxrl_post.data.tokenizer import Tokenizer
 def encode_prompt(tokenizer: Tokenizer, problem: Problem) -> list[int]:
     """Token ids of a problem's prompt, up to where the completion begins.
 
-    Text is encoded as it stands. Messages (`prompt_messages`) go through the chat template with the problem's `tools`
-    and `chat_template_kwargs`, and the beginning of the assistant's turn is added; if the last message is the
-    assistant's, it is left open to be continued.
+    Text is encoded as it stands, and `prompt_tokens` are taken as they are. Messages (`prompt_messages`) go through the
+    chat template with the problem's `tools` and `chat_template_kwargs`, and the beginning of the assistant's turn is
+    added; if the last message is the assistant's, it is left open to be continued.
 
     Args:
         tokenizer: with a chat template if there are messages.
@@ -36,6 +36,8 @@ def encode_prompt(tokenizer: Tokenizer, problem: Problem) -> list[int]:
         >>> encode_prompt(CharTokenizer("ab"), {"prompt": "ba"})
         [3, 2]
     """
+    if "prompt_tokens" in problem:
+        return list(problem["prompt_tokens"])
     if "prompt_messages" not in problem:
         return tokenizer.encode(problem["prompt"])
     return tokenizer.encode(_prompt_text(tokenizer, problem))

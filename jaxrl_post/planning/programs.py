@@ -20,7 +20,7 @@ from jaxrl_post import mesh as mesh_lib
 from jaxrl_post.models.cache import CACHE_AXES
 from jaxrl_post.models.pretrained import known_configs
 from jaxrl_post.models.quantize import Quantized
-from jaxrl_post.rollout import Prompts, SamplingParams
+from jaxrl_post.rollout import SamplingParams
 from jaxrl_post.training import executables
 from jaxrl_post.training import setup as setups
 from jaxrl_post.training.batches import GREEDY_REWARD
@@ -228,7 +228,7 @@ def _evaluations(setup: Setup, state: Any) -> Iterator[Program]:
     """What measuring on held-out problems samples, as `Evaluator` has it, if there are as many as may be."""
     config = setup.config
     options = config.eval
-    if not (options.problems and config.rewards and (config.data.task or config.data.eval_files)):
+    if not (options.problems and config.rewards and (config.data.eval_files or not config.data.files)):
         return
     rows = config.rollout.prompts * config.curriculum.oversample * config.rollout.group_size
     greedy, each = min(rows, options.problems), min(max(1, rows // options.samples), options.problems)
@@ -237,18 +237,10 @@ def _evaluations(setup: Setup, state: Any) -> Iterator[Program]:
 
 
 def _sampling(setup: Setup, state: Any, name: str, how: Generation, count: int) -> Program:
-    """Groups of completions of `count` problems."""
+    """Groups of completions of `count` problems; where Python answers, as if nobody did."""
     params, mesh = _sampling_params(setup, state), setup.rollout_mesh
-    length, new, group, parts = setup.config.data.max_prompt_length, how.max_new_tokens, how.group_size, how.parts
-    prompts = _placed(
-        Prompts(
-            tokens=jax.ShapeDtypeStruct((count * parts, length), jnp.int32),  # type: ignore[arg-type]
-            length=jax.ShapeDtypeStruct((count * parts,), jnp.int32),  # type: ignore[arg-type]
-            prompt_id=jax.ShapeDtypeStruct((count * parts,), jnp.int32),  # type: ignore[arg-type]
-            id=jax.ShapeDtypeStruct((count * parts, group // parts), jnp.uint32),  # type: ignore[arg-type]
-        ),
-        mesh,
-    )
+    length, new, group, parts = setup.prompt_length, how.max_new_tokens, how.group_size, how.parts
+    prompts = _placed(setup.prompt_shapes(how, count), mesh)
     key = _key(setup, mesh)
 
     def lower() -> Any:

@@ -26,6 +26,7 @@ from jaxrl_post.rewards.novelty import (
 from jaxrl_post.rewards.provers import beam_score, bok_value, effective_reward, prover_advantage, prover_quality
 from jaxrl_post.rewards.relative_length import group_length
 from jaxrl_post.rewards.renorm import on_step_ends, renorm
+from jaxrl_post.rewards.rubrics import from_rubric, rubric_functions
 from jaxrl_post.rewards.scaling import gap_reward, rescale, zscore_by_input
 from jaxrl_post.rewards.scoring import Reward, RewardError, RewardFunction, RowErrors, Scored, score
 from jaxrl_post.rewards.similarity import Matching, greedy_matching, matching_reward
@@ -68,6 +69,7 @@ __all__ = [
     "exit_decay",
     "facility_location",
     "fingerprint",
+    "from_rubric",
     "from_verifiers",
     "from_verl",
     "function_call_reward",
@@ -94,6 +96,7 @@ __all__ = [
     "rescale",
     "rnd_bonus",
     "rto",
+    "rubric_functions",
     "score",
     "set_overlap",
     "soft_overlong",

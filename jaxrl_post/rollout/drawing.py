@@ -84,7 +84,7 @@ class Drawer(NamedTuple):
         Args:
             hidden: `[R, D]`, the states that precede the tokens.
             request: `[R]` int32, which sequence a row is; one that does not exist may be drawn too.
-            count: `[R]` int32, tokens that it has sampled.
+            count: `[R]` int32, tokens behind its prompt.
             counts: `[R, V]`, how often it has sampled each, if `vocab_size` says that this is needed.
         """
         request = jnp.minimum(request, self.requests.count - 1)

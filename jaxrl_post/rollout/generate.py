@@ -6,6 +6,7 @@ the place of one that has ended, is in `slots`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax.core import Tracer
 
 from jaxrl_post.mesh import constrain
 from jaxrl_post.rollout.drawing import Drawer, flat_params
-from jaxrl_post.rollout.slots import Requests, decode_all
+from jaxrl_post.rollout.slots import Drawn, Requests, Turns, decode_all
 from jaxrl_post.sampling import SamplingParams, is_truncating
 from jaxrl_post.sampling.transforms import check
 from jaxrl_post.types import FINISH_ABORT, Array, Params, Policy, Rollouts
@@ -109,9 +110,40 @@ def generate(
         ((4, 7), [[6, 6], [7, 7]])
     """
     check(sampling)
-    requests = _requests(prompts, max_new_tokens, group_size)
-    num_prompts, prompt_width = prompts.tokens.shape
-    batch = num_prompts * group_size
+    requests = check_requests(prompts, max_new_tokens, group_size)
+    drawn, finish = launch(
+        policy,
+        params,
+        requests,
+        key,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        slots=slots,
+        refill=refill,
+        cache_dtype=cache_dtype,
+    )
+    return assemble(requests, drawn, finish, sampling=sampling, version=version, prompt_id=prompts.prompt_id)
+
+
+def launch(
+    policy: Policy,
+    params: Params,
+    requests: Requests,
+    key: Array,
+    *,
+    sampling: SamplingParams,
+    max_new_tokens: int,
+    slots: int | None,
+    refill: int | None,
+    cache_dtype: jnp.dtype | None,
+    turns: Turns | None = None,
+) -> tuple[Drawn, Array]:
+    """`decode_all` of checked requests, with the defaults of `slots` and `refill`.
+
+    Raises:
+        ValueError: for slots that do not fit.
+    """
+    batch = requests.count
     slots = batch if slots is None else min(slots, batch)
     refill = max(slots // 8, 1) if refill is None else refill
     if not 1 <= refill <= max(slots, 1) or slots < 1:
@@ -120,41 +152,59 @@ def generate(
         raise ValueError(
             f"{slots} slots for {batch} sequences need a policy whose cache takes rows (Policy.insert); give slots=None"
         )
-    drawer = Drawer(policy.unembed(params), flat_params(sampling, num_prompts, group_size), key, requests)
-    drawn, finish = decode_all(
+    own = flat_params(sampling, len(requests.tokens), requests.group_size)
+    return decode_all(
         policy,
         params,
         requests,
-        drawer,
+        Drawer(policy.unembed(params), own, key, requests),
         max_new_tokens=max_new_tokens,
         slots=slots,
         refill=refill,
         cache_dtype=cache_dtype,
+        turns=turns,
     )
 
-    # Sampled tokens move from behind the padded prompt to directly behind each prompt.
-    prompt = constrain(jnp.repeat(prompts.tokens, group_size, axis=0), ("batch", None))
-    length = constrain(jnp.repeat(prompts.length, group_size, axis=0), ("batch",))
-    total = length + jnp.sum(drawn.mask, axis=1).astype(jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(prompt_width + max_new_tokens), (batch, prompt_width + max_new_tokens))
-    in_prompt = positions < length[:, None]
-    sampled = ~in_prompt & (positions < total[:, None])
-    source = jnp.clip(positions - length[:, None], 0, max_new_tokens - 1)
 
-    def behind_prompt(buffer: Array) -> Array:
-        return jnp.where(sampled, jnp.take_along_axis(buffer, source, axis=1), jnp.zeros((), buffer.dtype))
+def assemble(
+    requests: Requests,
+    drawn: Drawn,
+    finish: Array,
+    *,
+    sampling: SamplingParams,
+    version: Array | int,
+    prompt_id: Array | None = None,
+    turn: Array | None = None,
+) -> Rollouts:
+    """The transcripts: each prompt, and directly behind it what was drawn, which `decode_all` gives without prompts.
 
-    padded_prompt = jnp.pad(prompt, ((0, 0), (0, max_new_tokens)))
-    extras = {"entropy": behind_prompt(drawn.entropy)}
+    Args:
+        requests: what was asked for.
+        drawn: `[B, N]`.
+        finish: `[B]` int8.
+        sampling: how it was drawn.
+        version: of the policy.
+        prompt_id: `[P]`; `arange(P)` if None.
+        turn: `[B, N]` int32, the turn of each token that the policy chose, from 1; 0 where it chose none. None: all are
+            of one turn.
+    """
+    behind, total = behind_prompts(requests, drawn)
+    prompt = constrain(jnp.repeat(requests.tokens, requests.group_size, axis=0), ("batch", None))
+    length = jnp.repeat(requests.length, requests.group_size, axis=0)
+    added = drawn.mask.shape[1]
+    in_prompt = jnp.arange(prompt.shape[1] + added) < length[:, None]
+    step = behind(drawn.mask.astype(jnp.int32) if turn is None else turn) - 1
+    sampled = step >= 0
+    extras = {"entropy": behind(drawn.entropy)}
     if is_truncating(sampling):
-        extras["sampler_logp"] = behind_prompt(drawn.sampler_logp)
-    grouped = (num_prompts, group_size)
-    prompt_id = jnp.arange(num_prompts, dtype=jnp.int32) if prompts.prompt_id is None else prompts.prompt_id
+        extras["sampler_logp"] = behind(drawn.sampler_logp)
+    grouped = (len(requests.tokens), requests.group_size)
+    prompt_id = jnp.arange(grouped[0], dtype=jnp.int32) if prompt_id is None else prompt_id
     return Rollouts(
-        tokens=jnp.where(in_prompt, padded_prompt, behind_prompt(drawn.token)),
+        tokens=jnp.where(in_prompt, jnp.pad(prompt, ((0, 0), (0, added))), behind(drawn.token)),
         mask=sampled.astype(jnp.float32),
-        logp=behind_prompt(drawn.logp),
-        step=jnp.where(sampled, 0, -1).astype(jnp.int32),
+        logp=behind(drawn.logp),
+        step=step,
         version=jnp.where(sampled, version, -1).astype(jnp.int32),
         reward=jnp.zeros(grouped, jnp.float32),
         rewards={},
@@ -167,7 +217,23 @@ def generate(
     )
 
 
-def _requests(prompts: Prompts, max_new_tokens: int, group_size: int) -> Requests:
+def behind_prompts(requests: Requests, drawn: Drawn) -> tuple[Callable[[Array], Array], Array]:
+    """What moves `[B, N]` from behind the padded prompt to directly behind it, `[B, T]`, and the lengths, `[B]`."""
+    batch, added = drawn.mask.shape
+    width = requests.tokens.shape[1] + added
+    length = constrain(jnp.repeat(requests.length, requests.group_size, axis=0), ("batch",))
+    total = length + jnp.sum(drawn.mask, axis=1).astype(jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(width), (batch, width))
+    there = (positions >= length[:, None]) & (positions < total[:, None])
+    source = jnp.clip(positions - length[:, None], 0, added - 1)
+
+    def move(x: Array) -> Array:
+        return jnp.where(there, jnp.take_along_axis(x, source, axis=1), jnp.zeros((), x.dtype))
+
+    return move, total
+
+
+def check_requests(prompts: Prompts, max_new_tokens: int, group_size: int) -> Requests:
     """The sequences to be sampled, checked."""
     if prompts.tokens.ndim != 2 or prompts.length.shape != prompts.tokens.shape[:1]:
         raise ValueError(

@@ -1,6 +1,6 @@
 """The loop over tokens: a queue of sequences, and slots that they take, one after the other, in one program.
 
-What is drawn from a state is not known here.
+What is drawn from a state is not known here, nor who speaks between the policy's turns.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Requests(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What is kept of each sampled token: `[R]` where it is drawn, `[B, N]` of all.
+    """What is kept of each token behind the prompt: `[R]` where it is drawn, `[B, N]` of all.
 
     Attributes:
         token: int32.
@@ -48,6 +48,7 @@ class Drawn(NamedTuple):
         logp: nats, under the tempered policy.
         sampler_logp: nats, under what was drawn from.
         entropy: nats, of the tempered policy.
+        marks: what `Turns` says of it besides; `()` without turns.
     """
 
     token: Array
@@ -55,6 +56,7 @@ class Drawn(NamedTuple):
     logp: Array
     sampler_logp: Array
     entropy: Array
+    marks: PyTree = ()
 
 
 class Draw(Protocol):
@@ -75,6 +77,60 @@ class Draw(Protocol):
         ...
 
 
+class Reply(NamedTuple):
+    """What `Turns` makes of the tokens of one step.
+
+    Attributes:
+        state: of `Turns`, a row for each slot.
+        marks: what is kept of the tokens, `[S]` each, of the types of `Turns.marks`.
+        sampled: `[S]` bool, whether there is a token and the policy chose it.
+        speaking: `[S]` bool, whether the policy's turn goes on, so that what it said may become a stop sequence.
+        over: `[S]` bool, whether the sequence ends.
+        finish: `[S]` int8, how, where it does.
+    """
+
+    state: PyTree
+    marks: PyTree
+    sampled: Array
+    speaking: Array
+    over: Array
+    finish: Array
+
+
+class Turns(Protocol):
+    """What `decode_all` asks of whoever answers the policy; see `turns.Conversation`.
+
+    Tokens that it feeds go through the model as sampled ones do. A stop token then ends the policy's turn, and only
+    `reply` says when a sequence ends.
+    """
+
+    @property
+    def marks(self) -> PyTree:
+        """The dtype of each array that is kept."""
+        ...
+
+    def begin(self, request: Array) -> PyTree:
+        """The state of each of `R` sequences before their first tokens; of one that does not exist, any."""
+        ...
+
+    def feed(self, state: PyTree, drawn: Drawn) -> Drawn:
+        """`drawn`, with the token that is fed instead where one is."""
+        ...
+
+    def reply(self, state: PyTree, request: Array, token: Array, alive: Array, stopped: Array, left: Array) -> Reply:
+        """What follows the tokens of one step.
+
+        Args:
+            state: its own.
+            request: `[S]` int32, the sequence in each slot.
+            token: `[S]` int32, which `feed` has seen.
+            alive: `[S]` bool, whether there is a token; where there is none, the sequence is over.
+            stopped: `[S]` bool, whether the token is, or completes, what stops.
+            left: `[S]` int32, how many more tokens the sequence may have.
+        """
+        ...
+
+
 class _Slots(NamedTuple):
     """The loop's state.
 
@@ -89,6 +145,7 @@ class _Slots(NamedTuple):
         cache: of the policy, a row for each slot.
         drawn: `[B, N]` of all sequences.
         finish: `[B]` int8.
+        turns: the state of `Turns`; `()` without turns.
     """
 
     request: Array
@@ -101,6 +158,7 @@ class _Slots(NamedTuple):
     cache: PyTree
     drawn: Drawn
     finish: Array
+    turns: PyTree = ()
 
 
 def decode_all(
@@ -113,8 +171,9 @@ def decode_all(
     slots: int,
     refill: int,
     cache_dtype: Any = None,
+    turns: Turns | None = None,
 ) -> tuple[Drawn, Array]:
-    """Sample all sequences; `rollout.generate` explains the arguments.
+    """Sample all sequences; `rollout.generate` and `rollout.generate_turns` explain the arguments.
 
     Returns:
         `Drawn` `[B, N]`, zero behind the end of each sequence, and how each ended, `[B]` int8.
@@ -136,6 +195,10 @@ def decode_all(
 
     def begin() -> _Slots:
         """All slots filled with the first sequences of the queue."""
+
+        def empty(dtype: Any) -> Array:
+            return jnp.zeros((total, max_new_tokens), dtype)
+
         first = jnp.arange(slots, dtype=jnp.int32)
         cache = policy.init_cache(slots, width + max_new_tokens, cache_dtype)
         if policy.insert is None:
@@ -158,8 +221,10 @@ def decode_all(
             drawn=Drawn(
                 jnp.zeros((total, max_new_tokens), jnp.int32),
                 *(jnp.zeros((total, max_new_tokens), jnp.float32) for _ in range(4)),
+                marks=() if turns is None else jax.tree.map(empty, turns.marks),
             ),
             finish=jnp.full(total, FINISH_NONE, jnp.int8),
+            turns=() if turns is None else turns.begin(first),
         )
 
     def admit(state: _Slots) -> _Slots:
@@ -174,6 +239,10 @@ def decode_all(
         cache = prefilled(requests.tokens[read], requests.length[read], policy.init_cache(prompts, width, cache_dtype))
         source = jnp.clip(request // requests.group_size - first, 0, prompts - 1)
         insert: Callable[..., PyTree] = policy.insert  # type: ignore[assignment]
+
+        def put(old: Array, new: Array) -> Array:
+            return old.at[rows].set(new, mode="drop")
+
         return state._replace(
             request=state.request.at[rows].set(request, mode="drop"),
             count=state.count.at[rows].set(0, mode="drop"),
@@ -183,6 +252,7 @@ def decode_all(
             ended=state.ended.at[rows].set(False, mode="drop"),
             waiting=jnp.minimum(state.waiting + refill, total),
             cache=insert(state.cache, cache, source, rows),
+            turns=() if turns is None else jax.tree.map(put, state.turns, turns.begin(request)),
         )
 
     def advance(state: _Slots) -> _Slots:
@@ -193,10 +263,12 @@ def decode_all(
         position = jnp.where(state.ended, -1, length + count - 1)
         hidden, cache = policy.decode(params, state.token[:, None], position[:, None], state.cache)
         drawn = draw(hidden[:, 0], request, count, state.counts)
+        if turns is not None:
+            drawn = turns.feed(state.turns, drawn)
         running = ~state.ended & (request < total)
         alive = jnp.where(running, drawn.mask, 0.0)
         token = jnp.where(alive > 0, drawn.token, 0)
-        drawn = Drawn(token, alive, *(jnp.where(alive > 0, x, 0.0) for x in drawn[2:]))
+        drawn = Drawn(token, alive, *(jnp.where(alive > 0, x, 0.0) for x in drawn[2:5]))
 
         def write(buffer: Array, values: Array) -> Array:
             values = values.astype(buffer.dtype)
@@ -206,12 +278,21 @@ def decode_all(
 
         recent = jnp.concatenate([state.recent, token[:, None]], axis=1)[:, 1:]
         stopped = is_end(token, recent) & (alive > 0)
-        full = count + 1 >= limit[jnp.minimum(request, total - 1)]
-        finish = jnp.where(alive == 0, FINISH_ABORT, jnp.where(stopped, FINISH_STOP, FINISH_LENGTH)).astype(jnp.int8)
-        over = running & ((alive == 0) | stopped | full)
+        so_far, most = count + 1, limit[jnp.minimum(request, total - 1)]
+        said, conversation = alive, ()
+        if turns is None:
+            full = so_far >= most
+            finish = jnp.where(alive == 0, FINISH_ABORT, jnp.where(stopped, FINISH_STOP, FINISH_LENGTH))
+            finish = finish.astype(jnp.int8)
+            over = running & ((alive == 0) | stopped | full)
+        else:
+            reply = turns.reply(state.turns, request, token, alive > 0, stopped, most - so_far)
+            conversation, drawn = reply.state, drawn._replace(marks=reply.marks)
+            said, over, finish = reply.sampled, running & reply.over, reply.finish
+            recent = jnp.where(reply.speaking[:, None], recent, -1)
         counts = state.counts
         if counts is not None:
-            counts = counts.at[jnp.arange(slots), token].add(alive.astype(counts.dtype))
+            counts = counts.at[jnp.arange(slots), token].add(said.astype(counts.dtype))
         if at_once:
             ends = jnp.where(over, finish, state.finish)
         else:
@@ -226,6 +307,7 @@ def decode_all(
             cache=cache,
             drawn=jax.tree.map(write, state.drawn, drawn),
             finish=ends,
+            turns=conversation,
         )
 
     def is_running(state: _Slots) -> Array:

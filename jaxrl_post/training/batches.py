@@ -98,7 +98,7 @@ class Batches:
         # Fresh problems for the method: what the warm start has shown the answers of is left out as well. Files may
         # hold no others.
         shown = frozenset(problem["prompt"] for problem in problems.warm_start)
-        exclude = problems.exclude if warm or config.data.task is None else problems.exclude | shown
+        exclude = problems.exclude if warm or config.data.files else problems.exclude | shown
         source = problems.warm_start if warm else problems.train
         if len(source) < stage.batch_size:
             raise TrainingError(

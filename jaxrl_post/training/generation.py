@@ -1,4 +1,4 @@
-"""How the completions of a step are sampled, as one compiled program: plain groups, sub-groups, early exits, or turns.
+"""How the completions of a step are sampled, as one compiled program: plain groups, sub-groups, early exits or turns.
 
 Where prompts come from and what becomes of the completions is in `sampler`.
 """
@@ -6,13 +6,25 @@ Where prompts come from and what becomes of the completions is in `sampler`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from numpy.typing import NDArray
 
-from jaxrl_post.rollout import Exits, Prompts, SamplingParams, generate, generate_exits, merge_groups
+from jaxrl_post import data
+from jaxrl_post.rollout import (
+    Exits,
+    Prompts,
+    SamplingParams,
+    generate,
+    generate_exits,
+    generate_turns,
+    host_turns,
+    merge_groups,
+)
+from jaxrl_post.training.environment_setup import HostTurns, Turns
 from jaxrl_post.types import Array, Params, Policy, Rollouts
 
 
@@ -27,6 +39,8 @@ class Generation(NamedTuple):
         exits: of serial groups, which are one longer than its count; None for completions that are sampled separately.
         slots: completions that are decoded at a time; None for all.
         cache_dtype: name of the type that keys and values are kept in; None for the model's own.
+        turns: in which environment the policy acts; None for completions that nobody answers. `sample_on_host` is for
+            one in Python, and no compiled program.
     """
 
     sampling: SamplingParams
@@ -36,17 +50,33 @@ class Generation(NamedTuple):
     exits: Exits | None = None
     slots: int | None = None
     cache_dtype: str | None = None
+    turns: Turns | HostTurns | None = None
+
+
+class Tasks(NamedTuple):
+    """Tasks of an environment, which makes their prompts.
+
+    Attributes:
+        number: `[P]` int32, of the task.
+        prompt_id: `[P]` int32, index of the problem in its data.
+        id: `[P, G]` uint32, see `Prompts`.
+    """
+
+    number: Array
+    prompt_id: Array
+    id: Array
 
 
 def sample_groups(
-    policy: Policy, params: Params, prompts: Prompts, key: Array, *, how: Generation, version: Array | int = 0
+    policy: Policy, params: Params, prompts: Prompts | Tasks, key: Array, *, how: Generation, version: Array | int = 0
 ) -> Rollouts:
     """Groups of completions: of one prompt each, of several prompts each, or serial ones.
 
     Args:
         policy: the model.
         params: its parameters.
-        prompts: `P * parts` prompts, those of a group next to each other; `id` is `[P * parts, G / parts]`.
+        prompts: `P * parts` prompts, those of a group next to each other; `id` is `[P * parts, G / parts]`. Tasks
+            where there is an environment.
         key: of the random streams.
         how: they are sampled.
         version: recorded with every token.
@@ -60,11 +90,76 @@ def sample_groups(
         "version": version,
         "cache_dtype": None if how.cache_dtype is None else jnp.dtype(how.cache_dtype),
     }
+    if isinstance(prompts, Tasks):
+        assert isinstance(how.turns, Turns)
+        sampled = generate_turns(
+            policy,
+            params,
+            how.turns.environment,
+            prompts.number,
+            key,
+            max_turns=how.turns.max_turns,
+            max_turn_tokens=how.turns.max_turn_tokens,
+            group_size=how.group_size,
+            slots=how.slots,
+            id=prompts.id,
+            **limits,
+        )
+        return sampled.replace(prompt_id=prompts.prompt_id)
     if how.exits is not None:
         return generate_exits(policy, params, prompts, key, exits=how.exits, **limits)
     size = how.group_size // how.parts
     sampled = generate(policy, params, prompts, key, group_size=size, slots=how.slots, **limits)
     return sampled if how.parts == 1 else merge_groups(sampled, how.parts)
+
+
+def sample_on_host(
+    policy: Policy,
+    params: Params,
+    problems: Sequence[data.Problem],
+    key: Array,
+    *,
+    how: Generation,
+    tokenizer: data.Tokenizer,
+    max_length: int,
+    prompt_id: NDArray,
+    id: NDArray,
+    version: int,
+) -> Rollouts:
+    """The same in an environment in Python, which is asked turn by turn.
+
+    Args:
+        policy: the model.
+        params: its parameters.
+        problems: `P`, what `reset` is given.
+        key: of the random streams.
+        how: they are sampled.
+        tokenizer: of the policy.
+        max_length: `T`, tokens of a sequence.
+        prompt_id: `[P]`.
+        id: `[P, G]` uint32.
+        version: recorded with every token.
+    """
+    assert isinstance(how.turns, HostTurns)
+    return host_turns(
+        policy,
+        params,
+        how.turns.environment,
+        problems,
+        key,
+        tokenizer=tokenizer,
+        sampling=how.sampling,
+        max_turns=how.turns.max_turns,
+        max_turn_tokens=how.turns.max_turn_tokens,
+        max_length=max_length,
+        group_size=how.group_size,
+        version=version,
+        cache_dtype=None if how.cache_dtype is None else jnp.dtype(how.cache_dtype),
+        prompt_id=jnp.asarray(prompt_id),
+        id=jnp.asarray(id),
+        timeout=how.turns.timeout,
+        on_error=how.turns.on_error,
+    )
 
 
 @functools.lru_cache(maxsize=32)

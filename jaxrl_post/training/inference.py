@@ -130,7 +130,7 @@ def generate_text(
             SamplingParams(temperature=temperature or 1.0, greedy=temperature == 0),
             samples,
             max_new_tokens=max_new_tokens,
-        ),
+        )._replace(turns=None),  # whoever gives a prompt answers it
         prompts=len(prompts),
         prompt_length=max(lengths),
         rewarded=False,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxrl_post import data, rewards
 from jaxrl_post.training.config import Config, ConfigError
+from jaxrl_post.training.environment_setup import HostTurns, TaskSource, Turns
 from jaxrl_post.training.stages import make_method
 from jaxrl_post.types import ANSWER_TOKENS
 
@@ -33,7 +34,7 @@ class Problems(NamedTuple):
     exclude: frozenset[str]
 
 
-def make_problems(config: Config, tokenizer: data.Tokenizer) -> Problems:
+def make_problems(config: Config, tokenizer: data.Tokenizer, turns: Turns | HostTurns | None = None) -> Problems:
     """Sources of the run's problems; held-out ones differ in content from all that training sees."""
     options = config.data
     fits = data.prompt_fits(tokenizer, options.max_prompt_length, on_long_prompt=options.on_long_prompt)
@@ -46,10 +47,13 @@ def make_problems(config: Config, tokenizer: data.Tokenizer) -> Problems:
         return data.ChatSource(source, system=options.system) if options.chat else source
 
     def generated(seed: int, part: int) -> data.Source:
+        first = data.spaced_seed(seed, part, size=options.size)
+        if isinstance(turns, Turns):
+            return TaskSource(turns.environment, tokenizer, first=first, size=options.size)
         assert options.task is not None
         source = data.ReasoningGymSource(
             options.task,
-            seed=data.spaced_seed(seed, part, size=options.size),
+            seed=first,
             size=options.size,
             prompt=options.prompt or "{question}",
             answer=options.answer or "{answer}",
@@ -85,7 +89,7 @@ def make_problems(config: Config, tokenizer: data.Tokenizer) -> Problems:
 
     warm = config.warm_start
     held_out_count = config.eval.problems
-    if options.task is not None:
+    if not options.files:
         held_out = some(generated(_HELD_OUT_SEED, _HELD_OUT), held_out_count, frozenset())
         train = generated(config.seed, _TRAIN)
         warm_source, validation_source = generated(config.seed, _WARM_START), generated(config.seed, _VALIDATION)

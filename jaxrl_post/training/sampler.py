@@ -20,7 +20,8 @@ from jaxrl_post import data, rewards
 from jaxrl_post import mesh as mesh_lib
 from jaxrl_post.rollout import BUDGET, EXIT, Prompts
 from jaxrl_post.training import distributed
-from jaxrl_post.training.generation import Generation, compiled_generate
+from jaxrl_post.training.environment_setup import HostTurns
+from jaxrl_post.training.generation import Generation, Tasks, compiled_generate, sample_on_host
 from jaxrl_post.training.setup import Setup
 from jaxrl_post.training.shares import Share, make_share
 from jaxrl_post.training.subgroups import Budgets, subgroup_metrics, with_budgets
@@ -28,6 +29,8 @@ from jaxrl_post.types import FINISH_ABORT, FINISH_LENGTH, Array, Params, Rollout
 
 COMPONENT = "component/"
 """What the names of the reward's components begin with in a process's report."""
+
+ENVIRONMENT_COUNTS = ("turns", "environment_errors", "environment_timeouts")
 
 SHOWN = 4
 """Problems of a batch whose first completion every process gets to see, for the log."""
@@ -82,6 +85,7 @@ class Sampler:
         self._prompt_length = prompt_length
         self._rewarded = rewarded
         self._budgets = budgets
+        self._how, self._turns = how, how.turns
         self._generate = setup.program(name, compiled_generate(setup.policy, how), how)
 
     def __call__(
@@ -112,9 +116,16 @@ class Sampler:
             count = len(some)
             some += some[:1] * (self._prompts - count)  # filled up to the compiled shape
             texts = {int(i): [self._asked(some[i], budget) for budget in budgets] for i in share.held}
-            prompts = self._prompts_of(share, texts, first_id + start * self._group_size, count)
+            first = first_id + start * self._group_size
             with jax.set_mesh(self._setup.rollout_mesh):
-                piece = self._generate(params, prompts, key, version=version)
+                if isinstance(self._turns, HostTurns):
+                    piece = self._answered(params, share, some, key, first, count, version)
+                elif self._turns is not None:
+                    tasks = self._tasks_of(share, some, first, count)
+                    piece = self._generate(params, tasks, key, version=version)
+                else:
+                    prompts = self._prompts_of(share, texts, first, count)
+                    piece = self._generate(params, prompts, key, version=version)
             if self._budgets is not None:
                 piece = with_budgets(piece, budgets)
             mine = share.own[share.own < count]
@@ -135,15 +146,51 @@ class Sampler:
         encoded = [data.encode_prompt(self._setup.tokenizer, asked) for i in texts for asked in texts[i]]
         tokens, length = data.pad_prompts(encoded, self._prompt_length)
         prompt_id = [asked.get("prompt_id", -1) if i < count else -1 for i in texts for asked in texts[i]]
-        ids = first_id + share.held.astype(np.uint64)[:, None] * self._group_size + np.arange(self._group_size)
-        ids = (ids % 2**32).astype(np.uint32).reshape(len(encoded), -1)
+        ids = self._ids(share, first_id).reshape(len(encoded), -1)
         return Prompts(*share.place((tokens, length, np.asarray(prompt_id, np.int32), ids)))
+
+    def _tasks_of(self, share: Share, problems: list[data.Problem], first_id: int, count: int) -> Tasks:
+        """The same of tasks of the environment."""
+        numbers = np.asarray([problems[i]["task"] for i in share.held], np.int32)
+        return Tasks(*share.place((numbers, _prompt_ids(share, problems, count), self._ids(share, first_id))))
+
+    def _answered(
+        self,
+        params: Params,
+        share: Share,
+        problems: list[data.Problem],
+        key: Array,
+        first_id: int,
+        count: int,
+        version: int,
+    ) -> Rollouts:
+        """Groups that act in an environment in Python, for the one process that there is."""
+        rollouts = sample_on_host(
+            self._setup.policy,
+            params,
+            problems,
+            key,
+            how=self._how,
+            tokenizer=self._setup.tokenizer,
+            max_length=self._prompt_length + self._how.max_new_tokens,
+            prompt_id=_prompt_ids(share, problems, count),
+            id=self._ids(share, first_id),
+            version=version,
+        )
+        return mesh_lib.place(rollouts, mesh_lib.rollout_shardings(rollouts, self._setup.rollout_mesh))
+
+    def _ids(self, share: Share, first_id: int) -> NDArray[np.uint32]:
+        ids = first_id + share.held.astype(np.uint64)[:, None] * self._group_size + np.arange(self._group_size)
+        return (ids % 2**32).astype(np.uint32)
 
     def _decode(self, own: _Own) -> list[str]:
         tokenizer, each = self._setup.tokenizer, self._group_size // len(own.asked[0]) if own.asked else 1
         texts, row = [], 0
         for problem, lengths in zip(own.asked, own.rows["length"], strict=False):
-            starts = [len(data.encode_prompt(tokenizer, asked)) for asked in problem for _ in range(each)]
+            if "begins" in own.rows:
+                starts = own.rows["begins"][row : row + len(lengths)].tolist()
+            else:
+                starts = [len(data.encode_prompt(tokenizer, asked)) for asked in problem for _ in range(each)]
             for start, length in zip(starts, lengths, strict=True):
                 texts.append(tokenizer.decode(own.rows["tokens"][row, start:length].tolist()))
                 row += 1
@@ -154,7 +201,7 @@ class Sampler:
         group = self._group_size
         problem = np.concatenate([part.index for part in own])
         report = {"problem": problem}
-        for name in own[0].rows.keys() - {"tokens", "length"}:
+        for name in own[0].rows.keys() - {"tokens", "length", "begins"}:
             report[name] = np.concatenate([part.rows[name][: len(part.index)] for part in own])
         shown = {int(i): completions[row * group] for row, i in enumerate(problem) if i < SHOWN}
         report["shown"] = np.asarray(json.dumps(shown))
@@ -166,6 +213,9 @@ class Sampler:
             errors = np.zeros(len(functions), np.int64)
             return report | nothing | {"total": np.zeros(shape), "valid": np.zeros(shape, bool), "errors": errors}
         problems = [problem for part in own for problem in part.problems]
+        columns = data.columns(problems, repeat=group)
+        if self._turns is not None:
+            columns["environment_reward"] = report["environment_reward"].reshape(-1).tolist()
         scored = rewards.score(
             functions,
             [
@@ -176,7 +226,7 @@ class Sampler:
                 for _ in range(group // len(several))
             ],
             completions,
-            data.columns(problems, repeat=group),
+            columns,
             on_error=self._setup.config.on_reward_error,
         )
         components = {COMPONENT + name: values.reshape(shape) for name, values in scored.components.items()}
@@ -211,7 +261,8 @@ class Sampler:
         valid = rows.pop("valid") & (rows["finish"] != FINISH_ABORT)  # nothing is learned from what was given up
         layout = NamedSharding(self._setup.mesh, mesh_lib.spec(("batch", None), total.shape, self._setup.mesh.shape))
         placed = mesh_lib.place((total, components, valid), (layout, dict.fromkeys(components, layout), layout))
-        rollouts = rollouts.replace(reward=placed[0], rewards=placed[1], valid=placed[2])
+        # What an environment gave stays on the tokens that earned it.
+        rollouts = rollouts.replace(reward=placed[0], rewards=placed[1] | rollouts.rewards, valid=placed[2])
         scored = rewards.Scored(
             total.reshape(-1),
             {name: values.reshape(-1) for name, values in components.items()},
@@ -247,7 +298,18 @@ def _rows(share: Share, rollouts: Rollouts) -> dict[str, NDArray]:
         "new_tokens": share.read(rollouts.mask).sum(axis=1).reshape(-1, group),
         "entropy": share.read(rollouts.extras["entropy"]).sum(axis=1).reshape(-1, group),
     }
+    if "environment" in rollouts.rewards:
+        rows["environment_reward"] = share.read(rollouts.reward)
+        rows |= {name: share.read(rollouts.extras[name]) for name in ENVIRONMENT_COUNTS if name in rollouts.extras}
+        # Whoever answers may have changed the prompt.
+        spoken = share.read(rollouts.mask) > 0
+        rows["begins"] = np.where(spoken.any(axis=1), spoken.argmax(axis=1), rows["length"].reshape(-1))
     return rows | {name: share.read(rollouts.extras[name]) for name in (BUDGET, EXIT) if name in rollouts.extras}
+
+
+def _prompt_ids(share: Share, problems: list[data.Problem], count: int) -> NDArray[np.int32]:
+    """Of the problems held; -1 behind the first `count`, which only fill up the compiled shape."""
+    return np.asarray([problems[i].get("prompt_id", -1) if i < count else -1 for i in share.held], np.int32)
 
 
 def _first_prompts(rollouts: Rollouts, count: int) -> Rollouts:
@@ -266,7 +328,8 @@ def sampled_metrics(sampled: Sampled, correct_at: float) -> dict[str, float]:
         `reward` (mean over scored completions), `reward_std` (mean over groups of the unbiased standard deviation),
         `frac_reward_zero_std` (groups whose rewards are all equal), `accuracy`, `rewards/<name>/mean|std`,
         `rewards/unscored` (fraction), `completions/*` (tokens; `clipped_ratio` is the fraction cut at the limit,
-        `aborted_ratio` that of those the engine gave up, which are not valid),
+        `aborted_ratio` that of those the engine gave up, which are not valid; `mean_turns` in an environment, of which
+        one in Python gives `environment/errors` and, among them, `environment/timeouts`, numbers of calls),
         `entropy` (nats per token, of the tempered distribution), and those of `subgroup_metrics`.
     """
     rows = sampled.rows
@@ -280,6 +343,11 @@ def sampled_metrics(sampled: Sampled, correct_at: float) -> dict[str, float]:
         "completions/clipped_ratio": float(1.0 - ended.mean()),
         "completions/aborted_ratio": float((rows["finish"] == FINISH_ABORT).mean()),
     }
+    if "turns" in rows:
+        metrics["completions/mean_turns"] = float(rows["turns"].mean())
+    for name in ("environment_errors", "environment_timeouts"):
+        if name in rows:
+            metrics[name.replace("_", "/")] = float(rows[name].sum())
     if ended.any():
         metrics["completions/mean_terminated_length"] = float(lengths[ended].mean())
     if sampled.scored is None:

@@ -20,10 +20,10 @@ from jaxrl_post import mesh as mesh_lib
 from jaxrl_post.rollout import Exits, Prompts, SamplingParams
 from jaxrl_post.training import executables
 from jaxrl_post.training.config import BASE, Config, ConfigError, check_devices
-from jaxrl_post.training.config.content_checks import reward_names
 from jaxrl_post.training.config.methods_check import tokenizer_of
 from jaxrl_post.training.config.role_checks import is_checkpoint
-from jaxrl_post.training.generation import Generation, sample_groups
+from jaxrl_post.training.environment_setup import HostTurns, Turns, as_if_answered, make_turns
+from jaxrl_post.training.generation import Generation, Tasks, sample_groups
 from jaxrl_post.training.model_setup import (
     Checkpoint,
     Models,
@@ -37,6 +37,7 @@ from jaxrl_post.training.model_setup import (
     trainable,
 )
 from jaxrl_post.training.problem_setup import Problems, make_problems
+from jaxrl_post.training.reward_setup import make_rewards, reward_components
 from jaxrl_post.training.roles import Role, check_same_shapes, make_refresh, role_params
 from jaxrl_post.training.stages import Stage, make_stages
 from jaxrl_post.training.state import TrainState, init, state_shardings
@@ -83,7 +84,12 @@ class Setup:
     @functools.cached_property
     def problems(self) -> Problems:
         """The run's problems, made when they are first asked for."""
-        return make_problems(self.config, self.tokenizer)
+        return make_problems(self.config, self.tokenizer, self.turns)
+
+    @functools.cached_property
+    def turns(self) -> Turns | HostTurns | None:
+        """In which environment the policy acts; None if it does in none."""
+        return make_turns(self.config, self.tokenizer)
 
     @functools.cached_property
     def reward_functions(self) -> list[rewards.RewardFunction]:
@@ -97,7 +103,7 @@ class Setup:
     @property
     def num_prompts(self) -> int:
         """Size of the training data, for methods that keep a state per prompt."""
-        return self.config.data.size if self.config.data.task is not None else len(self.problems.train)
+        return len(self.problems.train) if self.config.data.files else self.config.data.size
 
     @property
     def key(self) -> Array:
@@ -146,7 +152,7 @@ class Setup:
         if bound is not None and self.exits is not None:
             bound = self.exits.most_chosen(bound)
         grouped = self.config.training.share_prompts and stage.kind != "completions"
-        prompt = self.config.data.max_prompt_length if grouped else None
+        prompt = self.prompt_length if grouped else None
         borrowed = self.borrows(stage)
         return {
             role: models.score(
@@ -204,7 +210,26 @@ class Setup:
             group_size,
             slots=rollout.slots,
             cache_dtype=rollout.cache_dtype,
+            turns=self.turns,
         )
+
+    @property
+    def prompt_length(self) -> int:
+        """Longest prompt, tokens."""
+        turns = self.turns
+        return turns.environment.max_prompt if isinstance(turns, Turns) else self.config.data.max_prompt_length
+
+    def prompt_shapes(self, how: Generation, count: int) -> Prompts | Tasks:
+        """Shapes of the prompts of `count` problems, as a `Sampler` gives them."""
+        rows = count * how.parts
+
+        def shape(dtype: Any, *size: int) -> Any:
+            return jax.ShapeDtypeStruct((rows, *size), dtype)
+
+        id = shape(jnp.uint32, how.group_size // how.parts)
+        if isinstance(how.turns, Turns):
+            return Tasks(shape(jnp.int32), shape(jnp.int32), id)
+        return Prompts(shape(jnp.int32, self.prompt_length), shape(jnp.int32), shape(jnp.int32), id)
 
     def trained_generation(self) -> Generation:
         """How the groups that are trained on are sampled."""
@@ -223,17 +248,16 @@ class Setup:
         length = config.data.max_prompt_length + config.rollout.max_new_tokens
         if stage.kind == "rollouts":
             count, budgets, how = config.rollout.prompts, make_budgets(config), self.trained_generation()
-            prompts = Prompts(
-                jax.ShapeDtypeStruct((count * how.parts, config.data.max_prompt_length), jnp.int32),  # type: ignore[arg-type]
-                jax.ShapeDtypeStruct((count * how.parts,), jnp.int32),  # type: ignore[arg-type]
-            )
+            prompts = self.prompt_shapes(how, count)
 
-            def sample(params: Params, prompts: Prompts, key: Array) -> Rollouts:
+            def sample(params: Params, prompts: Prompts | Tasks, key: Array) -> Rollouts:
                 made = sample_groups(self.policy, params, prompts, key, how=how)
+                if isinstance(how.turns, HostTurns):
+                    made = as_if_answered(made)
                 return made if budgets is None else with_budgets(made, budgets.at(0))
 
             shapes = jax.eval_shape(sample, jax.eval_shape(self.policy.init, self.key), prompts, self.key)
-            shapes = shapes.replace(rewards=dict.fromkeys(reward_components(config), shapes.reward))
+            shapes = shapes.replace(rewards=dict.fromkeys(reward_components(config), shapes.reward) | shapes.rewards)
         else:
             count, size = stage.batch_size, 2 if stage.kind == "pairs" else 1
             shapes = jax.eval_shape(lambda: data.to_rollouts([[0]] * count, [[[0]] * size] * count, length=length))
@@ -399,38 +423,3 @@ def build(
 def make_tokenizer(config: Config) -> data.Tokenizer:
     """The character tokenizer of `data.alphabet`, or the one at `data.tokenizer`."""
     return tokenizer_of(config.data)
-
-
-def make_rewards(config: Config, train: Callable[[], data.Source]) -> list[rewards.RewardFunction]:
-    """The reward functions of the configuration, by names that are unique.
-
-    Raises:
-        ConfigError: for a reward that the library does not have.
-    """
-    made: list[rewards.RewardFunction] = []
-    for option, name in zip(config.rewards, reward_components(config), strict=True):
-        if option.path is not None:
-            function = rewards.load(option.path)
-            adapters = {"verl": rewards.from_verl, "verifiers": rewards.from_verifiers}
-            function = adapters[option.adapter](function) if option.adapter in adapters else function
-        elif option.name in ("task_score", "task_solved"):
-            source = train()
-            assert isinstance(source, data.ReasoningGymSource)  # the configuration's check has seen to it
-            function = getattr(rewards, option.name)(source.score_answer)
-        elif option.name in (known := reward_names()):
-            function = getattr(rewards, option.name)
-        else:
-            raise ConfigError([f"rewards: there is no reward {option.name!r}; use {', '.join(known)} or path"])
-        if option.threshold is not None:
-            function = rewards.thresholded(function, option.threshold)
-        made.append(rewards.RewardFunction(name, function, option.weight))
-    return made
-
-
-def reward_components(config: Config) -> list[str]:
-    """The names of the reward's components, none of them twice."""
-    names: list[str] = []
-    for option in config.rewards:
-        name = option.name if option.path is None else option.path.rpartition(":")[2]
-        names.append(f"{name}_{len(names)}" if name in names else str(name))
-    return names

@@ -17,7 +17,7 @@ import pytest
 from jaxrl_post import methods, models, training
 from jaxrl_post.training import config as configs
 from jaxrl_post.training.config import ConfigWarning
-from jaxrl_post.training.setup import reward_components
+from jaxrl_post.training.reward_setup import reward_components
 from tests import tiny
 
 DIRECTORY = Path(__file__).parents[2] / "configs" / "methods"

@@ -14,6 +14,7 @@ from jaxrl_post.training.config.fields import yaml_key
 from jaxrl_post.training.config.role_checks import check_roles
 from jaxrl_post.training.config.schema import NOT_SIZES, Config, MeshConfig, OptimizerConfig, RolloutConfig
 from jaxrl_post.training.config.subgroup_checks import check_subgroups
+from jaxrl_post.training.config.turn_checks import check_turns
 from jaxrl_post.training.splitting import coarsest
 from jaxrl_post.types import Method
 
@@ -39,6 +40,7 @@ def check(config: Config, made: Method | None, problems: Problems, check_files: 
             problems.add("model.router_loss", why)
         _source(config, made, problems)
         _slots(config, made, problems)
+        check_turns(config, made, problems)
         if made.learns_from == "rollouts":
             _groups(config, made, problems)
             check_subgroups(config, made, problems)
@@ -160,7 +162,7 @@ def _groups(config: Config, made: Method, problems: Problems) -> None:
             "prefers groups whose rewards vary, and one completion cannot; set rollout.group_size to 2 or more",
             oversample,
         )
-    if config.data is not None and config.data.task and rollout.prompts * oversample > config.data.size:
+    if config.data is not None and not config.data.files and rollout.prompts * oversample > config.data.size:
         problems.add(
             "data.size",
             f"a step samples rollout.prompts * curriculum.oversample = {rollout.prompts * oversample} problems; "

@@ -13,15 +13,17 @@ from typing import Any
 
 from jaxrl_post.training.config.errors import Problems, nearest
 from jaxrl_post.training.config.parsing import default_of, join
-from jaxrl_post.training.config.schema import Config
+from jaxrl_post.training.config.schema import Config, DataConfig
 from jaxrl_post.types import Method
 
 TASK_REWARDS = ("task_score", "task_solved")
 """Rewards that are made from the scorer of `data.task`."""
+ENVIRONMENT_REWARD = "environment"
+"""The reward that an environment gives."""
 
 
 def reward_names() -> list[str]:
-    """The rewards that a configuration can name: functions of prompts and completions, and `TASK_REWARDS`."""
+    """The rewards that a configuration can name: functions of prompts and completions, and those of the data."""
     from jaxrl_post import rewards
 
     def takes_completions(function: object) -> bool:
@@ -30,7 +32,8 @@ def reward_names() -> list[str]:
             "completions",
         ]
 
-    return [*TASK_REWARDS, *(name for name in rewards.__all__ if takes_completions(getattr(rewards, name)))]
+    own = (name for name in rewards.__all__ if takes_completions(getattr(rewards, name)))
+    return [*TASK_REWARDS, ENVIRONMENT_REWARD, *own]
 
 
 def changed(section: Any, names: Iterable[str]) -> list[str]:
@@ -53,16 +56,8 @@ def check_data(config: Config, made: Method | None, problems: Problems) -> None:
     data = config.data
     if data is None:
         return
-    if problems.ok("data.task", "data.files"):
-        if data.task is None and not data.files:
-            problems.add("data", "nothing to train on; give data.task (a generator) or data.files")
-        elif data.task is not None and data.files:
-            problems.add("data.files", "exactly one of data.task and data.files can be given; remove one", data.files)
-        elif data.files:
-            refuse_unused(data, "data", ("task_options", "size"), "data.files is given, nothing is generated", problems)
-        else:
-            names = ("eval_files", "kind", "split", "columns", "on_bad_row")
-            refuse_unused(data, "data", names, "data.task is given, whose generator makes all problems", problems)
+    if problems.ok("data.task", "data.files", "data.environment"):
+        _check_source(data, problems)
     if problems.ok("data.alphabet", "data.tokenizer"):
         if data.alphabet is not None and data.tokenizer is not None:
             problems.add(
@@ -98,6 +93,26 @@ def check_data(config: Config, made: Method | None, problems: Problems) -> None:
             )
 
 
+def _check_source(data: DataConfig, problems: Problems) -> None:
+    given = [name for name in ("task", "files", "environment") if getattr(data, name)]
+    of_files = ("eval_files", "kind", "split", "columns", "on_bad_row")
+    of_texts = ("prompt", "answer", "chosen", "rejected", "lowercase", "chat", "system")
+    if not given:
+        problems.add("data", "nothing to train on; give data.task (a generator), data.files or data.environment")
+    elif len(given) > 1:
+        both = " and ".join(f"data.{name}" for name in given)
+        problems.add(f"data.{given[-1]}", f"exactly one of {both} can be given; remove one", getattr(data, given[-1]))
+    elif data.files:
+        names = ("task_options", "environment_options", "size")
+        refuse_unused(data, "data", names, "data.files is given, nothing is generated", problems)
+    elif data.task:
+        names = (*of_files, "environment_options")
+        refuse_unused(data, "data", names, "data.task is given, whose generator makes all problems", problems)
+    else:
+        names = (*of_files, *of_texts, "task_options")
+        refuse_unused(data, "data", names, "data.environment is given, which makes all prompts", problems)
+
+
 def _template(text: str, key: str, problems: Problems) -> None:
     try:
         columns = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
@@ -124,6 +139,11 @@ def check_rewards(config: Config, made: Method | None, problems: Problems) -> No
                 problems.add(f"{key}.name", f"there is no such reward; {nearest(reward.name, known)}", reward.name)
             if reward.name in TASK_REWARDS and config.data is not None and problems.ok("data") and not config.data.task:
                 problems.add(f"{key}.name", "scores with the generator of data.task; give data.task", reward.name)
+            if reward.name == ENVIRONMENT_REWARD and problems.ok("data", "rollout"):
+                sections = (config.data, config.rollout)
+                if not any(section is not None and section.environment for section in sections):
+                    why = "is given by data.environment or rollout.environment, and there is none"
+                    problems.add(f"{key}.name", why, reward.name)
         elif not all(reward.path.rpartition(":")[::2]):  # pyright: ignore[reportOptionalMemberAccess]
             problems.add(f"{key}.path", "must be module:function or file.py:function", reward.path)
     if made is not None and made.learns_from == "rollouts" and problems.ok("rewards") and not config.rewards:

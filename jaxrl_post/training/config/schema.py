@@ -98,10 +98,20 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The problems, how they become text, and how text becomes tokens. Exactly one of `task` and `files` is given."""
+    """The problems, how they become text, and how text becomes tokens.
+
+    Exactly one of `task`, `files` and `environment` is given.
+    """
 
     task: str | None = option("name of a reasoning-gym task that generates problems", None)
     task_options: dict[str, Any] = option("options of the task's generator", factory=dict)
+    environment: str | None = option(
+        "where the policy acts in turns and is answered: gridworld, calculator, or a function of yours as "
+        "path/file.py:function or module:function, which is given the tokenizer as vocabulary and returns a "
+        "rollout.environments.Environment whose prompts depend on the task's number alone",
+        None,
+    )
+    environment_options: dict[str, Any] = option("its other keywords", factory=dict)
     files: tuple[str, ...] = option(
         "JSONL, Parquet or Arrow files (or globs), or directories of a saved data set; rows in the layouts of TRL or "
         "verl, or any with templates",
@@ -130,7 +140,7 @@ class DataConfig:
     tokenizer_revision: str | None = option(
         "branch, tag or commit of tokenizer on the hub; null: its main branch", None
     )
-    size: int = option("problems to draw from the task's generator", 100_000, minimum=1)
+    size: int = option("problems to draw from the task's generator, or tasks of the environment", 100_000, minimum=1)
     max_prompt_length: int = option("longest prompt, tokens", minimum=1)
     on_long_prompt: Literal["filter", "error"] = option("a longer prompt is dropped and counted, or an error", "filter")
 
@@ -139,7 +149,11 @@ class DataConfig:
 class RewardConfig:
     """One component of the reward. Exactly one of `name` and `path` is given."""
 
-    name: str | None = option("a reward of this library, e.g. task_score or exact_match", None)
+    name: str | None = option(
+        "a reward of this library, e.g. task_score or exact_match; environment: what data.environment gave, over all "
+        "turns",
+        None,
+    )
     path: str | None = option("a function of yours: module:function or file.py:function", None)
     weight: float = option("factor of this component in the total reward", 1.0)
     threshold: float | None = option("the component becomes 1 where its score is at least this, else 0", None)
@@ -200,7 +214,28 @@ class RolloutConfig:
 
     group_size: int = option("completions per prompt (G)", 8, minimum=1)
     prompts: int = option("prompts per step that are trained on (P)", 32, minimum=1)
-    max_new_tokens: int = option("longest completion, tokens", minimum=1)
+    max_new_tokens: int = option("longest completion, tokens; with what an environment answers in between", minimum=1)
+    environment: str | None = option(
+        "who answers the policy between its turns: a function of yours in Python, as path/file.py:function or "
+        "module:function, that returns an object with reset(problem) and step(state, action), see rollout.host_turns "
+        "and rollout.tools. One written in JAX goes into data.environment",
+        None,
+    )
+    environment_options: dict[str, Any] = option("keywords of that function", factory=dict)
+    environment_error: str = option(
+        "what the policy reads after an answer that failed or did not come; of characters that the tokenizer knows",
+        "error: {error}",
+    )
+    environment_timeout: float = option(
+        "seconds that an answer may take; then the policy reads an error", 30.0, above=0
+    )
+    max_turns: int | None = option("most actions of the policy in an environment", None, minimum=1)
+    max_turn_tokens: int | None = option(
+        "longest action in an environment, tokens, which a token that ends completions ends earlier; null: "
+        "whatever max_new_tokens leaves",
+        None,
+        minimum=1,
+    )
     sampling: SamplingConfig = option("how a token is drawn", factory=SamplingConfig)
     budgets: tuple[int | None, ...] | BudgetScheduleConfig | None = option(
         "token budgets that the completions of a prompt are asked to keep to: a list, whose items (null: no budget) "

@@ -1,0 +1,191 @@
+"""Calls of other people's functions, all at once, each within a time of its own: what hangs, raises or blocks costs its
+own row only. What is called, and what becomes of the values, is not known here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import inspect
+import math
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+GRACE = 5.0
+"""Seconds beyond its time-outs after which the event loop itself counts as blocked."""
+
+ERROR_CHARACTERS = 200
+"""Of a longer message the rest is left out."""
+
+
+class Outcome(NamedTuple):
+    """What a call gave.
+
+    Attributes:
+        value: what was returned; None if nothing was.
+        error: what went wrong, as a text; None if nothing did.
+        timed_out: whether it did not come back in time.
+    """
+
+    value: Any = None
+    error: str | None = None
+    timed_out: bool = False
+
+
+def describe(error: BaseException) -> str:
+    """An exception as a short text.
+
+    Example:
+        >>> describe(ValueError("no such city"))
+        'ValueError: no such city'
+    """
+    name, text = type(error).__name__, str(error)
+    return f"{name}: {text}"[:ERROR_CHARACTERS] if text else name
+
+
+async def call(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """What a function returns: a coroutine function runs in the loop, any other in a thread of its own.
+
+    The thread is a daemon and belongs to no pool, so that one that never ends keeps neither others nor the end of the
+    process waiting.
+
+    Args:
+        function: plain or async.
+        *arguments: of it.
+        **named: of it.
+
+    Example:
+        >>> asyncio.run(call(divmod, 7, 2))
+        (3, 1)
+    """
+    if inspect.iscoroutinefunction(function):
+        return await function(*arguments, **named)
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
+
+    def deliver(value: Any, error: BaseException | None) -> None:
+        if not answer.done():  # nobody may be waiting any more
+            answer.set_result((value, error))
+
+    def work() -> None:
+        value, error = None, None
+        try:
+            value = function(*arguments, **named)
+        except BaseException as caught:
+            error = caught
+        with suppress(RuntimeError):  # the loop may have been closed since
+            loop.call_soon_threadsafe(deliver, value, error)
+
+    threading.Thread(target=work, name="jaxrl_post call", daemon=True).start()
+    value, error = await answer
+    if error is not None:
+        raise error
+    return await value if inspect.isawaitable(value) else value
+
+
+class Caller:
+    """Makes many calls at a time, in one event loop that stays the same from batch to batch.
+
+    The loop runs in a thread of its own, so that it goes where another loop runs already, as in a notebook. If a call
+    blocks it, the loop is left to itself and the next batch gets a new one.
+
+    Example:
+        >>> with Caller(timeout=5.0) as caller:
+        ...     [outcome.value or outcome.error for outcome in caller([(divmod, (7, 2)), (int, ("x", 8))])]
+        [(3, 1), "ValueError: invalid literal for int() with base 8: 'x'"]
+    """
+
+    def __init__(self, *, timeout: float, concurrency: int = 256):
+        """Calls with limits.
+
+        Args:
+            timeout: seconds for each call, from its beginning.
+            concurrency: calls at a time.
+
+        Raises:
+            ValueError: if the time is not positive and finite, or no call could be made.
+        """
+        if not 0 < timeout < math.inf:
+            raise ValueError(f"timeout must be positive and finite, in seconds, got {timeout}")
+        if concurrency < 1:
+            raise ValueError(f"concurrency must be at least 1 call at a time, got {concurrency}")
+        self.timeout = timeout
+        self.concurrency = concurrency
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def __enter__(self) -> Caller:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __call__(self, calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Outcome]:
+        """One outcome for each function with its arguments, in order."""
+        if not calls:
+            return []
+        late = Outcome(error=f"timed out after {self.timeout:g} s", timed_out=True)
+        outcomes = [late] * len(calls)
+        if self._loop is None:
+            self._loop = _started_loop()
+        everything = asyncio.run_coroutine_threadsafe(self._make_all(calls, outcomes), self._loop)
+        rounds = -(-len(calls) // self.concurrency)
+        try:
+            everything.result(rounds * self.timeout + GRACE)
+        except concurrent.futures.TimeoutError:
+            self.close()
+        return list(outcomes)
+
+    def close(self) -> None:
+        """End the loop, with what still runs in it."""
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            with suppress(RuntimeError):  # a task of an environment may have ended it already
+                loop.call_soon_threadsafe(_end, loop)
+
+    async def _make_all(
+        self, calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]], outcomes: list[Outcome]
+    ) -> None:
+        free = asyncio.Semaphore(self.concurrency)
+
+        async def one(row: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+            async with free:
+                outcomes[row] = await self._make(function, arguments, outcomes[row])
+
+        await asyncio.gather(*(one(row, *what) for row, what in enumerate(calls)))
+
+    async def _make(self, function: Callable[..., Any], arguments: tuple[Any, ...], late: Outcome) -> Outcome:
+        limit = asyncio.timeout(self.timeout)
+        try:
+            async with limit:
+                return Outcome(await call(function, *arguments))
+        # An environment may exit or be cancelled from within, which are no Exceptions.
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            return late if limit.expired() else Outcome(error=describe(error))
+
+
+def _started_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+
+    def run() -> None:
+        asyncio.set_event_loop(loop)
+        try:
+            loop.run_forever()
+        finally:
+            loop.close()
+
+    threading.Thread(target=run, name="jaxrl_post loop", daemon=True).start()
+    return loop
+
+
+def _end(loop: asyncio.AbstractEventLoop) -> None:
+    async def drain() -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=1.0)  # a coroutine may refuse to be cancelled
+        loop.stop()
+
+    loop.create_task(drain())

@@ -1,0 +1,55 @@
+"""The reward functions that a configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jaxrl_post import data, rewards
+from jaxrl_post.training.config import Config, ConfigError
+from jaxrl_post.training.config.content_checks import ENVIRONMENT_REWARD, reward_names
+
+
+def make_rewards(config: Config, train: Callable[[], data.Source]) -> list[rewards.RewardFunction]:
+    """The reward functions of the configuration, by names that are unique.
+
+    Raises:
+        ConfigError: for a reward that the library does not have.
+    """
+    made: list[rewards.RewardFunction] = []
+    for option, name in zip(config.rewards, reward_components(config), strict=True):
+        if option.path is not None:
+            function = rewards.load(option.path)
+            adapters = {"verl": rewards.from_verl, "verifiers": rewards.from_verifiers}
+            function = adapters[option.adapter](function) if option.adapter in adapters else function
+        elif option.name == ENVIRONMENT_REWARD:
+            function = _environment_reward
+        elif option.name in ("task_score", "task_solved"):
+            source = train()
+            assert isinstance(source, data.ReasoningGymSource)  # the configuration's check has seen to it
+            function = getattr(rewards, option.name)(source.score_answer)
+        elif option.name in (known := reward_names()):
+            function = getattr(rewards, option.name)
+        else:
+            raise ConfigError([f"rewards: there is no reward {option.name!r}; use {', '.join(known)} or path"])
+        if option.threshold is not None:
+            function = rewards.thresholded(function, option.threshold)
+        made.append(rewards.RewardFunction(name, function, option.weight))
+    return made
+
+
+def _environment_reward(
+    prompts: Sequence[str], completions: Sequence[str], environment_reward: Sequence[float], **columns: Any
+) -> list[float]:
+    """What the environment gave while the completions were sampled, which is known by now."""
+    del prompts, completions, columns
+    return list(environment_reward)
+
+
+def reward_components(config: Config) -> list[str]:
+    """The names of the reward's components, none of them twice."""
+    names: list[str] = []
+    for option in config.rewards:
+        name = option.name if option.path is None else option.path.rpartition(":")[2]
+        names.append(f"{name}_{len(names)}" if name in names else str(name))
+    return names
