@@ -1,6 +1,7 @@
 """How sequences are sampled from a policy: on the device in one program, in turns with an environment, at a server."""
 
 from jaxrl_post.rollout import environments
+from jaxrl_post.rollout.beams import BEAM_SCORE, beam_search, best_of_n
 from jaxrl_post.rollout.exits import Exits, draw_exits, exit_prompts, generate_exits, thought_length
 from jaxrl_post.rollout.generate import Prompts, generate
 from jaxrl_post.rollout.groups import BUDGET, EXIT, join_columns, merge_groups
@@ -14,6 +15,7 @@ from jaxrl_post.rollout.verifiers_environment import VerifiersEnvironment
 from jaxrl_post.sampling import SamplingParams
 
 __all__ = [
+    "BEAM_SCORE",
     "BUDGET",
     "EXIT",
     "Exits",
@@ -24,7 +26,9 @@ __all__ = [
     "ServerError",
     "Step",
     "VerifiersEnvironment",
+    "beam_search",
     "begin",
+    "best_of_n",
     "draw_exits",
     "environments",
     "exit_prompts",

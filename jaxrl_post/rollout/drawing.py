@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from jaxrl_post import models
 from jaxrl_post.rollout.slots import Drawn, Requests
-from jaxrl_post.sampling import SamplingParams, SamplingState, is_truncating, needs_state, row_keys, sample, transform
+from jaxrl_post.sampling import (
+    SamplingParams,
+    SamplingState,
+    alternatives,
+    is_truncating,
+    needs_state,
+    row_keys,
+    sample,
+    token_statistics,
+    transform,
+)
 from jaxrl_post.types import Array, Unembedding
 
 PER_SEQUENCE = (
@@ -60,12 +69,14 @@ class Drawer(NamedTuple):
         sampling: with numbers or `[B]`.
         key: of all random streams.
         requests: the sequences.
+        alternatives: how many of the most probable tokens are recorded beside the one that is drawn.
     """
 
     unembedding: Unembedding
     sampling: SamplingParams
     key: Array
     requests: Requests
+    alternatives: int = 0
 
     @property
     def vocab_size(self) -> int | None:
@@ -96,7 +107,6 @@ class Drawer(NamedTuple):
         greedy = own.pop("greedy")
         logits = models.logits(self.unembedding, hidden)
         tempered = transform(logits, temperature=own["temperature"])
-        log_probs = jax.nn.log_softmax(tempered, axis=-1)
         changed = is_truncating(self.sampling)
         allowed = tempered
         if changed:
@@ -110,16 +120,12 @@ class Drawer(NamedTuple):
         if greedy is not False:
             best = jnp.argmax(allowed, axis=-1).astype(jnp.int32)
             token = best if token is None else jnp.where(greedy, best, token)
-        chosen = token[:, None]  # type: ignore[index]
-        logp = jnp.take_along_axis(log_probs, chosen, axis=-1)[:, 0]
-        sampler_logp = logp
-        if changed:
-            sampler_logp = jnp.take_along_axis(jax.nn.log_softmax(allowed, axis=-1), chosen, axis=-1)[:, 0]
-        probs = jnp.exp(log_probs)
-        entropy = -jnp.sum(probs * jnp.where(probs > 0, log_probs, 0.0), axis=-1)
+        logp, entropy = token_statistics(tempered, token)  # type: ignore[arg-type]
+        sampler_logp = token_statistics(allowed, token)[0] if changed else logp  # type: ignore[arg-type]
         # A NaN anywhere is in the sum; without a token that may be drawn the highest logit is -inf.
         sound = ~jnp.isnan(entropy) & jnp.isfinite(sampler_logp)
-        return Drawn(token, sound.astype(jnp.float32), logp, sampler_logp, entropy)  # type: ignore[arg-type]
+        others = alternatives(tempered, self.alternatives) if self.alternatives else ()
+        return Drawn(token, sound.astype(jnp.float32), logp, sampler_logp, entropy, others=others)  # type: ignore[arg-type]
 
     def _in_prompt(self, request: Array, counts: Array) -> Array:
         """`[R, V]` bool: the tokens of the prompts."""

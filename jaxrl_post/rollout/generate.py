@@ -57,6 +57,7 @@ def generate(
     cache_dtype: jnp.dtype | None = None,
     slots: int | None = None,
     refill: int | None = None,
+    alternatives: int = 0,
 ) -> Rollouts:
     """Sample `group_size` completions of each prompt.
 
@@ -90,6 +91,8 @@ def generate(
         slots: sequences that are decoded at a time; None for all `P * G`; static.
         refill: how many slots must be free before the next sequences take them, so that their prompts are read
             together; None for an eighth of the slots; static.
+        alternatives: `k`: of how many of the most probable tokens the ids and tempered log-probs are recorded at each
+            place, in `extras["alternatives"]` and `extras["alternative_logp"]` `[B, T, k]`; 0 for none; static.
 
     Returns:
         `Rollouts` with `T = L + N`, reward 0 and `valid` True. A stop token, or the last of a stop sequence, is the
@@ -121,6 +124,7 @@ def generate(
         slots=slots,
         refill=refill,
         cache_dtype=cache_dtype,
+        alternatives=alternatives,
     )
     return assemble(requests, drawn, finish, sampling=sampling, version=version, prompt_id=prompts.prompt_id)
 
@@ -137,6 +141,7 @@ def launch(
     refill: int | None,
     cache_dtype: jnp.dtype | None,
     turns: Turns | None = None,
+    alternatives: int = 0,
 ) -> tuple[Drawn, Array]:
     """`decode_all` of checked requests, with the defaults of `slots` and `refill`.
 
@@ -157,7 +162,7 @@ def launch(
         policy,
         params,
         requests,
-        Drawer(policy.unembed(params), own, key, requests),
+        Drawer(policy.unembed(params), own, key, requests, alternatives),
         max_new_tokens=max_new_tokens,
         slots=slots,
         refill=refill,
@@ -198,6 +203,8 @@ def assemble(
     extras = {"entropy": behind(drawn.entropy)}
     if is_truncating(sampling):
         extras["sampler_logp"] = behind(drawn.sampler_logp)
+    if drawn.others:
+        extras["alternatives"], extras["alternative_logp"] = map(behind, drawn.others)
     grouped = (len(requests.tokens), requests.group_size)
     prompt_id = jnp.arange(grouped[0], dtype=jnp.int32) if prompt_id is None else prompt_id
     return Rollouts(
@@ -218,7 +225,7 @@ def assemble(
 
 
 def behind_prompts(requests: Requests, drawn: Drawn) -> tuple[Callable[[Array], Array], Array]:
-    """What moves `[B, N]` from behind the padded prompt to directly behind it, `[B, T]`, and the lengths, `[B]`."""
+    """What moves `[B, N, ...]` from behind the padded prompt to directly behind it, and the lengths, `[B]`."""
     batch, added = drawn.mask.shape
     width = requests.tokens.shape[1] + added
     length = constrain(jnp.repeat(requests.length, requests.group_size, axis=0), ("batch",))
@@ -228,7 +235,9 @@ def behind_prompts(requests: Requests, drawn: Drawn) -> tuple[Callable[[Array], 
     source = jnp.clip(positions - length[:, None], 0, added - 1)
 
     def move(x: Array) -> Array:
-        return jnp.where(there, jnp.take_along_axis(x, source, axis=1), jnp.zeros((), x.dtype))
+        wide = (batch, width, *(1,) * (x.ndim - 2))
+        moved = jnp.take_along_axis(x, source.reshape(wide), axis=1)
+        return jnp.where(there.reshape(wide), moved, jnp.zeros((), x.dtype))
 
     return move, total
 

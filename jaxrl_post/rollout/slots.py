@@ -49,6 +49,7 @@ class Drawn(NamedTuple):
         sampler_logp: nats, under what was drawn from.
         entropy: nats, of the tempered policy.
         marks: what `Turns` says of it besides; `()` without turns.
+        others: the most probable tokens in its place, `[R, k]` int32, and their log-probs, nats; `()` if not asked for.
     """
 
     token: Array
@@ -57,6 +58,7 @@ class Drawn(NamedTuple):
     sampler_logp: Array
     entropy: Array
     marks: PyTree = ()
+    others: PyTree = ()
 
 
 class Draw(Protocol):
@@ -70,6 +72,11 @@ class Draw(Protocol):
     @property
     def vocab_size(self) -> int | None:
         """Size of the counts that it wants of each sequence."""
+        ...
+
+    @property
+    def alternatives(self) -> int:
+        """How many `Drawn.others` there are."""
         ...
 
     def __call__(self, hidden: Array, request: Array, count: Array, counts: Array | None) -> Drawn:
@@ -196,8 +203,8 @@ def decode_all(
     def begin() -> _Slots:
         """All slots filled with the first sequences of the queue."""
 
-        def empty(dtype: Any) -> Array:
-            return jnp.zeros((total, max_new_tokens), dtype)
+        def empty(dtype: Any, *each: int) -> Array:
+            return jnp.zeros((total, max_new_tokens, *each), dtype)
 
         first = jnp.arange(slots, dtype=jnp.int32)
         cache = policy.init_cache(slots, width + max_new_tokens, cache_dtype)
@@ -222,6 +229,7 @@ def decode_all(
                 jnp.zeros((total, max_new_tokens), jnp.int32),
                 *(jnp.zeros((total, max_new_tokens), jnp.float32) for _ in range(4)),
                 marks=() if turns is None else jax.tree.map(empty, turns.marks),
+                others=tuple(empty(kind, draw.alternatives) for kind in (jnp.int32, jnp.float32) if draw.alternatives),
             ),
             finish=jnp.full(total, FINISH_NONE, jnp.int8),
             turns=() if turns is None else turns.begin(first),
@@ -268,7 +276,8 @@ def decode_all(
         running = ~state.ended & (request < total)
         alive = jnp.where(running, drawn.mask, 0.0)
         token = jnp.where(alive > 0, drawn.token, 0)
-        drawn = Drawn(token, alive, *(jnp.where(alive > 0, x, 0.0) for x in drawn[2:5]))
+        others = jax.tree.map(lambda x: jnp.where(alive[:, None] > 0, x, 0), drawn.others)
+        drawn = Drawn(token, alive, *(jnp.where(alive > 0, x, 0.0) for x in drawn[2:5]), others=others)
 
         def write(buffer: Array, values: Array) -> Array:
             values = values.astype(buffer.dtype)

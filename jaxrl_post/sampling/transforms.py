@@ -146,8 +146,8 @@ def transform(
     then temperature; then top-k; then top-p on what top-k left, renormalised, as transformers and vLLM do; min-p
     compares with the most probable token. A token is kept if every truncation keeps it, the most probable one always.
 
-    Nothing is sorted: the least logit that a truncation keeps is found by bisection between the floating-point numbers,
-    exactly, in some twenty sums over the vocabulary.
+    Nothing is sorted: the least logit that a truncation keeps is found exactly, by a search between bounds that takes
+    some fifteen sums over the vocabulary.
 
     Args:
         logits: `[..., V]`, any real dtype.
@@ -249,51 +249,105 @@ def _penalized(
 
 
 def _within_top_k(logits: Array, top_k: Array | int) -> Array:
-    if isinstance(top_k, int):
-        return logits >= jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
-    return _highest(logits, jnp.ones((), jnp.int32), _column(top_k))
+    return _highest(logits, jnp.ones((), logits.dtype), _column(top_k))
 
 
 def _within_top_p(logits: Array, keep: Array, top_p: Any) -> Array:
-    return _highest(logits, jax.nn.softmax(jnp.where(keep, logits, -jnp.inf), axis=-1), top_p)
+    left = jnp.where(keep, logits, -jnp.inf)
+    best = jnp.max(left, axis=-1, keepdims=True)
+    # What is less probable than this weighs less than 1 - top_p, all of it together, and is never needed.
+    rest = jnp.log(jnp.maximum(1 - jnp.asarray(top_p, logits.dtype), 0) / logits.shape[-1])
+    return _highest(logits, jax.nn.softmax(left, axis=-1), top_p, best + rest - 1)
 
 
-def _highest(values: Array, weight: Array, wanted: Any) -> Array:
+class _Search(NamedTuple):
+    """Where the least value that is kept may be; all `[..., 1]`.
+
+    Attributes:
+        low: int, in the order of `_in_order`: what is not below it weighs enough.
+        high: int, what is not below it does not.
+        weight_low: of what is not below `low`.
+        weight_high: of what is not below `high`.
+        number_low: int32, values not below `low`, or more than there are.
+        number_high: int32, values not below `high`.
+        narrowed: bool, whether the last step left fewer values between the two.
+    """
+
+    low: Array
+    high: Array
+    weight_low: Array
+    weight_high: Array
+    number_low: Array
+    number_high: Array
+    narrowed: Array
+
+
+def _highest(values: Array, weight: Array, wanted: Any, floor: Array | None = None) -> Array:
     """`[..., V]` bool: the fewest of the highest values whose weights sum to what is wanted, and what ties with them.
 
     Args:
         values: `[..., V]`.
         weight: the same shape, or a scalar; not negative.
         wanted: scalar or `[..., 1]`.
+        floor: `[..., 1]`, a value that is known to be low enough; None if none is.
     """
     places = _in_order(values)
 
     def above(least: Array) -> tuple[Array, Array]:
         inside = places >= least
-        total = jnp.sum(jnp.where(inside, weight, jnp.zeros((), weight.dtype)), axis=-1, keepdims=True)
-        return total >= wanted, jnp.sum(inside, axis=-1, keepdims=True, dtype=jnp.int32)
+        pairs = (jnp.where(inside, weight, jnp.zeros((), weight.dtype)), inside.astype(jnp.int32))
+        # Two sums would go through the vocabulary twice, which takes three times as long as this on a CPU.
+        nothing = tuple(jnp.zeros((), x.dtype) for x in pairs)
+        total, number = jax.lax.reduce(pairs, nothing, lambda a, b: (a[0] + b[0], a[1] + b[1]), (values.ndim - 1,))
+        return total[..., None], number[..., None]
 
-    def between(state: tuple[Array, Array, Array, Array]) -> Array:
-        low, high, number_low, number_high = state
+    def is_open(state: _Search) -> Array:
         # With one value left between the bounds, nothing that is still open matters.
-        return (high - 1 > low) & (number_low - number_high > 1)
+        return (state.high - 1 > state.low) & (state.number_low - state.number_high > 1)
 
-    def halve(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        low, high, number_low, number_high = state
-        middle = (low & high) + ((low ^ high) >> 1)  # their mean, without overflow
-        enough, number = above(middle)
-        return (
-            jnp.where(enough, middle, low),
-            jnp.where(enough, high, middle),
-            jnp.where(enough, number, number_low),
-            jnp.where(enough, number_high, number),
+    def narrow(state: _Search) -> _Search:
+        middle = _between(state, wanted)
+        total, number = above(middle)
+        enough = total >= wanted
+        low, weight_low, number_low = (
+            jnp.where(enough, new, old)
+            for new, old in ((middle, state.low), (total, state.weight_low), (number, state.number_low))
         )
+        high, weight_high, number_high = (
+            jnp.where(enough, old, new)
+            for new, old in ((middle, state.high), (total, state.weight_high), (number, state.number_high))
+        )
+        narrowed = number_low - number_high < state.number_low - state.number_high
+        return _Search(low, high, weight_low, weight_high, number_low, number_high, narrowed)
 
     low = jnp.min(places, axis=-1, keepdims=True)
     high = jnp.max(places, axis=-1, keepdims=True) + 1
-    whole = jnp.full_like(low, values.shape[-1], dtype=jnp.int32)
-    start = (low, high, whole, jnp.zeros_like(whole))
-    return places >= jax.lax.while_loop(lambda state: jnp.any(between(state)), halve, start)[0]
+    if floor is not None:
+        low = jnp.clip(_in_order(floor), low, high - 1)
+    start = _Search(
+        low=low,
+        high=high,
+        weight_low=jnp.broadcast_to(jnp.sum(jnp.broadcast_to(weight, values.shape), axis=-1, keepdims=True), low.shape),
+        weight_high=jnp.zeros(low.shape, weight.dtype),
+        number_low=jnp.full_like(low, values.shape[-1], dtype=jnp.int32),
+        number_high=jnp.zeros_like(low, dtype=jnp.int32),
+        narrowed=jnp.ones(low.shape, bool),
+    )
+    return places >= jax.lax.while_loop(lambda state: jnp.any(is_open(state)), narrow, start).low
+
+
+def _between(state: _Search, wanted: Any) -> Array:
+    """A place between the bounds, nearer to the one whose weight is nearer to what is wanted.
+
+    Where the last step did not help, as with ties, half-way between them in the order of the numbers: that ends.
+    """
+    low, high = state.low, state.high
+    bottom, top = _in_order_inverse(low), _in_order_inverse(high - 1)
+    share = (state.weight_low - wanted) / (state.weight_low - state.weight_high)
+    guess = bottom + (0.25 + 0.5 * share) * (top - bottom)
+    half = (low & high) + ((low ^ high) >> 1)  # their mean, without overflow
+    middle = jnp.where(state.narrowed & jnp.isfinite(guess), _in_order(guess), half)
+    return jnp.clip(middle, low + 1, high - 1)
 
 
 def _in_order(values: Array) -> Array:
@@ -301,3 +355,10 @@ def _in_order(values: Array) -> Array:
     kind = {4: jnp.int32, 8: jnp.int64}[values.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(jnp.where(values == 0, jnp.zeros((), values.dtype), values), kind)
     return jnp.where(bits < 0, bits ^ jnp.iinfo(kind).max, bits)
+
+
+def _in_order_inverse(places: Array) -> Array:
+    """The floating-point numbers at these places."""
+    kind = {4: jnp.float32, 8: jnp.float64}[places.dtype.itemsize]
+    bits = jnp.where(places < 0, places ^ jnp.iinfo(places.dtype).max, places)
+    return jax.lax.bitcast_convert_type(bits, kind)

@@ -353,3 +353,25 @@ def test_what_cannot_be_sampled_is_refused(changes, options, message):
     options = {"max_new_tokens": N, "group_size": G, **options}
     with pytest.raises(ValueError, match=message):
         generate(POLICY, params(), prompts()._replace(**changes), KEY, **options)
+
+
+@pytest.mark.parametrize("slots", [None, 2])
+def test_alternatives_are_the_most_probable_tokens_at_each_place(slots):
+    policy = models.decoder(vocab_size=16, width=16, layers=2, heads=4, kv_heads=2, mlp_width=32, init_std=0.4)
+    params = policy.init(jax.random.key(0))
+    prompts = Prompts(jnp.array([[2, 3, 0], [4, 5, 6], [1, 0, 0]]), jnp.array([2, 3, 1]))
+    sampling = SamplingParams(temperature=0.7, top_p=0.9, stop_tokens=(3,))
+    sample = functools.partial(generate, policy, max_new_tokens=5, group_size=2, sampling=sampling, slots=slots)
+    plain = jax.jit(sample)(params, prompts, jax.random.key(1))
+    out = jax.jit(functools.partial(sample, alternatives=4))(params, prompts, jax.random.key(1))
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+    # By sorting, in float64, what the model says of the whole sequence at once.
+    positions = jnp.broadcast_to(jnp.arange(8), out.tokens.shape)
+    hidden, _ = policy.hidden(params, out.tokens, positions)
+    logits = np.asarray(models.logits(policy.unembed(params), hidden), np.float64)[:, :-1] / 0.7
+    log_probs = np.pad(logits - np.log(np.exp(logits).sum(-1, keepdims=True)), ((0, 0), (1, 0), (0, 0)))
+    order, sampled = np.argsort(-log_probs, axis=-1)[..., :4], np.asarray(out.mask) > 0
+    tokens, logp = (np.asarray(out.extras[name]) for name in ("alternatives", "alternative_logp"))
+    np.testing.assert_array_equal(tokens[sampled], order[sampled])
+    np.testing.assert_allclose(logp[sampled], np.take_along_axis(log_probs, order, -1)[sampled], atol=1e-5)
+    assert not logp[~sampled].any()

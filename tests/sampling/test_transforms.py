@@ -141,6 +141,59 @@ def test_a_nucleus_of_many_tokens_is_the_one_that_sorting_finds():
                 assert p[row][found[row]].min() >= p[row][~found[row]].max()
 
 
+def awkward():
+    """Rows that are hard to search: of any magnitude, with ties, around zero, and with banned tokens."""
+    random = np.random.default_rng(5)
+    normal = random.standard_normal((8, 3000)).astype(np.float32)
+    normal[1] = np.round(4 * normal[1]) / 4
+    normal[2] = np.where(normal[2] > 1, 1.0, np.where(normal[2] > 0, 0.0, -0.0))
+    normal[3] *= 10.0 ** random.uniform(-30, 1, 3000)
+    normal[4] = np.where(normal[4] > 0, -np.inf, normal[4])
+    normal[5] = np.where(normal[5] > 2, 50.0, 1e-38)
+    normal[6] = 0.0
+    normal[7] *= 1e4
+    return normal
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_top_k_keeps_what_sorting_keeps_at_any_magnitude_and_with_ties(traced):
+    logits = awkward()
+    transformed = jax.jit(transform) if traced else transform
+    for k in (1, 40, 2000):
+        found = np.asarray(transformed(jnp.asarray(logits), top_k=jnp.asarray(k) if traced else k))
+        least = np.sort(logits, axis=-1)[:, -k, None]
+        np.testing.assert_array_equal(np.isfinite(found), (logits >= least) & np.isfinite(logits))
+
+
+def test_top_p_keeps_whole_ties_and_the_fewest_tokens_at_any_magnitude():
+    logits = awkward()
+    p = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    for mass in (0.2, 0.9, 0.999):
+        found = np.isfinite(np.asarray(jax.jit(lambda z, mass=mass: transform(z, top_p=mass))(jnp.asarray(logits))))
+        for row in range(len(logits)):
+            inside = found[row]
+            least = logits[row][inside].min()
+            assert inside.tolist() == (logits[row] >= least).tolist()
+            # The mass is there, to the rounding of its sum, and is not without the least of what is kept.
+            assert p[row][inside].sum() > mass - 2e-6
+            assert p[row][logits[row] > least].sum() < mass + 2e-6
+
+
+def test_truncations_are_those_of_transformers():
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    logits = (3 * np.random.default_rng(6).standard_normal((16, 1000))).astype(np.float32)
+    for ours, theirs in (
+        ({"top_p": 0.9}, transformers.TopPLogitsWarper(0.9)),
+        ({"top_p": 0.3}, transformers.TopPLogitsWarper(0.3)),
+        ({"top_k": 50}, transformers.TopKLogitsWarper(50)),
+        ({"min_p": 0.02}, transformers.MinPLogitsWarper(0.02)),
+    ):
+        np.testing.assert_array_equal(
+            transform(jnp.asarray(logits), **ours), theirs(None, torch.tensor(logits)).numpy()
+        )
+
+
 def test_a_bias_is_added_and_a_ban_is_kept():
     bias = jnp.zeros(5).at[4].set(3.0)
     out = transform(LOGITS, logit_bias=bias, allowed=jnp.array([True, False, True, True, True]), temperature=0.5)
