@@ -2,6 +2,7 @@
 
 from jaxrl_post.models.adapters import from_apply, from_linen, from_nnx
 from jaxrl_post.models.cache import KVCache
+from jaxrl_post.models.cache_kinds import SharedCache, WindowedCache, cache_bytes, share_prompts
 from jaxrl_post.models.decoder import decoder
 from jaxrl_post.models.export import save_pretrained, to_config
 from jaxrl_post.models.families import decoder_keywords
@@ -28,8 +29,11 @@ __all__ = [
     "Quantized",
     "RecomputeCache",
     "Rope",
+    "SharedCache",
+    "WindowedCache",
     "adapter_base",
     "adapter_directory",
+    "cache_bytes",
     "check_targets",
     "check_vocabulary",
     "decoder",
@@ -52,6 +56,7 @@ __all__ = [
     "save_adapters",
     "save_pretrained",
     "score",
+    "share_prompts",
     "split_adapters",
     "to_config",
     "trainable",

@@ -17,8 +17,7 @@ from jax.typing import DTypeLike
 
 from jaxrl_post.mesh import LogicalAxes
 from jaxrl_post.models.adapters import from_nnx, nest
-from jaxrl_post.models.cache import KVCache, empty_cache
-from jaxrl_post.models.insertion import insert_rows
+from jaxrl_post.models.cache_kinds import Cache, insert, new_cache, share_prompts
 from jaxrl_post.models.layers import (
     ACTIVATIONS,
     Activation,
@@ -79,9 +78,11 @@ def decoder(
     stream from N(0, init_std^2 / (2 layers)). Layers are stacked on a leading axis and scanned, so compile time does
     not grow with depth.
 
-    The cache is a `KVCache`; prompts are right-padded with position -1 on padding, and every call of `decode` writes
-    the next columns of all rows, after the last one the first again: `init_cache` must be given room for prompt and
-    completion.
+    The cache is a `KVCache`, or a `WindowedCache` where local layers see fewer tokens than it has columns; prompts are
+    right-padded with position -1 on padding, and every call of `decode` writes the next columns of all rows, after the
+    last one the first again: `init_cache` must be given room for prompt and completion. Its dtype may be int8, which
+    takes half the memory of bfloat16 and moves the states a little: log-probs of the sampler are then not quite those
+    of `hidden`. `cache_bytes` tells what a cache takes.
 
     Args:
         vocab_size: `V`.
@@ -215,8 +216,8 @@ def decoder(
         lora=lora,
     )
 
-    def init_cache(batch: int, capacity: int, dtype: DTypeLike | None = None) -> KVCache:
-        return empty_cache(layers, batch, capacity, kv_heads, head_dim, config.dtype if dtype is None else dtype)
+    def init_cache(batch: int, capacity: int, dtype: DTypeLike | None = None) -> Cache:
+        return new_cache(config, batch, capacity, dtype)
 
     def axes() -> dict[str, Any]:
         params = nnx.state(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))), nnx.Param)
@@ -251,5 +252,5 @@ def decoder(
         decode=Decoder.decode,
         axes=axes,
     )
-    insert = functools.partial(insert_rows, axes={"k": (1, 3), "v": (1, 3), "positions": (0, 1)})
-    return policy._replace(insert=insert, cast=cast)
+    inserted = functools.partial(insert, local_layers=config.local_layers)
+    return policy._replace(insert=inserted, cast=cast, share=share_prompts)

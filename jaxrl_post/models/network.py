@@ -13,7 +13,8 @@ from flax import nnx
 
 from jaxrl_post.kernels.attention import attention
 from jaxrl_post.mesh import LogicalAxes, constrain
-from jaxrl_post.models.cache import KVCache, attend_cached, reach, write
+from jaxrl_post.models.cache import attend_cached
+from jaxrl_post.models.cache_kinds import Cache, SharedCache, reads, write_layers
 from jaxrl_post.models.experts import Experts
 from jaxrl_post.models.layers import (
     MLP,
@@ -116,14 +117,17 @@ class Decoder(nnx.Module):
         hidden, _, report = self._run(tokens, positions, attend, keys=keys, summed=sums)
         return hidden, {f"router_{name}": jnp.moveaxis(x, 0, 2) for name, x in report.items()}
 
-    def prefill(self, tokens: Array, positions: Array, cache: KVCache) -> tuple[Array, KVCache]:
+    def prefill(self, tokens: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
         """`hidden` that also fills an empty cache."""
+        if isinstance(cache, SharedCache):
+            raise ValueError("a cache with shared prompts is not empty; prefill the prompts, then share them")
         # An empty cache holds nothing to attend to, so the new tokens attend to each other only: [T, T], not [T, S].
         return self._cached(tokens, positions, cache, functools.partial(_in_row_order, positions, None, None))
 
-    def decode(self, tokens: Array, positions: Array, cache: KVCache) -> tuple[Array, KVCache]:
+    def decode(self, tokens: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
         """`hidden` of the next tokens, which attend to all that the cache holds and to each other."""
-        return self._cached(tokens, positions, cache, functools.partial(_by_position, positions, cache))
+        attends = functools.partial(_by_position, positions, cache, self.config.local_layers)
+        return self._cached(tokens, positions, cache, attends)
 
     def unembed(self) -> Unembedding:
         """The last linear map, in the compute dtype."""
@@ -135,15 +139,15 @@ class Decoder(nnx.Module):
         return {} if self.value_head is None else {"value": self.value_head(hidden)}
 
     def _cached(
-        self, tokens: Array, positions: Array, cache: KVCache, attends: Callable[[int | None], Attend]
-    ) -> tuple[Array, KVCache]:
+        self, tokens: Array, positions: Array, cache: Cache, attends: Callable[[int | None], Attend]
+    ) -> tuple[Array, Cache]:
         if tokens.shape[1] > cache.positions.shape[1]:
             raise ValueError(
                 f"{tokens.shape[1]} tokens do not fit a cache of capacity {cache.positions.shape[1]}; "
                 "make it with init_cache(batch, capacity) for prompt and completion together"
             )
         hidden, (k, v), _ = self._run(tokens, positions, attends, keep=True)
-        return hidden, write(cache, k, v, positions)
+        return hidden, write_layers(cache, k, v, positions, self.config.local_layers)
 
     def _run(
         self,
@@ -225,11 +229,11 @@ def _in_row_order(
     return attend
 
 
-def _by_position(positions: Array, cache: KVCache, window: int | None) -> Attend:
+def _by_position(positions: Array, cache: Cache, local_layers: tuple[bool, ...], window: int | None) -> Attend:
     """Attention to a cache and among the new tokens, which have these positions."""
-    where = reach(cache, positions, window)
+    read = reads(cache, positions, window, local_layers)
 
     def attend(query: Array, key: Array, value: Array, layer: Array, **options: Any) -> Array:
-        return attend_cached(query, key, value, cache.k, cache.v, layer, where, **options)
+        return attend_cached(query, key, value, positions, read(layer), window=window, **options)
 
     return attend

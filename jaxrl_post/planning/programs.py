@@ -21,6 +21,7 @@ from jaxrl_post.models.cache import CACHE_AXES
 from jaxrl_post.models.pretrained import known_configs
 from jaxrl_post.models.quantize import Quantized
 from jaxrl_post.rollout import SamplingParams
+from jaxrl_post.rollout.slots import together
 from jaxrl_post.training import executables
 from jaxrl_post.training import setup as setups
 from jaxrl_post.training.batches import GREEDY_REWARD
@@ -251,9 +252,16 @@ def _sampling(setup: Setup, state: Any, name: str, how: Generation, count: int) 
     every, own = state_bytes(state), _bytes(params)
     moved = 0 if setup.to_rollout_mesh is None else own
     rows = count * group
-    kept = rows if how.slots is None else min(rows, how.slots)
     dtype = None if how.cache_dtype is None else jnp.dtype(how.cache_dtype)
-    cache = jax.eval_shape(lambda: setup.policy.init_cache(kept, length + new, dtype))
+
+    def cache_of() -> Any:
+        if how.slots is not None and how.slots < rows:
+            return setup.policy.init_cache(how.slots, length + new, dtype)
+        prompts = setup.policy.init_cache(count * parts, length, dtype)
+        return together(setup.policy, prompts, rows, group // parts, length, new, dtype)
+
+    with jax.set_mesh(mesh):
+        cache = jax.eval_shape(cache_of)
     sizes = ModelSizes.of(setup)
     # A prompt is read once for all its completions, but for its last token, which gives each its first.
     read = sizes.forward(count * parts, length - 1, 0)
@@ -355,6 +363,7 @@ def state_bytes(state: Any) -> dict[str, int]:
 
 
 def _cache_bytes(leaf: Any, mesh: Mesh) -> int:
-    names = CACHE_AXES if leaf.ndim == len(CACHE_AXES) else ("batch", *(None,) * (leaf.ndim - 1)) if leaf.ndim else ()
+    rows = ("batch", *(None,) * (leaf.ndim - 1)) if leaf.ndim else ()
+    names = CACHE_AXES[: leaf.ndim] if leaf.ndim > 3 else rows
     spec = mesh_lib.spec(names, leaf.shape, dict(mesh.shape))
     return math.prod(NamedSharding(mesh, spec).shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -87,7 +87,8 @@ def generate(
         max_new_tokens: `N`, the largest number of tokens to add to each prompt; static.
         group_size: `G`; static.
         version: recorded in `Rollouts.version` for every sampled token.
-        cache_dtype: of the key-value cache; the model's own choice if None.
+        cache_dtype: of the key-value cache; the model's own choice if None. int8 takes half of what bfloat16 does;
+            `logp` is then that of a slightly different model, which recomputing or a correction puts right.
         slots: sequences that are decoded at a time; None for all `P * G`; static.
         refill: how many slots must be free before the next sequences take them, so that their prompts are read
             together; None for an eighth of the slots; static.

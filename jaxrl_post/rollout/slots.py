@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxrl_post.mesh import constrain
+from jaxrl_post.mesh import constrain, spread
 from jaxrl_post.sampling import SamplingParams
 from jaxrl_post.types import FINISH_ABORT, FINISH_LENGTH, FINISH_NONE, FINISH_STOP, Array, Params, Policy, PyTree
 
@@ -207,15 +207,19 @@ def decode_all(
             return jnp.zeros((total, max_new_tokens, *each), dtype)
 
         first = jnp.arange(slots, dtype=jnp.int32)
-        cache = policy.init_cache(slots, width + max_new_tokens, cache_dtype)
+        prompts = -(-slots // requests.group_size)
         if policy.insert is None:
             tokens = constrain(jnp.repeat(requests.tokens, requests.group_size, axis=0), ("batch", None))
+            cache = policy.init_cache(slots, width + max_new_tokens, cache_dtype)
             cache = prefilled(tokens, jnp.repeat(requests.length, requests.group_size), cache)
         else:
-            prompts = -(-slots // requests.group_size)
             own = policy.init_cache(prompts, width, cache_dtype)
             own = prefilled(requests.tokens[:prompts], requests.length[:prompts], own)
-            cache = policy.insert(cache, own, requests.group_size)
+            if at_once:
+                cache = together(policy, own, slots, requests.group_size, width, max_new_tokens, cache_dtype)
+            else:
+                cache = policy.init_cache(slots, width + max_new_tokens, cache_dtype)
+                cache = policy.insert(cache, own, requests.group_size)
         return _Slots(
             request=first,
             count=jnp.zeros(slots, jnp.int32),
@@ -336,6 +340,30 @@ def decode_all(
     else:
         state = jax.lax.while_loop(lambda state: ~jnp.all(state.ended) | (state.waiting < total), refilled, state)
     return state.drawn, state.finish
+
+
+def together(
+    policy: Policy, own: PyTree, slots: int, group_size: int, width: int, max_new_tokens: int, cache_dtype: Any
+) -> PyTree:
+    """A cache for sequences that begin at the same time, from that of their prompts.
+
+    A group's prompt is kept once, and read once for a token of all its members, where it lies on their devices.
+
+    Args:
+        policy: whose caches they are.
+        own: of the prompts, prefilled.
+        slots: number of sequences.
+        group_size: `G`, sequences of a prompt.
+        width: `L`, columns of a prompt.
+        max_new_tokens: `N`, columns of what follows.
+        cache_dtype: of keys and values.
+    """
+    prompts = -(-slots // group_size)
+    aligned = prompts * group_size == slots and spread(("batch",), (prompts,)) == spread(("batch",), (slots,))
+    if policy.share is not None and group_size > 1 and aligned:
+        return policy.share(policy.init_cache(slots, max_new_tokens, cache_dtype), own)
+    cache = policy.init_cache(slots, width + max_new_tokens, cache_dtype)
+    return policy.insert(cache, own, group_size)  # type: ignore[misc]
 
 
 def _ends(sampling: SamplingParams) -> tuple[Callable[[Array, Array], Array], int]:

@@ -7,7 +7,7 @@ import pytest
 
 from jaxrl_post.kernels.attention import attention
 from jaxrl_post.models import cache as caches
-from jaxrl_post.models.cache import attend_cached, empty_cache, reach, write
+from jaxrl_post.models.cache import Read, attend_cached, empty_cache, reach, write
 
 LAYERS, B, HEADS, KV, K = 2, 3, 4, 2, 8
 LENGTHS = (3, 5, 2)
@@ -44,8 +44,8 @@ def test_blocks_in_use_give_what_all_columns_give(size, steps, window, softcap):
     cache, position = filled(size, steps)
     query, key, value = draw(2, B, 1, HEADS, K), draw(3, B, 1, KV, K), draw(4, B, 1, KV, K)
     options = {"scale": 0.7, "softcap": softcap}
-    where = reach(cache, position, window)
-    found = attend_cached(query, key, value, cache.k, cache.v, jnp.asarray(1), where, **options)
+    read = Read(cache, jnp.asarray(1), reach(cache, position, window))
+    found = attend_cached(query, key, value, position, [read], window=window, **options)
     after = write(cache, jnp.stack([key] * LAYERS), jnp.stack([value] * LAYERS), position)
     k, v = (jnp.swapaxes(x[1], 1, 2) for x in (after.k, after.v))
     places = {"query_positions": position, "key_positions": after.positions}
@@ -71,8 +71,19 @@ def test_several_new_tokens_see_the_cache_and_those_before_them():
     cache, position = filled(20, 4)
     positions = position + jnp.arange(3)
     query, key, value = draw(2, B, 3, HEADS, K), draw(3, B, 3, KV, K), draw(4, B, 3, KV, K)
-    found = attend_cached(query, key, value, cache.k, cache.v, jnp.asarray(0), reach(cache, positions, 4))
+    read = Read(cache, jnp.asarray(0), reach(cache, positions, 4))
+    found = attend_cached(query, key, value, positions, [read], window=4)
     after = write(cache, jnp.stack([key] * LAYERS), jnp.stack([value] * LAYERS), positions)
     k, v = (jnp.swapaxes(x[0], 1, 2) for x in (after.k, after.v))
     expected = attention(query, k, v, window=4, query_positions=positions, key_positions=after.positions)
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_a_program_that_writes_a_cache_returns_other_arrays_in_the_order_of_their_axes():
+    cache, position = filled(20, 4)
+    new = draw(3, LAYERS, B, 1, KV, K)
+    x = np.arange(24.0).reshape(2, 3, 4)
+    turned = jax.jit(lambda x: (x.swapaxes(0, 1), write(cache, new, new, position)))(x)[0]
+    # What is asked of the array is computed by another program.
+    np.testing.assert_array_equal(turned[1], x[:, 1])
+    np.testing.assert_array_equal(turned + 0, x.swapaxes(0, 1))
