@@ -207,6 +207,6 @@ def test_keys_and_values_are_kept_in_the_type_that_is_asked_for(tmp_path):
     with jax.set_mesh(parts.mesh):
         sample = functools.partial(sample_groups, parts.policy, how=how)
         program = jax.make_jaxpr(sample)(params, prompts, parts.key)
-    cache = "[1,256,2,6,8]"  # layers, rows, heads, columns, size of a head
+    cache = "[1,256,2,3,8]"  # layers, rows, heads, columns behind the prompt, size of a head
     assert f"bf16{cache}" in str(program)
     assert f"f32{cache}" not in str(program)
