@@ -249,12 +249,13 @@ class Setup:
         if stage.kind == "rollouts":
             count, budgets, how = config.rollout.prompts, make_budgets(config), self.trained_generation()
             prompts = self.prompt_shapes(how, count)
+            asked = None if budgets is None else budgets.at(0)
 
             def sample(params: Params, prompts: Prompts | Tasks, key: Array) -> Rollouts:
                 made = sample_groups(self.policy, params, prompts, key, how=how)
                 if isinstance(how.turns, HostTurns):
                     made = as_if_answered(made)
-                return made if budgets is None else with_budgets(made, budgets.at(0))
+                return made if asked is None else with_budgets(made, asked)
 
             shapes = jax.eval_shape(sample, jax.eval_shape(self.policy.init, self.key), prompts, self.key)
             shapes = shapes.replace(rewards=dict.fromkeys(reward_components(config), shapes.reward) | shapes.rewards)
