@@ -5,12 +5,14 @@ from jaxrl_post.data.chat import ChatSource, continue_chat, encode_completion, e
 from jaxrl_post.data.choices import InvertedQuestion, invert_question, negate_question
 from jaxrl_post.data.environments import verifiers_problems
 from jaxrl_post.data.problems import (
+    IDENTITY,
     Problem,
     ReasoningGymSource,
     Source,
     check_disjoint,
     columns,
     held_out,
+    identity,
     spaced_seed,
 )
 from jaxrl_post.data.rows import ArrowRows, JoinedRows, JsonlRows, Rows, open_rows
@@ -20,6 +22,7 @@ from jaxrl_post.data.stream import ProblemStream, prompt_fits, stream
 from jaxrl_post.data.tokenizer import PRINTABLE, CharTokenizer, HFTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
+    "IDENTITY",
     "PRINTABLE",
     "ArrowRows",
     "CharTokenizer",
@@ -46,6 +49,7 @@ __all__ = [
     "encode_prompt",
     "extend_prompt",
     "held_out",
+    "identity",
     "invert_question",
     "load_tokenizer",
     "negate_question",

@@ -19,6 +19,10 @@ Problem: TypeAlias = dict[str, Any]
 """The columns of one problem: `prompt: str`, `prompt_id: int`, usually `answer: str`, and whatever rewards need."""
 
 
+IDENTITY = "identity"
+"""The column that tells problems apart whose prompts do not."""
+
+
 class Source(Protocol):
     """A random-access sequence of problems; anything with a length and `source[i] -> Problem` will do."""
 
@@ -136,6 +140,16 @@ def spaced_seed(seed: int, part: int, *, size: int, parts: int = 8) -> int:
     return (seed * parts + part) * size
 
 
+def identity(problem: Problem) -> str:
+    """What tells a problem from others: its prompt, unless it has a column `identity`.
+
+    Example:
+        >>> identity({"prompt": "Guess!", "identity": "secret 7"}), identity({"prompt": "1+1="})
+        ('secret 7', '1+1=')
+    """
+    return problem.get(IDENTITY, problem["prompt"])
+
+
 def held_out(
     source: Source,
     count: int,
@@ -143,7 +157,7 @@ def held_out(
     exclude: AbstractSet[str] = frozenset(),
     keep: Callable[[Problem], bool] | None = None,
 ) -> list[Problem]:
-    """The first `count` problems of a source whose prompts are distinct and not excluded.
+    """The first `count` problems of a source whose prompts (or what `identity` gives) are distinct and not excluded.
 
     Args:
         source: read in order from its first problem.
@@ -167,8 +181,8 @@ def held_out(
     found: dict[str, Problem] = {}
     for index in range(len(source)):
         problem = source[index]
-        if problem["prompt"] not in exclude and (keep is None or keep(problem)):
-            found.setdefault(problem["prompt"], problem)
+        if identity(problem) not in exclude and (keep is None or keep(problem)):
+            found.setdefault(identity(problem), problem)
         if len(found) == count:
             return list(found.values())
     raise ValueError(

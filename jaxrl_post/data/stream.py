@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxrl_post.data.chat import encode_prompt
-from jaxrl_post.data.problems import Problem, Source
+from jaxrl_post.data.problems import Problem, Source, identity
 from jaxrl_post.data.tokenizer import Tokenizer
 
 _COUNTS = ("kept", "filtered", "excluded")
@@ -103,7 +103,7 @@ class ProblemStream(Iterator[list[Problem]]):
                         f"({_fates(counts)}); lower the batch size, repeat the data or loosen the filter"
                     ) from None
                 raise
-            if problem["prompt"] in self._exclude:
+            if identity(problem) in self._exclude:
                 counts["excluded"] += 1
             elif self._keep is not None and not self._keep(problem):
                 counts["filtered"] += 1

@@ -55,7 +55,8 @@ def recompute_cache(hidden: Callable[..., tuple[Array, dict[str, Array]]]) -> Ca
     """
 
     def init_cache(batch: int, capacity: int, dtype: Any = None) -> RecomputeCache:
-        del dtype  # token ids have only one
+        if dtype is not None:
+            raise ValueError(f"a cache of token ids has no other dtype, got {dtype}; leave cache_dtype out")
         tokens = constrain(jnp.zeros((batch, capacity), jnp.int32), ("batch", "cache_length"))
         return RecomputeCache(tokens, jnp.full_like(tokens, -1), jnp.zeros((), jnp.int32))
 

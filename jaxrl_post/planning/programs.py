@@ -26,6 +26,7 @@ from jaxrl_post.training import executables
 from jaxrl_post.training import setup as setups
 from jaxrl_post.training.batches import GREEDY_REWARD
 from jaxrl_post.training.config import Config, ConfigError
+from jaxrl_post.training.environment_setup import Turns
 from jaxrl_post.training.generation import Generation, compiled_generate
 from jaxrl_post.training.setup import Setup
 from jaxrl_post.training.splitting import split, unsplit_rows
@@ -245,7 +246,8 @@ def _sampling(setup: Setup, state: Any, name: str, how: Generation, count: int) 
     key = _key(setup, mesh)
 
     def lower() -> Any:
-        generate: Any = compiled_generate(setup.policy, how)
+        answered = how if isinstance(how.turns, Turns) else how._replace(turns=None)
+        generate: Any = compiled_generate(setup.policy, answered)
         with jax.set_mesh(mesh):
             return generate.lower(params, prompts, key, version=0)
 

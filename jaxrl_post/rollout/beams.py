@@ -21,7 +21,7 @@ BEAM_SCORE = "beam_score"
 
 EarlyStopping: TypeAlias = bool | Literal["never"]
 
-NONE = -1e9
+NONE = -1e30
 """The score of a sequence that there is not; finite, so that sums and differences of it are."""
 
 
@@ -127,7 +127,7 @@ def beam_search(
             f"prompts.max_new_tokens must be [P], one for all beams of a prompt, got {prompts.max_new_tokens.shape}"
         )
     requests = check_requests(prompts, max_new_tokens, beams)
-    stops = jnp.asarray(stop_tokens or (-1,), jnp.int32)
+    stops = jnp.asarray(tuple(int(token) for token in stop_tokens) or (-1,), jnp.int32)
     limit = jnp.full(requests.count, max_new_tokens) if requests.limit is None else requests.limit
     limit = limit[::beams, None]
     unembedding = policy.unembed(params)
@@ -182,7 +182,7 @@ def beam_search(
     start = _Beams(empty.astype(jnp.int32), empty, none.at[:, 0].set(0.0), nothing)
     state = _Search(start, start._replace(score=none), jnp.ones(num_prompts, bool), jnp.zeros((), jnp.int32), cache)
     found = jax.lax.while_loop(is_running, step, state).finished
-    return _rollouts(requests, found, stops, version, prompts.prompt_id)
+    return _rollouts(requests, found, stops, version, prompts.prompt_id, length_penalty)
 
 
 def _prefilled(policy: Policy, params: Params, requests: Requests, capacity: int, dtype: Any) -> PyTree:
@@ -263,15 +263,21 @@ def _best(beams: _Beams, number: int) -> tuple[_Beams, Array]:
 
 
 def _rollouts(
-    requests: Requests, found: _Beams, stops: Array, version: Array | int, prompt_id: Array | None
+    requests: Requests,
+    found: _Beams,
+    stops: Array,
+    version: Array | int,
+    prompt_id: Array | None,
+    length_penalty: float,
 ) -> Rollouts:
     count = found.count.reshape(-1)
     there = jnp.arange(found.token.shape[-1]) < count[:, None]
     token, logp = (jnp.where(there, x.reshape(there.shape), 0) for x in (found.token, found.logp))
     final = jnp.take_along_axis(token, jnp.maximum(count - 1, 0)[:, None], axis=1)
     ended = jnp.where(jnp.any(final == stops, axis=-1), FINISH_STOP, FINISH_LENGTH)
-    # A beam that never was has a score near that of none.
-    sound = (count > 0) & (found.score.reshape(-1) > NONE / 1e3)
+    # A beam that never was has a log-prob near that of none.
+    total = found.score.reshape(-1) * jnp.maximum(count, 1) ** length_penalty
+    sound = (count > 0) & (total > NONE / 1e3)
     finish = jnp.where(sound, ended, FINISH_ABORT).astype(jnp.int8)
     drawn = Drawn(token, there.astype(jnp.float32), logp, logp, jnp.zeros_like(logp))
     out = assemble(requests, drawn, finish, sampling=PLAIN, version=version, prompt_id=prompt_id)

@@ -149,6 +149,8 @@ def launch(
     Raises:
         ValueError: for slots that do not fit.
     """
+    if alternatives < 0:
+        raise ValueError(f"alternatives must be at least 0 tokens, got {alternatives}")
     batch = requests.count
     slots = batch if slots is None else min(slots, batch)
     refill = max(slots // 8, 1) if refill is None else refill

@@ -35,6 +35,7 @@ def host_turns(
     max_turns: int,
     max_turn_tokens: int,
     max_length: int,
+    max_new_tokens: int | None = None,
     group_size: int = 1,
     version: Array | int = 0,
     cache_dtype: jnp.dtype | None = None,
@@ -71,6 +72,7 @@ def host_turns(
         max_turns: the most actions of a sequence.
         max_turn_tokens: the most tokens of an action.
         max_length: `T`, the most tokens of a sequence with prompt and observations.
+        max_new_tokens: the most tokens behind a prompt, of actions and observations; None: as many as fit in `T`.
         group_size: `G`.
         version: recorded for every sampled token.
         cache_dtype: see `generate`.
@@ -111,6 +113,8 @@ def host_turns(
         >>> out.length.tolist(), out.extras["turns"].tolist(), out.step[0].tolist()
         ([[7], [6]], [[2], [2]], [-1, -1, 0, 0, -1, 1, 1, -1, -1, -1, -1, -1])
     """
+    if max_new_tokens is not None:
+        _check_sizes(max_new_tokens=max_new_tokens)
     _check_sizes(max_turns=max_turns, max_turn_tokens=max_turn_tokens, group_size=group_size, max_errors=max_errors)
     if not len(tasks):
         raise ValueError("tasks hold no task; give at least one")
@@ -123,23 +127,22 @@ def host_turns(
         max_new_tokens=min(max_turn_tokens, max_length - 1),
         cache_dtype=cache_dtype,
     )
-    with Caller(timeout=timeout, concurrency=concurrency) as caller:
-        begun = caller([(environment.reset, (task,)) for task in tasks for _ in range(group_size)])
-        record, prompts = transcripts.opened(begun, tokenizer, max_length, group_size)
-        rollouts = transcripts.unsampled(
-            prompts, max_length, group_size, id, prompt_id, truncated=is_truncating(sampling)
+    caller = Caller(timeout=timeout, concurrency=concurrency)
+    begun = caller([(environment.reset, (task,)) for task in tasks for _ in range(group_size)])
+    record, prompts = transcripts.opened(begun, tokenizer, max_length, group_size, max_new_tokens)
+    rollouts = transcripts.unsampled(prompts, max_length, group_size, id, prompt_id, truncated=is_truncating(sampling))
+    for turn in range(max_turns):
+        before = rollouts
+        if not np.any(before.finish == FINISH_NONE):
+            break
+        total = transcripts.sampled(before) + record.limits.reshape(before.length.shape) - before.length
+        rollouts = jax.device_get(act(params, before, key, turn, version, total, arrays))
+        rows, actions = transcripts.actions(before, rollouts, tokenizer)
+        outcomes = caller(
+            [(environment.step, (record.states[row], action)) for row, action in zip(rows, actions, strict=True)]
         )
-        for turn in range(max_turns):
-            before = rollouts
-            if not np.any(before.finish == FINISH_NONE):
-                break
-            rollouts = jax.device_get(act(params, before, key, turn, version, arrays))
-            rows, actions = transcripts.actions(before, rollouts, tokenizer)
-            outcomes = caller(
-                [(environment.step, (record.states[row], action)) for row, action in zip(rows, actions, strict=True)]
-            )
-            steps = transcripts.understood(record, rows, outcomes, tokenizer, on_error)
-            rollouts = transcripts.answered(rollouts, record, rows, steps, max_errors, is_last=turn + 1 == max_turns)
+        steps = transcripts.understood(record, rows, outcomes, tokenizer, on_error)
+        rollouts = transcripts.answered(rollouts, record, rows, steps, max_errors, is_last=turn + 1 == max_turns)
     return transcripts.closed(rollouts, record)
 
 
@@ -150,6 +153,7 @@ def _segment(
     key: Array,
     turn: Array | int,
     version: Array | int,
+    total: Array,
     arrays: Mapping[str, Array],
     *,
     policy: Policy,
@@ -165,6 +169,7 @@ def _segment(
         key,
         sampling=fixed._replace(**arrays),
         max_new_tokens=max_new_tokens,
+        total=total,
         step=turn,
         version=version,
         cache_dtype=cache_dtype,

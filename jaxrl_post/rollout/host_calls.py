@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 GRACE = 5.0
 """Seconds beyond its time-outs after which the event loop itself counts as blocked."""
 
+_choosing = threading.Lock()
+
 ERROR_CHARACTERS = 200
 """Of a longer message the rest is left out."""
 
@@ -86,14 +88,15 @@ async def call(function: Callable[..., Any], *arguments: Any, **named: Any) -> A
 
 
 class Caller:
-    """Makes many calls at a time, in one event loop that stays the same from batch to batch.
+    """Makes many calls at a time, in one event loop that all callers share for as long as the process lives.
 
-    The loop runs in a thread of its own, so that it goes where another loop runs already, as in a notebook. If a call
-    blocks it, the loop is left to itself and the next batch gets a new one.
+    So what an environment keeps of a loop (a session, a lock) serves all its rollouts. The loop runs in a thread of its
+    own, so that it goes where another loop runs already, as in a notebook. If a call blocks it, the loop is left to
+    itself and the next batch gets a new one.
 
     Example:
-        >>> with Caller(timeout=5.0) as caller:
-        ...     [outcome.value or outcome.error for outcome in caller([(divmod, (7, 2)), (int, ("x", 8))])]
+        >>> caller = Caller(timeout=5.0)
+        >>> [outcome.value or outcome.error for outcome in caller([(divmod, (7, 2)), (int, ("x", 8))])]
         [(3, 1), "ValueError: invalid literal for int() with base 8: 'x'"]
     """
 
@@ -113,13 +116,6 @@ class Caller:
             raise ValueError(f"concurrency must be at least 1 call at a time, got {concurrency}")
         self.timeout = timeout
         self.concurrency = concurrency
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    def __enter__(self) -> Caller:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __call__(self, calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Outcome]:
         """One outcome for each function with its arguments, in order."""
@@ -127,22 +123,14 @@ class Caller:
             return []
         late = Outcome(error=f"timed out after {self.timeout:g} s", timed_out=True)
         outcomes = [late] * len(calls)
-        if self._loop is None:
-            self._loop = _started_loop()
-        everything = asyncio.run_coroutine_threadsafe(self._make_all(calls, outcomes), self._loop)
+        loop = _shared_loop()
+        everything = asyncio.run_coroutine_threadsafe(self._make_all(calls, outcomes), loop)
         rounds = -(-len(calls) // self.concurrency)
         try:
             everything.result(rounds * self.timeout + GRACE)
         except concurrent.futures.TimeoutError:
-            self.close()
+            _leave(loop)
         return list(outcomes)
-
-    def close(self) -> None:
-        """End the loop, with what still runs in it."""
-        loop, self._loop = self._loop, None
-        if loop is not None:
-            with suppress(RuntimeError):  # a task of an environment may have ended it already
-                loop.call_soon_threadsafe(_end, loop)
 
     async def _make_all(
         self, calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]], outcomes: list[Outcome]
@@ -165,17 +153,39 @@ class Caller:
             return late if limit.expired() else Outcome(error=describe(error))
 
 
+_loops: list[asyncio.AbstractEventLoop] = []  # the one in use, if there is one
+
+
+def _shared_loop() -> asyncio.AbstractEventLoop:
+    """The loop of all callers; a new one where there is none, or a task of an environment has ended it."""
+    with _choosing:
+        if not (_loops and _loops[0].is_running()):
+            _loops[:] = [_started_loop()]
+        return _loops[0]
+
+
+def _leave(loop: asyncio.AbstractEventLoop) -> None:
+    """No longer use a loop; what still runs in it ends when it can."""
+    with _choosing:
+        if _loops and _loops[0] is loop:
+            _loops.clear()
+    with suppress(RuntimeError):  # it may have ended already
+        loop.call_soon_threadsafe(_end, loop)
+
+
 def _started_loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
+    loop, begun = asyncio.new_event_loop(), threading.Event()
 
     def run() -> None:
         asyncio.set_event_loop(loop)
+        loop.call_soon(begun.set)
         try:
             loop.run_forever()
         finally:
             loop.close()
 
     threading.Thread(target=run, name="jaxrl_post loop", daemon=True).start()
+    begun.wait()
     return loop
 
 

@@ -25,6 +25,7 @@ class Record:
     Attributes:
         states: of the environment.
         rewards: `[B, T]` float32.
+        limits: `[B]` int32, the most tokens of each.
         turns: `[B]` int32, actions answered.
         errors: `[B]` int32, calls that failed, time-outs included.
         timeouts: `[B]` int32.
@@ -33,6 +34,7 @@ class Record:
 
     states: list[Any]
     rewards: np.ndarray
+    limits: np.ndarray
     turns: np.ndarray
     errors: np.ndarray
     timeouts: np.ndarray
@@ -64,7 +66,11 @@ def failure_tokens(error: str, tokenizer: TextTokenizer, on_error: str) -> list[
 
 
 def opened(
-    outcomes: Sequence[Outcome], tokenizer: TextTokenizer, max_length: int, group_size: int
+    outcomes: Sequence[Outcome],
+    tokenizer: TextTokenizer,
+    max_length: int,
+    group_size: int,
+    max_new_tokens: int | None = None,
 ) -> tuple[Record, list[list[int] | None]]:
     """What `reset` gave: the record, and for each sequence its prompt's tokens, None where it failed."""
     if all(outcome.error is not None for outcome in outcomes):
@@ -72,6 +78,7 @@ def opened(
     record = Record(
         states=[None] * len(outcomes),
         rewards=np.zeros((len(outcomes), max_length), np.float32),
+        limits=np.full(len(outcomes), max_length, np.int32),
         turns=np.zeros(len(outcomes), np.int32),
         errors=np.array([outcome.error is not None for outcome in outcomes], np.int32),
         timeouts=np.array([outcome.timed_out for outcome in outcomes], np.int32),
@@ -85,7 +92,10 @@ def opened(
         if not isinstance(outcome.value, tuple) or len(outcome.value) != 2:
             raise TypeError(f"environment.reset must return (state, prompt), got {outcome.value!r}")
         record.states[row], prompt = outcome.value
-        prompts.append(_prompt_tokens(prompt, row // group_size, tokenizer, max_length))
+        tokens = _prompt_tokens(prompt, row // group_size, tokenizer, max_length)
+        if max_new_tokens is not None:
+            record.limits[row] = min(len(tokens) + max_new_tokens, max_length)
+        prompts.append(tokens)
     return record, prompts
 
 
@@ -157,6 +167,11 @@ def unsampled(
     return Rollouts(**fields)
 
 
+def sampled(rollouts: Rollouts) -> np.ndarray:
+    """`[P, G]` int32: tokens of each sequence that the policy chose."""
+    return np.asarray(np.sum(np.asarray(rollouts.mask) > 0, axis=1)).astype(np.int32).reshape(rollouts.length.shape)
+
+
 def actions(before: Rollouts, after: Rollouts, tokenizer: TextTokenizer) -> tuple[np.ndarray, list[str]]:
     """Which sequences have acted, `[A]`, and the text that each has sampled."""
     acted = (before.finish == FINISH_NONE) & (after.finish != FINISH_ABORT)
@@ -212,7 +227,7 @@ def answered(
             finish[row], valid[row] = FINISH_ABORT, False
         elif step.done:
             finish[row] = FINISH_STOP
-        elif is_last or behind >= tokens.shape[1]:
+        elif is_last or behind >= record.limits[row]:
             finish[row] = FINISH_LENGTH
         else:
             tokens[row, end:behind] = step.observation

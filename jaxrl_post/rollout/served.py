@@ -300,7 +300,7 @@ def _ask(server: Server, kind: ServerFormat, ask: Ask, body: bytes) -> list[Comp
             raise ServerError(f"{address} answered with what is not JSON ({error}): {_beginning(text)}") from error
         try:
             return kind.read(answer, ask)
-        except ValueError as error:
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise ServerError(f"the answer of {address} cannot be used: {error}") from error
     return f"{failure} (tries: {server.retries + 1})"
 
@@ -313,6 +313,10 @@ def _post(server: Server, address: str, body: bytes) -> tuple[int, bytes]:
         headers["Authorization"] = f"Bearer {server.api_key}"
     connection = connect(parts.netloc.rpartition("@")[2], timeout=server.timeout)
     try:
+        try:
+            connection.connect()
+        except TimeoutError as error:  # nothing has been asked yet
+            raise ConnectionError(f"cannot be reached within {server.timeout} seconds") from error
         connection.request("POST", parts.path, body, headers)
         response = connection.getresponse()
         return response.status, response.read()

@@ -141,7 +141,10 @@ class VerifiersEnvironment:
         row["prompt"] = task.get("prompt_messages") or task["prompt"]
         row.setdefault("example_id", task.get("prompt_id", 0))
         state = await self.env.init_state(row, package.client, "policy")
-        state = await self.env.setup_state(state) or state
+        try:
+            state = await self.env.setup_state(state) or state
+        except package.error as error:
+            state["error"] = error
         if await self.env.is_completed(state):
             raise RuntimeError(f"the environment ended before the first turn: {state.get('error')!r}")
         messages = package.messages(await self.env.get_prompt_messages(state))
@@ -162,15 +165,21 @@ class VerifiersEnvironment:
         """
         package, env, state = _package(self.env), self.env, turn.state
         said = package.messages([self.speak(action)])
-        turns = len(state["trajectory"])
+        turns, before = len(state["trajectory"]), dict(state)
         step = {"prompt": turn.messages, "completion": said, "response": None, "tokens": None, "reward": None}
         more = {"advantage": None, "is_truncated": False, "trajectory_id": state.get("trajectory_id"), "extras": {}}
         try:
-            await env.add_trajectory_step(state, {**step, **more})
+            try:
+                await env.add_trajectory_step(state, {**step, **more})
+            except package.error as error:
+                state["error"] = error
             after, over = await self._answer(package, state, [*turn.messages, *said])
             reward = await self._score(state) if over else 0.0
         except BaseException:  # a time-out too: whoever goes on does so from the state before
             del state["trajectory"][turns:]
+            for name in set(state) - set(before):
+                del state[name]
+            state.update(before)
             raise
         new = [_plain(message) for message in after[len(turn.messages) + len(said) :]]
         return Turn(state, after), self.show(new, False) if new else "", reward, over

@@ -41,7 +41,7 @@ def token_statistics(logits: Array, tokens: Array) -> tuple[Array, Array]:
     below = logits - highest[:, None]
     weight = jnp.exp(below)
     total = jnp.sum(weight, axis=-1)
-    spread = jnp.sum(jnp.where(weight > 0, weight * below, 0.0), axis=-1)
+    spread = jnp.sum(weight * jnp.where(weight > 0, below, 0.0), axis=-1)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return chosen - highest - jnp.log(total), jnp.log(total) - spread / total
 

@@ -147,7 +147,7 @@ def transform(
     compares with the most probable token. A token is kept if every truncation keeps it, the most probable one always.
 
     Nothing is sorted: the least logit that a truncation keeps is found exactly, by a search between bounds that takes
-    some fifteen sums over the vocabulary.
+    some fifteen sums over the vocabulary, more where many logits are equal.
 
     Args:
         logits: `[..., V]`, any real dtype.
@@ -291,6 +291,8 @@ def _highest(values: Array, weight: Array, wanted: Any, floor: Array | None = No
         wanted: scalar or `[..., 1]`.
         floor: `[..., 1]`, a value that is known to be low enough; None if none is.
     """
+    # What is kept is a choice, through which no gradient goes.
+    values, weight, wanted, floor = jax.lax.stop_gradient((values, weight, wanted, floor))
     places = _in_order(values)
 
     def above(least: Array) -> tuple[Array, Array]:

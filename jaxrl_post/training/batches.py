@@ -97,7 +97,7 @@ class Batches:
         fits = self._prompt_fits()
         # Fresh problems for the method: what the warm start has shown the answers of is left out as well. Files may
         # hold no others.
-        shown = frozenset(problem["prompt"] for problem in problems.warm_start)
+        shown = frozenset(map(data.identity, problems.warm_start))
         exclude = problems.exclude if warm or config.data.files else problems.exclude | shown
         source = problems.warm_start if warm else problems.train
         if len(source) < stage.batch_size:
@@ -135,7 +135,7 @@ class Batches:
     def next(self, state: TrainState, cursor: Cursor) -> Batch:
         """The next batch: sampled with the state's policy, or given by the data."""
         self.problems = next(self._stream)
-        data.check_disjoint((problem["prompt"] for problem in self.problems), self._setup.problems.exclude)
+        data.check_disjoint(map(data.identity, self.problems), self._setup.problems.exclude)
         batch = self._sample(state, cursor) if self._stage.kind == "rollouts" else self._given()
         if filtered := self._stream.counts["filtered"]:
             batch.metrics["data/filtered_problems"] = float(filtered)

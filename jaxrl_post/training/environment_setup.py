@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,10 +14,14 @@ import numpy as np
 from jaxrl_post import data
 from jaxrl_post.rollout.environments import Environment
 from jaxrl_post.rollout.host_environment import HostEnvironment
+from jaxrl_post.rollout.host_transcripts import failure_tokens
 from jaxrl_post.training.config import Config, ConfigError
 from jaxrl_post.training.config.content_checks import ENVIRONMENT_REWARD
 from jaxrl_post.training.config.turn_checks import find_environment, find_function
-from jaxrl_post.types import Rollouts
+from jaxrl_post.types import Array, Rollouts
+
+TOKEN_REWARD = "environment_tokens"
+"""`[B, T]` of the rewards of rollouts: the reward of each action on its last token, before weights and thresholds."""
 
 
 class Turns(NamedTuple):
@@ -68,6 +73,11 @@ def make_turns(config: Config, tokenizer: data.Tokenizer) -> Turns | HostTurns |
         if not (callable(getattr(answers, "reset", None)) and callable(getattr(answers, "step", None))):
             why = f"must return an object with reset and step, got {type(answers).__name__}"
             raise ConfigError([f"rollout.environment: {rollout.environment} {why}"])
+        try:
+            failure_tokens("", tokenizer, rollout.environment_error)
+        except ValueError as error:
+            given = f"rollout.environment_error = {rollout.environment_error!r}"
+            raise ConfigError([f"{given}: {error}; give a text of characters that it knows"]) from None
         assert rollout.max_turns is not None  # the configuration's check has seen to it
         return HostTurns(answers, rollout.max_turns, longest, rollout.environment_timeout, rollout.environment_error)
     if options.environment is None:
@@ -89,6 +99,12 @@ def make_turns(config: Config, tokenizer: data.Tokenizer) -> Turns | HostTurns |
     return Turns(environment, rollout.max_turns, longest)
 
 
+def by_token(rollouts: Rollouts) -> dict[str, Array]:
+    """What an environment gave, on the tokens that earned it, under a name beside that of the reward's component."""
+    given = rollouts.rewards.get(ENVIRONMENT_REWARD)
+    return {} if given is None else {TOKEN_REWARD: given}
+
+
 def as_if_answered(rollouts: Rollouts) -> Rollouts:
     """Completions that nobody has answered, with all that those of `host_turns` hold; for their shapes."""
     counted = ("turns", "environment_errors", "environment_timeouts")
@@ -106,7 +122,10 @@ def _made(make: Callable[..., Any], name: str, keywords: Mapping[str, Any], key:
 
 
 class TaskSource:
-    """The tasks of an environment as problems: columns `prompt`, `prompt_id`, `prompt_tokens`, and `task`, its number.
+    """The tasks of an environment as problems: columns `prompt`, `prompt_id`, `prompt_tokens`, `task`, and `identity`.
+
+    `task` is its number. Two tasks are the same problem if they have the same prompt and begin in the same state, which
+    `identity` tells: what has to be found out may not be in the prompt.
 
     Args:
         environment: whose tasks they are.
@@ -123,7 +142,7 @@ class TaskSource:
     """
 
     def __init__(self, environment: Environment, tokenizer: data.Tokenizer, *, first: int, size: int):
-        self.columns = ("prompt", "prompt_id", "prompt_tokens", "task")
+        self.columns = ("prompt", "prompt_id", "prompt_tokens", "task", data.IDENTITY)
         self._tokenizer, self._first, self._size = tokenizer, first, size
         self._reset = functools.partial(jax.jit(environment.reset), key=jax.random.key(0))
 
@@ -134,7 +153,13 @@ class TaskSource:
         if not 0 <= index < self._size:
             raise IndexError(f"task {index} of {self._size}")
         number = self._first + index
-        _, text = self._reset(np.int32(number))
+        state, text = self._reset(np.int32(number))
         tokens = np.asarray(text.tokens)[: int(text.length)].tolist()
         prompt = self._tokenizer.decode(tokens)
-        return {"prompt": prompt, "prompt_id": index, "prompt_tokens": tokens, "task": number}
+        begun = hashlib.sha256(b"".join(np.asarray(_raw(x)).tobytes() for x in jax.tree.leaves(state))).hexdigest()
+        same = {data.IDENTITY: f"{prompt} {begun[:16]}"}
+        return {"prompt": prompt, "prompt_id": index, "prompt_tokens": tokens, "task": number, **same}
+
+
+def _raw(x: Array) -> Array:
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x

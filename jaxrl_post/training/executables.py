@@ -79,7 +79,8 @@ def load(path: str | os.PathLike[str], *, configuration: str | None = None) -> A
     """
     found = pickle.loads(Path(path).read_bytes())
     made, here = found["made_for"], _circumstances(jax.devices())
-    if (of := made.pop("configuration")) != (configuration or of):
+    of = made.pop("configuration")
+    if configuration is not None and configuration != of:
         raise ValueError(f"{path} was compiled from another configuration, or for other end tokens; compile it again")
     if made != here | {"devices": min(made["devices"], here["devices"])}:
         raise ValueError(f"{path} was compiled for {_shown(made)}, but here is {_shown(here)}; compile it again")
@@ -98,6 +99,8 @@ def identity(config: Config, how: Generation | None = None) -> str:
         config: of the run.
         how: what a program samples, which depends on the tokenizer too; None for one that samples nothing.
     """
+    if how is not None:
+        how = how._replace(turns=None)  # functions have no lasting names; the configuration says which they are
     values = configs.to_dict(config)
     for name in ("run_dir", "logging", "seed"):
         values.pop(name, None)
@@ -107,6 +110,8 @@ def identity(config: Config, how: Generation | None = None) -> str:
 
 def use(directory: str | os.PathLike[str], name: str, jitted: Any, *, configuration: str) -> Callable[..., Any]:
     """A program of a directory in the place of a jitted function, or that function where there is no such program.
+
+    The code of an environment of your own is not part of `configuration`: compile again when it has changed.
 
     Args:
         directory: that `save` wrote to.
@@ -118,13 +123,18 @@ def use(directory: str | os.PathLike[str], name: str, jitted: Any, *, configurat
         A function of the same arguments, which may lie elsewhere: they are brought to where the program has them.
 
     Raises:
-        ValueError: as `load`.
+        ValueError: as `load`; if there is no such directory; when called, for arrays of other shapes.
 
     Example:
-        >>> use("/nowhere", "sine", jax.numpy.sin, configuration="")(0.0).item()
+        >>> import tempfile
+        >>> use(tempfile.mkdtemp(), "sine", jax.numpy.sin, configuration="")(0.0).item()
         0.0
     """
     path = _path(directory, name)
+    if not path.parent.is_dir():
+        raise ValueError(
+            f"there is no directory {directory} with compiled programs; jaxrl-post compile --save makes it"
+        )
     if not path.is_file():
         logger.warning("there is no %s; %s is compiled here", path, name)
         return jitted
@@ -132,7 +142,13 @@ def use(directory: str | os.PathLike[str], name: str, jitted: Any, *, configurat
 
     def call(*arguments: Any, **named: Any) -> Any:
         arguments, named = jax.device_put((arguments, named), loaded.input_shardings)
-        return loaded(*arguments, **named)
+        try:
+            return loaded(*arguments, **named)
+        except TypeError as error:
+            raise ValueError(
+                f"{path} was compiled for arrays of other shapes or types, as where the data holds fewer than "
+                f"eval.problems; compile it again, or take it away: {str(error).splitlines()[0]}"
+            ) from error
 
     return call
 

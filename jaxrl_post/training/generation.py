@@ -152,6 +152,7 @@ def sample_on_host(
         max_turns=how.turns.max_turns,
         max_turn_tokens=how.turns.max_turn_tokens,
         max_length=max_length,
+        max_new_tokens=how.max_new_tokens,
         group_size=how.group_size,
         version=version,
         cache_dtype=None if how.cache_dtype is None else jnp.dtype(how.cache_dtype),

@@ -24,7 +24,7 @@ class Problems(NamedTuple):
         warm_start: the worked examples of the supervised stage.
         validation: decides when the supervised stage is over.
         held_out: what accuracy is measured on.
-        exclude: prompts that training must not see: those of `validation` and `held_out`.
+        exclude: prompts (what `data.identity` gives) that training must not see: of `validation` and `held_out`.
     """
 
     train: data.Source
@@ -102,14 +102,14 @@ def make_problems(config: Config, tokenizer: data.Tokenizer, turns: Turns | Host
         held_out = []
         if options.eval_files and held_out_count:
             source = read(options.eval_files, supervised=False, pairs=False)
-            fitting = {p["prompt"] for p in (source[i] for i in range(len(source))) if fits(p)}
+            fitting = {data.identity(p) for p in (source[i] for i in range(len(source))) if fits(p)}
             held_out = some(source, min(held_out_count, len(fitting)), frozenset())
-    exclude = frozenset(problem["prompt"] for problem in held_out)
+    exclude = frozenset(map(data.identity, held_out))
     wants_check = warm is not None and warm.until is not None
     validation = some(validation_source, warm.check_problems, exclude) if warm is not None and wants_check else []
-    exclude |= {problem["prompt"] for problem in validation}
+    exclude |= set(map(data.identity, validation))
     examples = data.held_out(warm_source, warm.examples, exclude=exclude, keep=answer_fits) if warm is not None else []
-    data.check_disjoint((problem["prompt"] for problem in examples), exclude)
+    data.check_disjoint(map(data.identity, examples), exclude)
     return Problems(train, examples, validation, held_out, exclude)
 
 

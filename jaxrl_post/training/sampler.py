@@ -20,7 +20,7 @@ from jaxrl_post import data, rewards
 from jaxrl_post import mesh as mesh_lib
 from jaxrl_post.rollout import BUDGET, EXIT, Prompts
 from jaxrl_post.training import distributed
-from jaxrl_post.training.environment_setup import HostTurns
+from jaxrl_post.training.environment_setup import HostTurns, by_token
 from jaxrl_post.training.generation import Generation, Tasks, compiled_generate, sample_on_host
 from jaxrl_post.training.setup import Setup
 from jaxrl_post.training.shares import Share, make_share
@@ -86,7 +86,8 @@ class Sampler:
         self._rewarded = rewarded
         self._budgets = budgets
         self._how, self._turns = how, how.turns
-        self._generate = setup.program(name, compiled_generate(setup.policy, how), how)
+        if not isinstance(how.turns, HostTurns):  # which is asked from Python
+            self._generate = setup.program(name, compiled_generate(setup.policy, how), how)
 
     def __call__(
         self,
@@ -107,14 +108,15 @@ class Sampler:
             version: the policy's version, recorded with every token; scheduled budgets are those of this step.
         """
         budgets = (None,) if self._budgets is None else self._budgets.at(version)
-        share = make_share(self._prompts, self._setup.rollout_mesh)
         if self._setup.to_rollout_mesh is not None:
             params = self._setup.to_rollout_mesh(params)
         pieces, own = [], []
         for start in range(0, len(problems), self._prompts):
             some = list(problems[start : start + self._prompts])
             count = len(some)
-            some += some[:1] * (self._prompts - count)  # filled up to the compiled shape
+            if not isinstance(self._turns, HostTurns):  # where each problem is really played
+                some += some[:1] * (self._prompts - count)  # filled up to the compiled shape
+            share = make_share(len(some), self._setup.rollout_mesh)
             texts = {int(i): [self._asked(some[i], budget) for budget in budgets] for i in share.held}
             first = first_id + start * self._group_size
             with jax.set_mesh(self._setup.rollout_mesh):
@@ -130,7 +132,7 @@ class Sampler:
                 piece = with_budgets(piece, budgets)
             mine = share.own[share.own < count]
             own.append(_Own(start + mine, [some[i] for i in mine], [texts[i] for i in mine], _rows(share, piece)))
-            pieces.append(piece if count == self._prompts else _first_prompts(piece, count))
+            pieces.append(piece if count == len(some) else _first_prompts(piece, count))
         rollouts = pieces[0] if len(pieces) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *pieces)
         if self._setup.rollout_mesh is not self._setup.mesh:
             rollouts = mesh_lib.place(rollouts, mesh_lib.rollout_shardings(rollouts, self._setup.mesh))
@@ -261,8 +263,7 @@ class Sampler:
         valid = rows.pop("valid") & (rows["finish"] != FINISH_ABORT)  # nothing is learned from what was given up
         layout = NamedSharding(self._setup.mesh, mesh_lib.spec(("batch", None), total.shape, self._setup.mesh.shape))
         placed = mesh_lib.place((total, components, valid), (layout, dict.fromkeys(components, layout), layout))
-        # What an environment gave stays on the tokens that earned it.
-        rollouts = rollouts.replace(reward=placed[0], rewards=placed[1] | rollouts.rewards, valid=placed[2])
+        rollouts = rollouts.replace(reward=placed[0], rewards=placed[1] | by_token(rollouts), valid=placed[2])
         scored = rewards.Scored(
             total.reshape(-1),
             {name: values.reshape(-1) for name, values in components.items()},
@@ -298,7 +299,7 @@ def _rows(share: Share, rollouts: Rollouts) -> dict[str, NDArray]:
         "new_tokens": share.read(rollouts.mask).sum(axis=1).reshape(-1, group),
         "entropy": share.read(rollouts.extras["entropy"]).sum(axis=1).reshape(-1, group),
     }
-    if "environment" in rollouts.rewards:
+    if by_token(rollouts):
         rows["environment_reward"] = share.read(rollouts.reward)
         rows |= {name: share.read(rollouts.extras[name]) for name in ENVIRONMENT_COUNTS if name in rollouts.extras}
         # Whoever answers may have changed the prompt.

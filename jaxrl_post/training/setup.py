@@ -22,7 +22,7 @@ from jaxrl_post.training import executables
 from jaxrl_post.training.config import BASE, Config, ConfigError, check_devices
 from jaxrl_post.training.config.methods_check import tokenizer_of
 from jaxrl_post.training.config.role_checks import is_checkpoint
-from jaxrl_post.training.environment_setup import HostTurns, Turns, as_if_answered, make_turns
+from jaxrl_post.training.environment_setup import HostTurns, Turns, as_if_answered, by_token, make_turns
 from jaxrl_post.training.generation import Generation, Tasks, sample_groups
 from jaxrl_post.training.model_setup import (
     Checkpoint,
@@ -258,7 +258,7 @@ class Setup:
                 return made if asked is None else with_budgets(made, asked)
 
             shapes = jax.eval_shape(sample, jax.eval_shape(self.policy.init, self.key), prompts, self.key)
-            shapes = shapes.replace(rewards=dict.fromkeys(reward_components(config), shapes.reward) | shapes.rewards)
+            shapes = shapes.replace(rewards=dict.fromkeys(reward_components(config), shapes.reward) | by_token(shapes))
         else:
             count, size = stage.batch_size, 2 if stage.kind == "pairs" else 1
             shapes = jax.eval_shape(lambda: data.to_rollouts([[0]] * count, [[[0]] * size] * count, length=length))

@@ -113,6 +113,12 @@ def test_beams_and_scores_are_those_of_transformers(theirs, beams, stops, length
             assert finish[p, k] == (FINISH_STOP if row[end - 1] in stops else FINISH_LENGTH)
 
 
+@pytest.mark.parametrize("length_penalty", [-5.0, 10.0])
+def test_what_a_beam_is_worth_does_not_decide_whether_there_is_one(length_penalty):
+    out = search(beams=V * V + 2, max_new_tokens=2, length_penalty=length_penalty)
+    assert np.asarray(out.valid).tolist() == [[True] * V**2 + [False] * 2] * 2
+
+
 def test_with_a_beam_for_every_sequence_all_are_found_in_the_order_of_their_log_probs():
     out = search(beams=V * V + 2, max_new_tokens=2, length_penalty=0.0)
     found, logp = completions(out)

@@ -377,3 +377,28 @@ def test_an_environment_that_breaks_its_contract_is_an_error():
     Bare.reset = staticmethod(lambda task: task)
     with pytest.raises(TypeError, match=r"reset must return \(state, prompt\), got 'a'"):
         play(Bare(), ["a", "b"], COPY)
+
+
+def test_a_lock_that_an_environment_keeps_serves_one_rollout_after_the_other():
+    """What asyncio binds to a loop stays bound to it."""
+    lock = asyncio.Semaphore(1)
+
+    async def answer(task, turn, action):
+        async with lock:
+            await asyncio.sleep(0.001)
+        return "b", 1.0, turn == 1
+
+    for _ in range(2):
+        out = play(answer, ["x", "y", "z"], script("xa$", "ya$", "za$", "ba$"))
+        assert not np.asarray(out.extras["environment_errors"]).any()
+        assert np.asarray(out.reward).tolist() == [[2.0]] * 3
+
+
+def test_what_is_said_behind_a_prompt_has_a_limit_of_its_own():
+    out = play(
+        lambda task, turn, action: ("b", 1.0, False), ["x", "xyz"], script("xa$", "za$", "ba$"), max_new_tokens=5
+    )
+    # x a $ | b a $ and x y z a $ | b a $: five behind each prompt, the last action is cut where that is reached.
+    assert np.asarray(out.length).tolist() == [[6], [8]]
+    assert np.asarray(out.finish).tolist() == [[FINISH_LENGTH]] * 2
+    assert np.asarray(out.extras["turns"]).tolist() == [[2]] * 2

@@ -113,6 +113,24 @@ def test_a_turn_that_fails_is_taken_back_and_can_be_tried_again():
     assert asyncio.run(run()) == ("Right.", pytest.approx(0.9), True)
 
 
+def test_a_turn_whose_scoring_fails_leaves_nothing_behind():
+    async def run():
+        environment = VerifiersEnvironment(Guess())
+        state, _ = await environment.reset(TASK)
+        score = environment.env.rubric.score_rollout
+
+        async def down(state):
+            raise ConnectionError("the judge is down")
+
+        environment.env.rubric.score_rollout = down
+        with pytest.raises(ConnectionError):
+            await environment.step(state, "5")
+        environment.env.rubric.score_rollout = score
+        return (await environment.step(state, "3"))[1:]
+
+    assert asyncio.run(run()) == ("Higher.", 0.0, False)
+
+
 def test_what_the_policy_reads_and_says_can_be_written_otherwise():
     def show(messages, first):
         return [len(message["content"]) for message in messages], first

@@ -77,3 +77,13 @@ def test_more_alternatives_than_tokens_and_none_are_refused(k):
 def test_tokens_of_other_rows_are_refused():
     with pytest.raises(ValueError, match=r"logits must be \[R, V\] and tokens \[R\], got \(2, 5\) and \(3,\)"):
         token_statistics(jnp.zeros((2, 5)), jnp.zeros(3, int))
+
+
+def test_gradients_are_those_of_the_formulas_where_tokens_are_forbidden():
+    logits = jnp.array([[0.3, -0.2, -jnp.inf]])
+    p = np.exp([0.3, -0.2]) / np.exp([0.3, -0.2]).sum()
+    entropy = -(p * np.log(p)).sum()
+    slope = jax.grad(lambda z: token_statistics(z, jnp.array([0]))[1].sum())(logits)
+    np.testing.assert_allclose(slope[0], [*(-p * (np.log(p) + entropy)), 0.0], atol=1e-6)
+    slope = jax.grad(lambda z: token_statistics(z, jnp.array([0]))[0].sum())(logits)
+    np.testing.assert_allclose(slope[0], [1 - p[0], -p[1], 0.0], atol=1e-6)

@@ -261,3 +261,13 @@ def test_only_cuts_truncate():
 def test_a_value_out_of_range_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         transform(LOGITS, **options)
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0.8}, {"top_k": 3, "top_p": 0.8}, {"top_p": jnp.array(0.8)}])
+def test_what_is_kept_has_the_gradient_of_a_choice(options):
+    """The log-prob of the likeliest token under the truncated distribution: `1 - p` of it, `-p` of the others kept."""
+    left = kept(LOGITS, **options)
+    p = np.exp(np.asarray(LOGITS, np.float64)) * np.isin(np.arange(5), left)
+    p /= p.sum()
+    slope = jax.grad(lambda z: jax.nn.log_softmax(transform(z, **options))[0])(LOGITS)
+    np.testing.assert_allclose(slope, np.eye(5)[0] - p, atol=1e-6)

@@ -1,6 +1,9 @@
 """Compiled programs in files: a run that starts without compiling, and what such files are refused for."""
 
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +11,7 @@ import pytest
 
 from jaxrl_post.planning import compiler, programs
 from jaxrl_post.training import config as configs
-from jaxrl_post.training import executables, loop
+from jaxrl_post.training import executables, loop, setup
 from tests.training import runs
 
 METHOD = {"name": "policy_gradient", "advantage": "remax"}  # which samples greedy completions too
@@ -43,6 +46,30 @@ def test_a_program_that_is_not_there_is_compiled_and_named(tmp_path, caplog):
     doubled = executables.use(tmp_path, "rollout/greedy", lambda x: 2 * x, configuration="")
     assert doubled(3) == 6
     assert f"there is no {tmp_path}/rollout-greedy.executable; rollout/greedy is compiled here" in caplog.text
+
+
+def test_what_tells_programs_apart_is_the_same_in_every_process_also_where_there_is_an_environment():
+    code = (
+        "from jaxrl_post.training import config, executables, setup\n"
+        "made = config.load('configs/gridworld.yaml')\n"
+        "print(executables.identity(made, setup.build(made).trained_generation()))\n"
+    )
+    root = Path(__file__).parents[2]
+    here = configs.load(root / "configs" / "gridworld.yaml")
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == executables.identity(here, setup.build(here).trained_generation())
+
+
+def test_arrays_of_other_shapes_are_refused_in_words(tmp_path):
+    with compiler.uncached():
+        executables.save(jax.jit(jnp.sin).lower(jnp.ones(3)).compile(), tmp_path, "sine")
+    with pytest.raises(ValueError, match="was compiled for arrays of other shapes or types"):
+        executables.use(tmp_path, "sine", jnp.sin, configuration="")(jnp.ones(4))
+
+
+def test_a_directory_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="there is no directory"):
+        executables.use(tmp_path / "nowhere", "sine", jnp.sin, configuration="")
 
 
 def test_the_programs_of_another_configuration_are_refused(tmp_path, made):

@@ -42,9 +42,10 @@ def test_the_reward_of_a_sequence_is_what_the_environment_gives_for_its_actions(
     rollout = {**WORLD["rollout"], "max_turns": 8, "max_turn_tokens": 1, "max_new_tokens": 32}
     batch, parts, batches = first_batch(world_run(tmp_path, rollout=rollout))
     environment, rollouts = parts.turns.environment, jax.device_get(batch.rollouts)
-    earned = rollouts.rewards["environment"]
+    earned = rollouts.rewards["environment_tokens"]
     assert earned.shape == rollouts.mask.shape
     np.testing.assert_allclose(rollouts.reward.reshape(-1), 2.0 * earned.sum(axis=1))
+    np.testing.assert_allclose(rollouts.rewards["environment"].reshape(-1), earned.sum(axis=1))
     assert 0 < (earned > 0).sum() < len(earned)
     for row, tokens in enumerate(rollouts.tokens):
         # Played again on the host, one action after the other.
@@ -102,6 +103,34 @@ def test_an_environment_of_ones_own_is_named_by_its_file(tmp_path):
         setup.build(configs.load(world_run(tmp_path, data=data))).prepare()
 
 
+SECRETS = """
+import jax, jax.numpy as jnp
+from jaxrl_post.rollout.environments import Environment, Text, Transition
+
+def secrets(*, vocabulary):
+    digits = jnp.asarray(vocabulary.encode("0123456789"))
+    def reset(task, key):
+        return task % 10, Text(jnp.asarray(vocabulary.encode(">")), jnp.int32(1))
+    def step(state, action, key):
+        right = action.tokens[0] == digits[state]
+        return Transition(state, Text(jnp.asarray(vocabulary.encode("?")), jnp.int32(1)), right.astype(float), right)
+    return Environment(reset, step, max_prompt=1, max_observation=1)
+"""
+
+
+def test_tasks_that_all_begin_with_the_same_words_are_told_apart_by_what_is_hidden(tmp_path):
+    (tmp_path / "secrets.py").write_text(SECRETS)
+    data = {**WORLD["data"], "environment": f"{tmp_path}/secrets.py:secrets", "environment_options": {}}
+    rollout = {**WORLD["rollout"], "max_turns": 2}
+    parts = setup.build(configs.load(world_run(tmp_path, data=data, rollout=rollout, eval={"problems": 4})))
+    held_out = {problem["task"] % 10 for problem in parts.problems.held_out}
+    assert len(held_out) == 4
+    batches = Batches(parts, parts.stages[0], Cursor())
+    state = parts.begin(parts.stages[0], parts.initial_params(), step=0)
+    batches.next(state, Cursor())
+    assert not held_out & {problem["task"] % 10 for problem in batches.problems}
+
+
 def in_environment(**changes):
     return problems_of(
         data={"environment": "gridworld", "max_prompt_length": 12},
@@ -116,6 +145,8 @@ def in_environment(**changes):
     [
         ({"data__task": "spell_backward"}, "data.environment = 'gridworld': exactly one of data.task and data.environ"),
         ({"rollout__max_turns": ...}, "rollout.max_turns: is missing"),
+        ({"rollout__max_turn_tokens": 13}, "may not be longer than all of rollout.max_new_tokens = 12"),
+        ({"data__on_long_prompt": "error"}, "data.on_long_prompt = 'error': does not apply"),
         ({"data__prompt": "{question}"}, "data.prompt = '{question}': does not apply: data.environment is given"),
         ({"rollout__budgets": [4, 8]}, "rollout.budgets = (4, 8): does not apply"),
         ({"rewards": [{"name": "task_score"}]}, "rewards.0.name = 'task_score': scores with the generator"),
@@ -220,3 +251,46 @@ def test_an_answer_that_does_not_come_is_an_error_that_is_counted(tmp_path):
     assert batch.metrics["environment/timeouts"] == batch.metrics["environment/errors"] == 3 * 4 * slow.sum()
     assert not np.asarray(batch.rollouts.reward)[slow].any()
     assert np.asarray(batch.rollouts.valid).all(axis=1).tolist() == (~slow).tolist()
+
+
+TOOLS = """
+from jaxrl_post.rollout import tool_environment
+
+def made(lengthy=False):
+    prompt = (lambda problem: ">") if lengthy else (lambda problem: problem["prompt"])
+    return tool_environment({"add": lambda a, b: a + b}, prompt=prompt, reward=lambda problem, answer: len(answer) / 2)
+"""
+
+
+def tool_run(directory, **rollout):
+    (directory / "tools.py").write_text(TOOLS)
+    given = {**runs_rollout(), "environment": f"{directory}/tools.py:made", **rollout}
+    changes = {"rollout": given, "rewards": [{"name": "environment"}], "warm_start": None}
+    return runs.tiny_run(directory, training=runs.training(steps=1), eval={"problems": 0}, **changes)
+
+
+def test_tools_are_an_environment_of_a_run(tmp_path):
+    loop.run(configs.load(tool_run(tmp_path)))
+    (row,) = runs.lines(tmp_path / "run")
+    assert row["completions/mean_turns"] == 1  # an action without a call is the answer
+    assert row["reward"] > 0
+    assert np.isfinite(row["loss"])
+
+
+def test_no_sequence_gets_longer_than_the_run_allows_however_short_its_prompt_is(tmp_path):
+    """What is scored is bounded by `max_new_tokens`; what a short prompt leaves of its row stays empty."""
+    path = host_run(tmp_path, max_new_tokens=4, max_turn_tokens=4, max_turns=8)
+    (tmp_path / "counter.py").write_text(
+        COUNTER.replace('state.endswith("!")', "False").replace('problem["prompt"]', '">"')
+    )
+    path.write_text(path.read_text().replace("max_prompt_length: 3", "max_prompt_length: 9"))
+    batch, *_ = first_batch(path)
+    assert np.asarray(batch.rollouts.length).max() <= 1 + 4
+    loop.run(configs.load(path))
+    assert all(row["nonfinite_updates"] == 0 and np.isfinite(row["loss"]) for row in runs.lines(tmp_path / "run"))
+
+
+def test_an_error_that_the_tokenizer_cannot_write_is_told_by_its_key(tmp_path):
+    path = host_run(tmp_path, environment_error="error: {error}")
+    with pytest.raises(configs.ConfigError, match=r"rollout.environment_error = 'error: \{error\}': character 'e'"):
+        loop.run(configs.load(path))

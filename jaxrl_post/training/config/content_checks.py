@@ -109,7 +109,7 @@ def _check_source(data: DataConfig, problems: Problems) -> None:
         names = (*of_files, "environment_options")
         refuse_unused(data, "data", names, "data.task is given, whose generator makes all problems", problems)
     else:
-        names = (*of_files, *of_texts, "task_options")
+        names = (*of_files, *of_texts, "task_options", "on_long_prompt")
         refuse_unused(data, "data", names, "data.environment is given, which makes all prompts", problems)
 
 

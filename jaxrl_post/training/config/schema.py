@@ -150,7 +150,7 @@ class RewardConfig:
     """One component of the reward. Exactly one of `name` and `path` is given."""
 
     name: str | None = option(
-        "a reward of this library, e.g. task_score or exact_match; environment: what data.environment gave, over all "
+        "a reward of this library, e.g. task_score or exact_match; environment: what an environment gave, over all "
         "turns",
         None,
     )

@@ -68,6 +68,12 @@ def check_turns(config: Config, made: Method, problems: Problems) -> None:
         problems.add(key, f"{why}; leave it out", data.environment or rollout.environment)
     if rollout.max_turns is None:
         problems.add("rollout.max_turns", "is missing: the most actions that the policy may take, e.g. 8")
+    if problems.ok("rollout.max_turn_tokens") and (rollout.max_turn_tokens or 0) > rollout.max_new_tokens:
+        problems.add(
+            "rollout.max_turn_tokens",
+            f"one action may not be longer than all of rollout.max_new_tokens = {rollout.max_new_tokens}",
+            rollout.max_turn_tokens,
+        )
     why = f"{key} is given, where completions go on turn by turn"
     refuse_unused(rollout, "rollout", ("budgets", "budget_prompt", "exits"), why, problems)
     if config.warm_start is not None and data.environment is not None:
