@@ -194,7 +194,8 @@ def generate_turns(
         environment: static; see `environments.Environment` for its contract.
         tasks: `[P]` int, which `environment.reset` is given; they become `prompt_id`.
         key: a typed key or a raw one.
-        sampling: as in `generate`; penalties count what the policy has said. `min_tokens` does not apply.
+        sampling: as in `generate`; `presence_penalty` and `frequency_penalty` count what the policy has said,
+            `repetition_penalty` the prompt too, and none an observation. `min_tokens` does not apply.
         max_turns: actions of an episode; static.
         max_turn_tokens: `A`, tokens of an action; static.
         max_new_tokens: `N`, tokens behind a prompt, of actions and observations, at least `A`; static. None for all

@@ -102,6 +102,8 @@ def generate_text(
 ) -> list[list[dict[str, Any]]]:
     """Complete prompts with a run's policy.
 
+    Where it was trained to act in turns, a completion is one action, which nobody answers.
+
     Args:
         run_dir: the run's directory.
         prompts: texts.
@@ -130,7 +132,7 @@ def generate_text(
             SamplingParams(temperature=temperature or 1.0, greedy=temperature == 0),
             samples,
             max_new_tokens=max_new_tokens,
-        )._replace(turns=None),  # whoever gives a prompt answers it
+        )._replace(turns=None),  # whoever gives the prompt answers
         prompts=len(prompts),
         prompt_length=max(lengths),
         rewarded=False,
