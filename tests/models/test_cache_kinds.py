@@ -260,33 +260,59 @@ def test_a_loop_over_tokens_copies_no_array_of_the_cache(name, dtype):
 # With shared prompts.
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), [("global", None), ("mixed", None), ("all local", None), ("mixed", jnp.int8)]
-)
-def test_a_shared_prompt_gives_the_states_of_one_for_each_sequence(name, dtype):
-    policy, params = model(name)
-    group = 3
+def grouped_sequences(group):
+    """`SEQUENCES` of `group` members each, which differ behind the prompt."""
     sequences = np.random.default_rng(5).integers(0, V, (4 * group, 8 + NEW)).astype(np.int32)
     for row, length in enumerate(LENGTHS):
         sequences[row * group : (row + 1) * group, :length] = sequences[row * group, :length]
-    run = jax.jit(
-        functools.partial(run_through, policy, prepare=lambda c: share_prompts(policy.init_cache(12, NEW, dtype), c))
+    return sequences
+
+
+def run_shared(policy, params, sequences, dtype, columns=NEW):
+    group = len(sequences) // 4
+    run = functools.partial(
+        run_through, policy, prepare=lambda rows: share_prompts(policy.init_cache(4 * group, columns, dtype), rows)
     )
-    first, states, cache = run(params, sequences, LENGTHS, policy.init_cache(4, 8, dtype))
+    return jax.jit(run)(params, sequences, LENGTHS, policy.init_cache(4, 8, dtype))
+
+
+@pytest.mark.parametrize("name", ["global", "mixed", "all local"])
+def test_a_shared_prompt_gives_the_states_of_one_for_each_sequence(name):
+    policy, params = model(name)
+    sequences = grouped_sequences(3)
+    first, states, cache = run_shared(policy, params, sequences, None)
     assert isinstance(cache, SharedCache)
     assert len(cache.prompt.positions) == 4
-    each = np.repeat(LENGTHS, group)
-    if dtype is None:
-        first = np.repeat(first, group, axis=0)
-        assert_states(first, states, whole_states(policy, params, sequences), each)
-        return
-    repeat = lambda rows: policy.insert(policy.init_cache(12, 8 + NEW, dtype), rows, group)  # noqa: E731
-    alone = jax.jit(functools.partial(run_through, policy, prepare=repeat))
-    expected = alone(params, sequences, LENGTHS, policy.init_cache(4, 8, dtype))[1]
-    # The last bits of two programs may round an element to either of two neighbours, which moves a token or two.
-    difference = np.abs(np.asarray(states) - np.asarray(expected)).max(axis=-1)
-    assert (difference > 1e-5).mean() < 0.05
-    assert difference.max() < 0.01
+    whole = whole_states(policy, params, sequences)
+    assert_states(np.repeat(first, 3, axis=0), states, whole, np.repeat(LENGTHS, 3))
+
+
+def side_by_side(prompt, own, group):
+    """One cache of the numbers of two: the prompts' columns, those behind them, and an empty one for the next token."""
+    if isinstance(prompt, WindowedCache):
+        return WindowedCache(*(side_by_side(*parts, group) for parts in zip(prompt, own, strict=True)))
+    room = {"k": (1, 3), "v": (1, 3), "k_scale": (1, 3), "v_scale": (1, 3), "positions": (0, 1)}
+    found = {}
+    for name, (rows, columns) in room.items():
+        both = [np.repeat(getattr(prompt, name), group, axis=rows), np.asarray(getattr(own, name))]
+        empty = np.full_like(np.take(both[1], [0], axis=columns), -1 if name == "positions" else 0)
+        found[name] = jnp.asarray(np.concatenate([*both, empty], axis=columns))
+    return prompt._replace(index=jnp.asarray(found["positions"].shape[1] - 1), **found)
+
+
+@pytest.mark.parametrize("name", ["global", "mixed"])
+def test_a_shared_prompt_in_int8_gives_the_state_of_the_same_numbers_in_one_cache(name):
+    """Of the same numbers, as the last bits of two programs may round a new key to either of two neighbours."""
+    policy, params = model(name)
+    _, _, full = run_shared(policy, params, grouped_sequences(3), jnp.int8, columns=NEW + 1)
+    begun = share_prompts(policy.init_cache(12, NEW + 1, jnp.int8), full.prompt)
+    decode = jax.jit(policy.decode)
+    for shared, behind in ((begun, 0), (full, NEW)):
+        token, position = np.ones((12, 1), np.int32), np.repeat(LENGTHS + behind, 3)[:, None]
+        state = decode(params, token, position, shared)[0]
+        alone = decode(params, token, position, side_by_side(shared.prompt, shared.own, 3))[0]
+        np.testing.assert_allclose(state, alone, atol=1e-5)
+    assert int(np.max(full.own.positions)) == LENGTHS.max() + NEW - 1  # all that was said behind the prompts is there
 
 
 def test_a_shared_prompt_is_read_in_one_product_for_all_its_sequences():
