@@ -138,7 +138,7 @@ class TaskSource:
         >>> tokenizer = data.CharTokenizer("0123456789-+*=()>?")
         >>> source = TaskSource(environments.calculator(vocabulary=tokenizer, terms=2), tokenizer, first=2, size=9)
         >>> source[0]["prompt"], source[0]["task"]
-        ('5*6>', 2)
+        ('5-2>', 2)
     """
 
     def __init__(self, environment: Environment, tokenizer: data.Tokenizer, *, first: int, size: int):

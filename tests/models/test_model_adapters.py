@@ -141,7 +141,7 @@ def test_generating_by_recomputation_equals_the_direct_forward_of_ragged_prompts
 
     @jax.jit
     def run(params):
-        states, cache = policy.prefill(params, prompts, positions, policy.init_cache(2, 6, jnp.float32))
+        states, cache = policy.prefill(params, prompts, positions, policy.init_cache(2, 6))
 
         def step(cache, i):
             places = (lengths + i)[:, None]
