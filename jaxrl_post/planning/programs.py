@@ -242,6 +242,9 @@ def _sampling(setup: Setup, state: Any, name: str, how: Generation, count: int) 
     """Groups of completions of `count` problems; where Python answers, as if nobody did."""
     params, mesh = _sampling_params(setup, state), setup.rollout_mesh
     length, new, group, parts = setup.prompt_length, how.max_new_tokens, how.group_size, how.parts
+    begun = count * parts
+    if how.tokens_per_step is not None:  # each completion is read again by itself, and goes on
+        begun, length, new = count * group, length + new, how.tokens_per_step
     prompts = _placed(setup.prompt_shapes(how, count), mesh)
     key = _key(setup, mesh)
 
@@ -259,14 +262,14 @@ def _sampling(setup: Setup, state: Any, name: str, how: Generation, count: int) 
     def cache_of() -> Any:
         if how.slots is not None and how.slots < rows:
             return setup.policy.init_cache(how.slots, length + new, dtype)
-        prompts = setup.policy.init_cache(count * parts, length, dtype)
-        return together(setup.policy, prompts, rows, group // parts, length, new, dtype)
+        prompts = setup.policy.init_cache(begun, length, dtype)
+        return together(setup.policy, prompts, rows, rows // begun, length, new, dtype)
 
     with jax.set_mesh(mesh):
         cache = jax.eval_shape(cache_of)
     sizes = ModelSizes.of(setup)
     # A prompt is read once for all its completions, but for its last token, which gives each its first.
-    read = sizes.forward(count * parts, length - 1, 0)
+    read = sizes.forward(begun, length - 1, 0)
     return Program(
         name,
         lower,

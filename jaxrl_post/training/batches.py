@@ -14,15 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxrl_post import curation, data
+from jaxrl_post import mesh as mesh_lib
 from jaxrl_post.rollout import BUDGET, EXIT, SamplingParams
 from jaxrl_post.training import distributed
 from jaxrl_post.training.problem_setup import answer_column, completion_fits
-from jaxrl_post.training.sampler import Sampled, Sampler, sampled_metrics
+from jaxrl_post.training.sampler import Begun, Sampled, Sampler, sampled_metrics
 from jaxrl_post.training.setup import Setup, Stage
 from jaxrl_post.training.shares import make_share
 from jaxrl_post.training.state import TrainState
 from jaxrl_post.training.subgroups import make_budgets
-from jaxrl_post.types import ANSWER_TOKENS, Rollouts
+from jaxrl_post.types import ANSWER_TOKENS, FINISH_NONE, PyTree, Rollouts
 
 GREEDY_REWARD = "greedy_reward"
 """What a method wants (`Method.wants`) that is sampled for it alone."""
@@ -73,6 +74,7 @@ class Batch:
         sequences: number of sequences sampled.
         tokens: number of completion tokens.
         shown: prompt, completion and reward of a few of them, for the log.
+        waiting: problems that have completions to go on with; where all have, there is nothing to be learned from yet.
     """
 
     rollouts: Rollouts | None
@@ -81,16 +83,23 @@ class Batch:
     sequences: int
     tokens: int
     shown: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    waiting: int = 0
 
 
 class Batches:
     """The batches of a stage, from a position that a checkpoint can hold.
 
+    Args:
+        setup: the run's parts.
+        stage: the stage.
+        cursor: where it is.
+        carried: what the step before left to be gone on with, or trained on; `()` if nothing.
+
     Attributes:
         problems: those of the last batch.
     """
 
-    def __init__(self, setup: Setup, stage: Stage, cursor: Cursor):
+    def __init__(self, setup: Setup, stage: Stage, cursor: Cursor, carried: PyTree = ()):
         config, problems = setup.config, setup.problems
         self._setup, self._stage = setup, stage
         warm = stage.name == "warm_start"
@@ -107,9 +116,10 @@ class Batches:
             )
         given = answer_column(problems.train)
         self._names = {"rollouts": (), "completions": (given,), "pairs": ("chosen", "rejected")}[stage.kind]
-        self._stream = data.stream(
-            source, batch_size=stage.batch_size, seed=config.seed, exclude=exclude, keep=self._fits(fits)
-        )
+        # Completions that go on keep their problems, of which the others take the next ones singly.
+        partial = stage.kind == "rollouts" and config.rollout.tokens_per_step is not None
+        each = 1 if partial else stage.batch_size
+        self._stream = data.stream(source, batch_size=each, seed=config.seed, exclude=exclude, keep=self._fits(fits))
         if cursor.data is not None:
             self._stream.set_state(cursor.data)
         self.problems: list[data.Problem] = []
@@ -127,32 +137,84 @@ class Batches:
             self._sampler = sampler(setup.trained_generation(), name="rollout", budgets=budgets)
             self._greedy = sampler(setup.generation(SamplingParams(greedy=True)), name="rollout/greedy")
             self._select = jax.jit(curation.select_groups, static_argnums=1)
+            self._carries, self._partial, self._ahead = setup.carries(stage), partial, config.rollout.ahead
+            self._begun: Begun | None = None
+            if self._carries and carried != ():
+                ids = distributed.to_host(carried.prompt_id)
+                self._begun = Begun([source[int(i)] for i in ids], stage.batch_size, cursor.stage_step - 1, carried)
 
     def position(self) -> dict[str, Any]:
         """Where the data is, as JSON."""
         return self._stream.get_state()
 
+    def carried(self) -> PyTree:
+        """What the last batch left to the next, as a checkpoint holds it."""
+        if not self._setup.carries(self._stage) or self._begun is None:
+            return ()
+        # What only each process has by itself (budgets) goes onto the mesh.
+        rollouts = self._begun.rollouts
+        return mesh_lib.place(rollouts, mesh_lib.rollout_shardings(rollouts, self._setup.rollout_mesh))
+
     def next(self, state: TrainState, cursor: Cursor) -> Batch:
         """The next batch: sampled with the state's policy, or given by the data."""
-        self.problems = next(self._stream)
-        data.check_disjoint(map(data.identity, self.problems), self._setup.problems.exclude)
-        batch = self._sample(state, cursor) if self._stage.kind == "rollouts" else self._given()
+        if self._stage.kind == "rollouts":
+            batch = self._sample(state, cursor)
+        else:
+            self.problems = self._drawn()
+            batch = self._given()
         if filtered := self._stream.counts["filtered"]:
             batch.metrics["data/filtered_problems"] = float(filtered)
         if skipped := getattr(self._setup.problems.train, "skipped", 0):
             batch.metrics["data/skipped_rows"] = float(skipped)
         return batch
 
-    def _sample(self, state: TrainState, cursor: Cursor) -> Batch:
-        config = self._setup.config
-        sampled = self._sampler(
+    def _drawn(self) -> list[data.Problem]:
+        problems = next(self._stream)
+        data.check_disjoint(map(data.identity, problems), self._setup.problems.exclude)
+        return problems
+
+    def _begin(self, state: TrainState, cursor: Cursor, before: Begun | None) -> Begun:
+        """Have the next completions sampled: of other problems, or where those of the call before go on."""
+        carried = None if before is None else before.rollouts
+        if not self._partial:
+            problems, carried = self._drawn(), None
+        elif before is None or carried is None:
+            problems, carried = [self._drawn()[0] for _ in range(self._stage.batch_size)], self._none_going_on()
+        else:
+            going = distributed.to_host(jnp.any(carried.finish == FINISH_NONE, axis=1))
+            problems = [old if on else self._drawn()[0] for old, on in zip(before.problems, going, strict=True)]
+        (begun,) = self._sampler.begin(
             state.params["policy"],
-            self.problems,
+            problems,
             jax.random.fold_in(self._setup.key, 4),
             first_id=cursor.next_id,
             version=cursor.stage_step,
+            carried=carried,
         )
+        return begun
+
+    def _none_going_on(self) -> Rollouts:
+        shapes = self._setup.carried(self._stage)
+        layout = jax.tree.map(lambda x: x.sharding, shapes)
+        ones = jax.jit(lambda: jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes), out_shardings=layout)
+        return ones()  # of which `finish` says that all have ended
+
+    def _sample(self, state: TrainState, cursor: Cursor) -> Batch:
+        config = self._setup.config
+        begun = self._begun
+        if begun is None or not self._ahead:
+            begun = self._begin(state, cursor, begun)
+        if self._ahead:
+            # Before anything waits for what is sampled already.
+            later = dataclasses.replace(cursor, next_id=cursor.next_id + begun.rollouts.batch_size)
+            self._begun = self._begin(state, later, begun)
+        elif self._partial:
+            self._begun = begun
+        self.problems = begun.problems
+        sampled = self._sampler.score([begun], cursor.stage_step if self._carries else None)
         metrics = sampled_metrics(sampled, config.eval.correct_at)
+        if self._partial:
+            metrics["completions/waiting_groups"] = float(len(begun.problems) - len(sampled.ended))
         if GREEDY_REWARD in self._stage.method.wants:
             greedy = self._greedy(state.params["policy"], self.problems, self._setup.key).rollouts
             known = distributed.to_host(greedy.valid)
@@ -170,7 +232,8 @@ class Batches:
             metrics["curriculum/informative_groups"] = float(useful.mean())
             chosen = self._select(every, config.rollout.prompts) if useful.any() else None
         tokens = int(sampled.rows["new_tokens"].sum())
-        return Batch(chosen, metrics, sampled, every.batch_size, tokens, shown(sampled, self.problems))
+        waiting = len(self.problems) - len(sampled.ended)
+        return Batch(chosen, metrics, sampled, every.batch_size, tokens, shown(sampled, self.problems), waiting)
 
     def _prompt_fits(self) -> Callable[[data.Problem], bool]:
         """Whether a problem's prompt is within the limit, with every sentence about a budget that may follow it."""
@@ -260,11 +323,11 @@ def shown(sampled: Sampled, problems: list[data.Problem]) -> list[dict[str, Any]
     group = sampled.rollouts.group_size
     return [
         {
-            "prompt": problem["prompt"],
+            "prompt": problems[problem]["prompt"],
             "completion": completion,
             "reward": float(reward[index * group]) if valid[index * group] else None,
         }
-        for index, (problem, completion) in enumerate(zip(problems, sampled.shown, strict=False))
+        for index, (problem, completion) in enumerate(zip(sampled.ended, sampled.shown, strict=False))
     ]
 
 

@@ -184,16 +184,17 @@ def run_stage(
     evaluator, checkpoints, in_flight, files, log, progress, stop_requested = services
     if cursor.ended or cursor.stage_step >= stage.steps:
         return state, cursor, done
-    frozen, main = never_changing(setup, stage, state), distributed.is_main()
+    frozen, main, carries = never_changing(setup, stage, state), distributed.is_main(), setup.carries(stage)
     waiting = in_flight.restore(setup, stage, done, cursor)
-    batches = Batches(setup, stage, cursor if waiting is None else waiting.cursor)
+    batches = Batches(setup, stage, cursor if waiting is None else waiting.cursor, state.curriculum_state)
+    state = state.replace(curriculum_state=())
     refresh = make_refresh(stage.roles)
     skip = make_skip(refresh)
     step = setup.program(setup.step_name(stage), setup.step(stage))
     while not (cursor.ended or cursor.stage_step >= stage.steps):
         started = time.perf_counter()
         batch, waiting = batches.next(state, cursor) if waiting is None else waiting.batch, None
-        if batch.sampled is not None and batch.rollouts is not None and stop_requested():
+        if batch.sampled is not None and batch.rollouts is not None and not carries and stop_requested():
             checkpoints.commit(done, state, dataclasses.asdict(cursor), frozen=frozen)
             kept = in_flight.save(setup, done, batch, dataclasses.replace(cursor, data=batches.position()))
             also = " with the rollouts of the next one" if kept else ""
@@ -201,8 +202,9 @@ def run_stage(
             raise distributed.Stopped
         prepared = time.perf_counter()
         metrics = {**batch.metrics, "learning_rate": float(np.asarray(stage.schedule(cursor.updates)))}
+        all_wait = batch.sampled is not None and batch.waiting == len(batches.problems)
         if batch.rollouts is None:
-            state, skipped, updates, empty = skip(state), 0, 0, True
+            state, skipped, updates, empty = skip(state), 0, 0, not all_wait
         else:
             state, updated = step(state, batch.rollouts)
             metrics |= {name: float(value) for name, value in jax.device_get(updated).items()}
@@ -217,7 +219,7 @@ def run_stage(
             num_tokens=cursor.num_tokens + batch.tokens,
             updates=cursor.updates + updates,
             nonfinite=cursor.nonfinite + 1 if skipped else 0,
-            empty=cursor.empty + 1 if empty else 0,
+            empty=cursor.empty + 1 if empty else cursor.empty if all_wait else 0,
             data=batches.position(),
         )
         seconds = time.perf_counter() - started
@@ -250,9 +252,9 @@ def run_stage(
             progress.message(f"{failure}; saving again")
         saved = dataclasses.asdict(cursor)
         if last or stopping:
-            checkpoints.commit(done, state, saved, frozen=frozen)
+            checkpoints.commit(done, state.replace(curriculum_state=batches.carried()), saved, frozen=frozen)
         elif failure or cursor.stage_step % config.training.checkpoint_every == 0:
-            checkpoints.save(done, state, saved, frozen=frozen)
+            checkpoints.save(done, state.replace(curriculum_state=batches.carried()), saved, frozen=frozen)
             if main:
                 files.push()
         if stopping:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,11 @@ from jaxrl_post import mesh as mesh_lib
 from jaxrl_post.rollout import BUDGET, EXIT, Prompts
 from jaxrl_post.training import distributed
 from jaxrl_post.training.environment_setup import HostTurns, by_token
-from jaxrl_post.training.generation import Generation, Tasks, compiled_generate, sample_on_host
+from jaxrl_post.training.generation import Continued, Generation, Tasks, compiled_generate, sample_on_host
 from jaxrl_post.training.setup import Setup
 from jaxrl_post.training.shares import Share, make_share
 from jaxrl_post.training.subgroups import Budgets, subgroup_metrics, with_budgets
-from jaxrl_post.types import FINISH_ABORT, FINISH_LENGTH, Array, Params, Rollouts
+from jaxrl_post.types import FINISH_ABORT, FINISH_LENGTH, FINISH_NONE, Array, Params, Rollouts
 
 COMPONENT = "component/"
 """What the names of the reward's components begin with in a process's report."""
@@ -36,20 +36,39 @@ SHOWN = 4
 """Problems of a batch whose first completion every process gets to see, for the log."""
 
 
+class Begun(NamedTuple):
+    """Completions that the devices are given to sample, in one compiled call.
+
+    Attributes:
+        problems: as the data has them; those after the first `count` only fill up the compiled shape.
+        count: problems that were asked for.
+        version: of the policy, as `Sampler` is given it.
+        rollouts: on the devices, which may still be at work.
+    """
+
+    problems: list[data.Problem]
+    count: int
+    version: int
+    rollouts: Rollouts
+
+
 class Sampled(NamedTuple):
     """Rollouts with their texts, and what the rewards said of them.
 
     Attributes:
         rollouts: on the device, rewards and validity filled in.
         completions: texts of the problems that are this process's own, in order: all `B` where there is one process.
-        shown: the first completion of each of the first `SHOWN` problems.
-        rows: host arrays `[P, G]`, those of all processes: `new_tokens`, `entropy` (nats, summed over them), `finish`,
-            and `budget` and `exit` where there are.
+        ended: `[E]`, the problems of which all completions have ended: all `P`, but where completions go on. Only they
+            are valid, and in what follows.
+        shown: the first completion of each of the first `SHOWN` of them.
+        rows: host arrays `[E, G]`, those of all processes: `new_tokens`, `entropy` (nats, summed over them), `finish`,
+            and, where there are, `stale_tokens` (of an older policy), `budget` and `exit`.
         scored: by the reward functions of all processes; None where there are none.
     """
 
     rollouts: Rollouts
     completions: list[str]
+    ended: NDArray[np.int64]
     shown: list[str]
     rows: dict[str, NDArray]
     scored: rewards.Scored | None
@@ -107,17 +126,38 @@ class Sampler:
             first_id: id of the first sequence; the others follow.
             version: the policy's version, recorded with every token; scheduled budgets are those of this step.
         """
-        budgets = (None,) if self._budgets is None else self._budgets.at(version)
+        return self.score(self.begin(params, problems, key, first_id=first_id, version=version))
+
+    def begin(
+        self,
+        params: Params,
+        problems: Sequence[data.Problem],
+        key: Array,
+        *,
+        first_id: int = 0,
+        version: int = 0,
+        carried: Rollouts | None = None,
+    ) -> list[Begun]:
+        """Have completions sampled, without waiting for them.
+
+        Args:
+            params: as for all of it at once; and so are the other arguments.
+            problems: where completions go on, those of `carried`, with others where all have ended.
+            key: likewise.
+            first_id: likewise.
+            version: likewise.
+            carried: completions to go on with, where they do.
+        """
+        budgets = self._budgets_at(version)
         if self._setup.to_rollout_mesh is not None:
             params = self._setup.to_rollout_mesh(params)
-        pieces, own = [], []
+        begun = []
         for start in range(0, len(problems), self._prompts):
             some = list(problems[start : start + self._prompts])
             count = len(some)
             if not isinstance(self._turns, HostTurns):  # where each problem is really played
                 some += some[:1] * (self._prompts - count)  # filled up to the compiled shape
             share = make_share(len(some), self._setup.rollout_mesh)
-            texts = {int(i): [self._asked(some[i], budget) for budget in budgets] for i in share.held}
             first = first_id + start * self._group_size
             with jax.set_mesh(self._setup.rollout_mesh):
                 if isinstance(self._turns, HostTurns):
@@ -126,19 +166,48 @@ class Sampler:
                     tasks = self._tasks_of(share, some, first, count)
                     piece = self._generate(params, tasks, key, version=version)
                 else:
-                    prompts = self._prompts_of(share, texts, first, count)
+                    texts = {int(i): [self._asked(some[i], budget) for budget in budgets] for i in share.held}
+                    prompts: Any = self._prompts_of(share, texts, first, count)
+                    if carried is not None:
+                        prompts = Continued(prompts, carried)
                     piece = self._generate(params, prompts, key, version=version)
             if self._budgets is not None:
                 piece = with_budgets(piece, budgets)
-            mine = share.own[share.own < count]
-            own.append(_Own(start + mine, [some[i] for i in mine], [texts[i] for i in mine], _rows(share, piece)))
+            begun.append(Begun(some, count, version, piece))
+        return begun
+
+    def score(self, begun: list[Begun], version: int | None = None) -> Sampled:
+        """Wait for completions, and score those of problems of which all have ended.
+
+        Args:
+            begun: all that was sampled for one batch.
+            version: of the policy that is going to learn from it, where that may be another than what sampled.
+        """
+        pieces, own, start = [], [], 0
+        for some, count, sampled_by, piece in begun:
+            share = make_share(len(some), self._setup.rollout_mesh)
+            rows = _rows(share, piece)
+            if version is not None:
+                older = share.read((piece.mask > 0) & (piece.version < version))
+                rows["stale_tokens"] = older.sum(axis=1).reshape(-1, self._group_size)
+            kept = share.own < count
+            if self._how.tokens_per_step is not None:
+                kept &= (rows["finish"] != FINISH_NONE).all(axis=1)
+            mine, budgets = share.own[kept], self._budgets_at(sampled_by)
+            asked = [[self._asked(some[i], budget) for budget in budgets] for i in mine]
+            rows = {name: _of_problems(x, kept) for name, x in rows.items()}
+            own.append(_Own(start + mine, [some[i] for i in mine], asked, rows))
             pieces.append(piece if count == len(some) else _first_prompts(piece, count))
+            start += count
         rollouts = pieces[0] if len(pieces) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *pieces)
         if self._setup.rollout_mesh is not self._setup.mesh:
             rollouts = mesh_lib.place(rollouts, mesh_lib.rollout_shardings(rollouts, self._setup.mesh))
         completions = [text for part in own for text in self._decode(part)]
         every = distributed.exchange(lambda: self._report(own, completions))
-        return self._merged(rollouts, completions, every, len(problems))
+        return self._merged(rollouts, completions, every)
+
+    def _budgets_at(self, version: int) -> tuple[int | None, ...]:
+        return (None,) if self._budgets is None else self._budgets.at(version)
 
     def _asked(self, problem: data.Problem, budget: int | None) -> data.Problem:
         return problem if self._budgets is None else data.extend_prompt(problem, self._budgets.prompt("", budget))
@@ -204,8 +273,8 @@ class Sampler:
         problem = np.concatenate([part.index for part in own])
         report = {"problem": problem}
         for name in own[0].rows.keys() - {"tokens", "length", "begins"}:
-            report[name] = np.concatenate([part.rows[name][: len(part.index)] for part in own])
-        shown = {int(i): completions[row * group] for row, i in enumerate(problem) if i < SHOWN}
+            report[name] = np.concatenate([part.rows[name] for part in own])
+        shown = {int(i): completions[row * group] for row, i in enumerate(problem[:SHOWN])}
         report["shown"] = np.asarray(json.dumps(shown))
         if not self._rewarded:
             return report
@@ -243,26 +312,26 @@ class Sampler:
             }
         )
 
-    def _merged(
-        self, rollouts: Rollouts, completions: list[str], every: list[dict[str, NDArray]], count: int
-    ) -> Sampled:
+    def _merged(self, rollouts: Rollouts, completions: list[str], every: list[dict[str, NDArray]]) -> Sampled:
         """The reports of all processes put together."""
-        rows: dict[str, NDArray] = {}
+        problem = np.concatenate([report["problem"] for report in every])
+        order = np.argsort(problem)
+        ended, rows = problem[order], {}
         for name in every[0].keys() - {"problem", "shown", "errors"}:
-            rows[name] = np.empty((count, self._group_size), every[0][name].dtype)
-            for report in every:
-                rows[name][report["problem"]] = report[name]
+            rows[name] = np.concatenate([report[name] for report in every])[order]
         texts = {int(i): text for report in every for i, text in json.loads(str(report["shown"])).items()}
-        shown = [texts[i] for i in sorted(texts)]
+        shown = [texts[i] for i in sorted(texts)[:SHOWN]]
         if not self._rewarded:
-            return Sampled(rollouts, completions, shown, rows, None)
+            return Sampled(rollouts, completions, ended, shown, rows, None)
         errors = np.sum([report["errors"] for report in every], axis=0)
         names = [function.name for function in self._setup.reward_functions]
         components = {name: rows.pop(COMPONENT + name) for name in names}
         total = rows.pop("total").astype(np.float32)
         valid = rows.pop("valid") & (rows["finish"] != FINISH_ABORT)  # nothing is learned from what was given up
-        layout = NamedSharding(self._setup.mesh, mesh_lib.spec(("batch", None), total.shape, self._setup.mesh.shape))
-        placed = mesh_lib.place((total, components, valid), (layout, dict.fromkeys(components, layout), layout))
+        shape = rollouts.reward.shape[:1] + total.shape[1:]
+        layout = NamedSharding(self._setup.mesh, mesh_lib.spec(("batch", None), shape, self._setup.mesh.shape))
+        whole = jax.tree.map(lambda x: _of_all(x, ended, rollouts.num_prompts), (total, components, valid))
+        placed = mesh_lib.place(whole, (layout, dict.fromkeys(components, layout), layout))
         rollouts = rollouts.replace(reward=placed[0], rewards=placed[1] | by_token(rollouts), valid=placed[2])
         scored = rewards.Scored(
             total.reshape(-1),
@@ -270,7 +339,7 @@ class Sampler:
             valid.reshape(-1),
             {name: int(error) for name, error in zip(names, errors, strict=True)},
         )
-        return Sampled(rollouts, completions, shown, rows, scored)
+        return Sampled(rollouts, completions, ended, shown, rows, scored)
 
 
 class _Own(NamedTuple):
@@ -280,7 +349,7 @@ class _Own(NamedTuple):
         index: of each problem among those that were asked for.
         problems: as the data has them.
         asked: the prompts of each: one, or one for each sub-group.
-        rows: host arrays, `tokens` `[O * G, T]` and numbers `[O, G]`.
+        rows: host arrays of these problems, `tokens` `[O * G, T]` and numbers `[O, G]`.
     """
 
     index: NDArray
@@ -308,6 +377,18 @@ def _rows(share: Share, rollouts: Rollouts) -> dict[str, NDArray]:
     return rows | {name: share.read(rollouts.extras[name]) for name in (BUDGET, EXIT) if name in rollouts.extras}
 
 
+def _of_problems(rows: NDArray, kept: NDArray[np.bool_]) -> NDArray:
+    """Of `[O * k, ...]` the rows of the problems that are kept."""
+    return rows.reshape(len(kept), -1, *rows.shape[1:])[kept].reshape(-1, *rows.shape[1:]) if len(kept) else rows
+
+
+def _of_all(rows: NDArray, ended: NDArray[np.int64], count: int) -> NDArray:
+    """`[E, G]` as `[P, G]`, with zeros for the others."""
+    whole = np.zeros((count, *rows.shape[1:]), rows.dtype)
+    whole[ended] = rows
+    return whole
+
+
 def _prompt_ids(share: Share, problems: list[data.Problem], count: int) -> NDArray[np.int32]:
     """Of the problems held; -1 behind the first `count`, which only fill up the compiled shape."""
     return np.asarray([problems[i].get("prompt_id", -1) if i < count else -1 for i in share.held], np.int32)
@@ -329,12 +410,15 @@ def sampled_metrics(sampled: Sampled, correct_at: float) -> dict[str, float]:
         `reward` (mean over scored completions), `reward_std` (mean over groups of the unbiased standard deviation),
         `frac_reward_zero_std` (groups whose rewards are all equal), `accuracy`, `rewards/<name>/mean|std`,
         `rewards/unscored` (fraction), `completions/*` (tokens; `clipped_ratio` is the fraction cut at the limit,
-        `aborted_ratio` that of those the engine gave up, which are not valid; `mean_turns` in an environment, of which
+        `aborted_ratio` that of those the engine gave up, which are not valid; `stale_ratio` the fraction of tokens that
+        an older policy sampled, where there are any; `mean_turns` in an environment, of which
         one in Python gives `environment/errors` and, among them, `environment/timeouts`, numbers of calls),
         `entropy` (nats per token, of the tempered distribution), and those of `subgroup_metrics`.
     """
     rows = sampled.rows
     lengths = rows["new_tokens"].reshape(-1)
+    if not len(lengths):
+        return {}
     ended = rows["finish"].reshape(-1) != FINISH_LENGTH
     metrics = {
         "entropy": float(rows["entropy"].sum() / max(lengths.sum(), 1.0)),
@@ -344,6 +428,8 @@ def sampled_metrics(sampled: Sampled, correct_at: float) -> dict[str, float]:
         "completions/clipped_ratio": float(1.0 - ended.mean()),
         "completions/aborted_ratio": float((rows["finish"] == FINISH_ABORT).mean()),
     }
+    if "stale_tokens" in rows:
+        metrics["completions/stale_ratio"] = float(rows["stale_tokens"].sum() / max(lengths.sum(), 1))
     if "turns" in rows:
         metrics["completions/mean_turns"] = float(rows["turns"].mean())
     for name in ("environment_errors", "environment_timeouts"):

@@ -23,7 +23,7 @@ from jaxrl_post.training.config import BASE, Config, ConfigError, check_devices
 from jaxrl_post.training.config.methods_check import tokenizer_of
 from jaxrl_post.training.config.role_checks import is_checkpoint
 from jaxrl_post.training.environment_setup import HostTurns, Turns, as_if_answered, by_token, make_turns
-from jaxrl_post.training.generation import Generation, Tasks, sample_groups
+from jaxrl_post.training.generation import Continued, Generation, Tasks, none_begun, sample_groups
 from jaxrl_post.training.model_setup import (
     Checkpoint,
     Models,
@@ -219,7 +219,7 @@ class Setup:
         turns = self.turns
         return turns.environment.max_prompt if isinstance(turns, Turns) else self.config.data.max_prompt_length
 
-    def prompt_shapes(self, how: Generation, count: int) -> Prompts | Tasks:
+    def prompt_shapes(self, how: Generation, count: int) -> Prompts | Tasks | Continued:
         """Shapes of the prompts of `count` problems, as a `Sampler` gives them."""
         rows = count * how.parts
 
@@ -229,13 +229,21 @@ class Setup:
         id = shape(jnp.uint32, how.group_size // how.parts)
         if isinstance(how.turns, Turns):
             return Tasks(shape(jnp.int32), shape(jnp.int32), id)
-        return Prompts(shape(jnp.int32, self.prompt_length), shape(jnp.int32), shape(jnp.int32), id)
+        prompts = Prompts(shape(jnp.int32, self.prompt_length), shape(jnp.int32), shape(jnp.int32), id)
+        if how.tokens_per_step is None:
+            return prompts
+        params = jax.eval_shape(self.policy.init, self.key)
+        return Continued(prompts, none_begun(self.policy, params, prompts, how=how))
 
     def trained_generation(self) -> Generation:
         """How the groups that are trained on are sampled."""
         budgets = make_budgets(self.config)
         how = self.generation(self.sampling(), self.config.rollout.group_size)
-        return how._replace(parts=1 if budgets is None else budgets.parts, exits=self.exits)
+        return how._replace(
+            parts=1 if budgets is None else budgets.parts,
+            exits=self.exits,
+            tokens_per_step=self.config.rollout.tokens_per_step,
+        )
 
     @functools.cached_property
     def exits(self) -> Exits | None:
@@ -247,17 +255,8 @@ class Setup:
         config = self.config
         length = config.data.max_prompt_length + config.rollout.max_new_tokens
         if stage.kind == "rollouts":
-            count, budgets, how = config.rollout.prompts, make_budgets(config), self.trained_generation()
-            prompts = self.prompt_shapes(how, count)
-            asked = None if budgets is None else budgets.at(0)
-
-            def sample(params: Params, prompts: Prompts | Tasks, key: Array) -> Rollouts:
-                made = sample_groups(self.policy, params, prompts, key, how=how)
-                if isinstance(how.turns, HostTurns):
-                    made = as_if_answered(made)
-                return made if asked is None else with_budgets(made, asked)
-
-            shapes = jax.eval_shape(sample, jax.eval_shape(self.policy.init, self.key), prompts, self.key)
+            count = config.rollout.prompts
+            shapes = self.sampled_shapes(count)
             shapes = shapes.replace(rewards=dict.fromkeys(reward_components(config), shapes.reward) | by_token(shapes))
         else:
             count, size = stage.batch_size, 2 if stage.kind == "pairs" else 1
@@ -266,6 +265,33 @@ class Setup:
         if ANSWER_TOKENS in stage.method.wants:
             wanted[ANSWER_TOKENS] = jax.ShapeDtypeStruct((count, config.rollout.max_new_tokens), jnp.int32)
         return shapes.replace(extras={**wanted, **shapes.extras})
+
+    def sampled_shapes(self, count: int) -> Rollouts:
+        """Shapes of the groups of `count` problems, as they are sampled."""
+        budgets, how = make_budgets(self.config), self.trained_generation()
+        prompts = self.prompt_shapes(how, count)
+        asked = None if budgets is None else budgets.at(0)
+
+        def sample(params: Params, prompts: Prompts | Tasks | Continued, key: Array) -> Rollouts:
+            made = sample_groups(self.policy, params, prompts, key, how=how)
+            if isinstance(how.turns, HostTurns):
+                made = as_if_answered(made)
+            return made if asked is None else with_budgets(made, asked)
+
+        return jax.eval_shape(sample, jax.eval_shape(self.policy.init, self.key), prompts, self.key)
+
+    def carries(self, stage: Stage) -> bool:
+        """Whether a step leaves completions to the next: to go on with, or to train on."""
+        rollout = self.config.rollout
+        return stage.kind == "rollouts" and (rollout.ahead or rollout.tokens_per_step is not None)
+
+    def carried(self, stage: Stage) -> Any:
+        """Shapes and shardings of what a step leaves to the next, as a checkpoint has it."""
+        if not self.carries(stage):
+            return ()
+        shapes = self.sampled_shapes(stage.batch_size)
+        layout = mesh_lib.rollout_shardings(shapes, self.rollout_mesh)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
 
     def initial_params(self) -> Params:
         """The policy's parameters before anything is learnt, on the mesh: drawn, read, or those of other runs."""
@@ -291,9 +317,10 @@ class Setup:
         )
 
     def template(self, stage: Stage) -> TrainState:
-        """Shapes and shardings of a stage's state, with nothing allocated but the key."""
+        """Shapes and shardings of what a checkpoint of a stage holds, with nothing allocated but the key."""
         shapes = self.state_shapes(stage)
-        return shapes.replace(key=mesh_lib.place(self.key, shapes.key.sharding))
+        key = mesh_lib.place(self.key, shapes.key.sharding)
+        return shapes.replace(key=key, curriculum_state=self.carried(stage))
 
     def state_shapes(self, stage: Stage) -> TrainState:
         """Shapes and shardings of a stage's state, on devices that need not be there."""

@@ -176,7 +176,8 @@ def run_ours(turns: Turns, directory: Path, texts: list[str], shared: bool = Fal
 
     turns.count_compilations()
     loop.Batches = InTurns  # type: ignore[misc]
-    batches.Sampler.__call__ = turns.timed(batches.Sampler.__call__)  # type: ignore[method-assign]
+    for name in ("begin", "score"):
+        setattr(batches.Sampler, name, turns.timed(getattr(batches.Sampler, name)))
     files, run_dir = directory / "problems.jsonl", tempfile.mkdtemp(dir=directory)
     files.write_text("".join(json.dumps({"question": text, "answer": ""}) + "\n" for text in texts))
     values = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 from pathlib import Path
 
 import jax
@@ -37,8 +38,8 @@ class Sampled(Exception):
     """Raised in the place of sampling."""
 
 
-@pytest.mark.parametrize("method", ["grpo", "remax"])
-def test_what_is_sampled_in_steps_and_evaluations_is_what_is_planned(monkeypatch, method):
+@pytest.mark.parametrize(("method", "going_on"), [("grpo", False), ("remax", False), ("grpo", True)])
+def test_what_is_sampled_in_steps_and_evaluations_is_what_is_planned(monkeypatch, method, going_on):
     asked = []
 
     def recorded(policy, how):
@@ -54,7 +55,10 @@ def test_what_is_sampled_in_steps_and_evaluations_is_what_is_planned(monkeypatch
 
     for module in (programs, sampler):
         monkeypatch.setattr(module, "compiled_generate", recorded)
-    setup = planned(f"method={{name: {method}}}", "eval={problems: 40, samples: 3, k: 1}", "rollout.group_size=3")
+    over_steps = ("rollout.tokens_per_step=5",) if going_on else ()
+    setup = planned(
+        f"method={{name: {method}}}", "eval={problems: 40, samples: 3, k: 1}", "rollout.group_size=3", *over_steps
+    )
     found = programs.programs(setup, ("rollout", "evaluate"))
     greedy = ["rollout/greedy"] if method == "remax" else []
     assert [one.name for one in found] == ["rollout", *greedy, "evaluate/greedy", "evaluate/sampled"]
@@ -63,7 +67,9 @@ def test_what_is_sampled_in_steps_and_evaluations_is_what_is_planned(monkeypatch
     plan, asked[:] = list(asked), []
     (stage,) = setup.stages
     steps, evaluator = batches.Batches(setup, stage, batches.Cursor()), evaluate.Evaluator(setup)
-    samplers = [steps._sampler, *([steps._greedy] if greedy else []), evaluator._greedy, evaluator._sampled]
+    samplers = [*([steps._greedy] if greedy else []), evaluator._greedy, evaluator._sampled]
+    with pytest.raises(Sampled):
+        steps.next(types.SimpleNamespace(params={"policy": {}}), batches.Cursor())
     for one in samplers:
         with pytest.raises(Sampled):
             one({}, setup.problems.held_out, setup.key)

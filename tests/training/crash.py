@@ -16,7 +16,7 @@ def main(path, point, step):
         write = run_log.RunLog.write
         run_log.RunLog.write = lambda self, number, metrics: (write(self, number, metrics), number == step and die())
     elif point == "during_a_rollout":
-        sample = sampler.Sampler.__call__
+        sample = sampler.Sampler.begin
         calls = []
 
         def counted(self, params, problems, key, **options):
@@ -24,7 +24,7 @@ def main(path, point, step):
             out = sample(self, params, problems, key, **options)
             return die() if "version" in options and options["version"] == step else out
 
-        sampler.Sampler.__call__ = counted
+        sampler.Sampler.begin = counted
     elif point == "half_a_line":
 
         def half(descriptor, row):

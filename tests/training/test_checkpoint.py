@@ -190,13 +190,13 @@ def test_what_is_frozen_is_written_anew_in_a_bucket_where_it_was_left_unfinished
 def test_rollouts_that_the_store_refuses_do_not_hold_up_a_stop(tmp_path, monkeypatch, caplog):
     path = runs.tiny_run(tmp_path, warm_start=None, eval={"problems": 0})
     left = failing_store(monkeypatch, 99, where="in-flight")
-    sample = sampler.Sampler.__call__
+    sample = sampler.Sampler.begin
 
     def and_stop(*given, **named):
         signal.raise_signal(signal.SIGTERM)
         return sample(*given, **named)
 
-    monkeypatch.setattr(sampler.Sampler, "__call__", and_stop)
+    monkeypatch.setattr(sampler.Sampler, "begin", and_stop)
     with pytest.raises(KeyboardInterrupt):
         loop.run(config.load(path))
     assert left == [98]  # tried once

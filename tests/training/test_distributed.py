@@ -121,13 +121,13 @@ def test_a_run_goes_from_one_process_to_two_and_back_as_if_there_had_never_been_
     from jaxrl_post.training import sampler
 
     sampled = []
-    sample = sampler.Sampler.__call__
+    sample = sampler.Sampler.begin
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            sampler.Sampler, "__call__", lambda *given, **named: sampled.append(named) or sample(*given, **named)
+            sampler.Sampler, "begin", lambda *given, **named: sampled.append(named) or sample(*given, **named)
         )
         loop.run(config.load(path, ["mesh.fsdp=2", "mesh.tensor=2", "training.micro_batches=2"]))
-    assert [named["version"] for named in sampled if "version" in named] == [3]
+    assert [named["version"] for named in sampled if "carried" in named] == [3]
     check_same(runs.lines(tmp_path / "run"), runs.lines(one))
     assert (tmp_path / "run/completions.jsonl").read_text() == (one / "completions.jsonl").read_text()
 

@@ -40,6 +40,7 @@ def check(config: Config, made: Method | None, problems: Problems, check_files: 
             problems.add("model.router_loss", why)
         _source(config, made, problems)
         _slots(config, made, problems)
+        _over_steps(config, made, problems)
         check_turns(config, made, problems)
         if made.learns_from == "rollouts":
             _groups(config, made, problems)
@@ -229,6 +230,31 @@ def _slots(config: Config, made: Method, problems: Problems) -> None:
             "all of them at a time without it; give fewer, or leave it out",
             rollout.slots,
         )
+
+
+def _over_steps(config: Config, made: Method, problems: Problems) -> None:
+    """Completions that outlast the step they begin in."""
+    rollout = config.rollout
+    if rollout is None or not problems.ok("rollout"):
+        return
+    if made.learns_from != "rollouts":
+        why = f"method {config.method.name} learns from given completions"
+        refuse_unused(rollout, "rollout", ("tokens_per_step", "ahead"), why, problems)
+        return
+    if rollout.environment is not None:
+        why = "rollout.environment is in Python, which is asked turn by turn"
+        refuse_unused(rollout, "rollout", ("tokens_per_step", "ahead"), why, problems)
+    if rollout.tokens_per_step is None:
+        return
+    if rollout.tokens_per_step >= rollout.max_new_tokens:
+        why = f"lets every completion end in its step, as rollout.max_new_tokens = {rollout.max_new_tokens}"
+        problems.add("rollout.tokens_per_step", f"{why}; give fewer, or leave it out", rollout.tokens_per_step)
+    others = {"budgets": rollout.budgets, "exits": rollout.exits, "slots": rollout.slots}
+    clashing = [f"rollout.{name}" for name, value in others.items() if value is not None]
+    if config.data is not None and config.data.environment is not None:
+        clashing.append("data.environment")
+    for key in clashing:
+        problems.add("rollout.tokens_per_step", f"is for plain groups of completions, not for {key}; leave one out")
 
 
 def _batch(config: Config, made: Method, problems: Problems) -> None:

@@ -252,6 +252,19 @@ class RolloutConfig:
         None,
         minimum=1,
     )
+    tokens_per_step: int | None = option(
+        "most tokens that a completion gets in one step; one that has not ended goes on in the next, with the policy "
+        "of then, and its group is trained on when all of it has ended, while others take the places that are free. "
+        "Log-probs are those of the policies that sampled: ratios to them (old_logp: rollout, which most methods have) "
+        "or method.correction allow for older ones. null: all of them",
+        None,
+        minimum=1,
+    )
+    ahead: bool = option(
+        "sample a step's completions while those of the step before are scored on the host, with a policy that is one "
+        "update older; what allows for that is as for tokens_per_step",
+        False,
+    )
     cache_dtype: Literal["float32", "bfloat16", "int8"] | None = option(
         "type that keys and values are kept in while sampling; what is read of a narrower one differs from what the "
         "trained model computes, which method.correction can repair. null: model.dtype",
