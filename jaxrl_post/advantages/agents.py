@@ -209,7 +209,8 @@ def gigpo(
         state: `[P, G, K]` int, a number (or hash) of the state in which step `k` was taken.
         exists: `[P, G, K]` bool, which steps there are.
         valid: `[P, G]` bool, False where the rollout does not count; None for all.
-        step_rewards: `[P, G, K]` float; None puts the trajectory's reward on its last step.
+        step_rewards: `[P, G, K]` float; None puts the trajectory's reward on its last step. NaN where a step could not
+            be scored: it and those before it have the episode's part alone.
         gamma: discount per step.
         episode_weight: $w_E$.
         step_weight: $w_S$.

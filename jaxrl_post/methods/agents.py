@@ -36,6 +36,7 @@ def dr_mas(*, normalize_std: bool = True, max_turns: int | None = None, **option
 
 def gigpo(
     *,
+    step_reward: str | None = None,
     gamma: float = 0.95,
     episode_weight: float = 1.0,
     step_weight: float = 1.0,
@@ -48,11 +49,16 @@ def gigpo(
     $$A_{g,k} = w_E\, \mathrm{GRPO}(r)_g + w_S\, \mathrm{GRPO}(R)_{g,k}, \qquad R_{g,k} = r_{g,k} + \gamma R_{g,k+1}$$
 
     Args:
+        step_reward: the component of the reward that steps earn, $r_{g,k}$: `rollouts.rewards[step_reward]`, `[B, T]`
+            on the tokens where it was earned, e.g. `"environment"` of `rollout.generate_turns`, in a configuration
+            `"environment_tokens"`. NaN on a token leaves its step, and those before, with the first summand. None: the
+            last step earns all of the sequence's reward.
         gamma: discount per step.
         episode_weight: $w_E$.
         step_weight: $w_S$.
         normalize_std: divide by the standard deviations.
-        max_turns: steps of a sequence that count, the rest has advantage 0; None for all.
+        max_turns: steps of a sequence that count; the rest has advantage 0 and, by `step_reward`, earns nothing. None
+            for all.
         **options: `clip_low` (0.2), `clip_high` (0.2), `dual_clip` (None) and the others of `policy_gradient`.
 
     Returns:
@@ -68,7 +74,7 @@ def gigpo(
 
     Reference: Group-in-Group Policy Optimization for LLM Agent Training (arXiv 2505.10978).
     """
-    own = {"gamma": gamma, "episode_weight": episode_weight, "step_weight": step_weight}
+    own = {"step_reward": step_reward, "gamma": gamma, "episode_weight": episode_weight, "step_weight": step_weight}
     return clipped({"name": "gigpo", **own, "normalize_std": normalize_std, "max_turns": max_turns}, {}, options)
 
 

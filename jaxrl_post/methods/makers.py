@@ -15,6 +15,7 @@ from jaxrl_post import advantages, rewards
 from jaxrl_post.advantages.risk import BundleCredit
 from jaxrl_post.methods import checks
 from jaxrl_post.methods.signals import Advantage, Credit, Signals, stateless
+from jaxrl_post.methods.step_credit import Steps, earned_by_step
 from jaxrl_post.types import Array
 
 
@@ -61,6 +62,7 @@ def dr_mas(*, normalize_std: bool = True, ddof: int = 1, eps: float = 1e-6, max_
 
 def gigpo(
     *,
+    step_reward: str | None = None,
     gamma: float = 0.95,
     episode_weight: float = 1.0,
     step_weight: float = 1.0,
@@ -75,11 +77,13 @@ def gigpo(
     def apply(s: Signals) -> Array:
         state, exists = _turns(s, "state", max_turns)
         shape = (*s.reward.shape, state.shape[1])
+        steps = Steps(s.rollouts.step, exists.reshape(shape))
         found = advantages.gigpo(
             s.reward,
             state.reshape(shape),
-            exists.reshape(shape),
+            steps.exists,
             s.valid,
+            step_rewards=None if step_reward is None else earned_by_step(s.rollouts, step_reward, steps, s.mask),
             gamma=gamma,
             episode_weight=episode_weight,
             step_weight=step_weight,

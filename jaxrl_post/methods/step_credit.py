@@ -70,6 +70,22 @@ def step_component(rollouts: Rollouts, name: str, steps: Steps, mask: Array) -> 
     return jnp.where(unknown, jnp.nan, steps.sum(jnp.where(jnp.isnan(found), 0.0, found), mask))
 
 
+def earned_by_step(rollouts: Rollouts, name: str, steps: Steps, mask: Array) -> Array:
+    """`step_component` for what is summed over steps, where one number per sequence would count once for each.
+
+    Raises:
+        ValueError: if there is no such component, or it has one number per sequence.
+    """
+    found = step_component(rollouts, name, steps, mask)
+    if rollouts.rewards[name].shape == rollouts.reward.shape:
+        raise ValueError(
+            f"step_reward={name!r} must name a component [B, T] of rollouts.rewards, on the tokens where it was "
+            f"earned, but it has one number per sequence, {rollouts.reward.shape}; without step_reward the last step "
+            "earns the whole reward"
+        )
+    return found
+
+
 def srgpo(
     *,
     step_reward: str = "step",

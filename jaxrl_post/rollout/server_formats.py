@@ -73,36 +73,22 @@ def vllm_request(ask: Ask) -> dict[str, Any]:
     """The body of a request to `/completions` of a vLLM server.
 
     Every number is given, so that defaults from the model's generation config do not count. Completion `g` is drawn
-    with the seed `seeds[0] + g`.
-
-    Raises:
-        ValueError: if the completions have different limits, for which one request has no place.
+    with the seed `seeds[0] + g`. A request has one limit: where completions have different ones the largest is sent,
+    and `read_vllm` cuts the others.
 
     Example:
-        >>> body = vllm_request(Ask((5, 6), (11, 12), (4, 4), stop_tokens=(2,)))
+        >>> body = vllm_request(Ask((5, 6), (11, 12), (3, 4), stop_tokens=(2,)))
         >>> body["prompt"], body["n"], body["seed"], body["max_tokens"], body["stop_token_ids"]
         ([5, 6], 2, 11, 4, [2])
 
     Reference: vLLM, vllm/entrypoints/openai/completion/protocol.py; vllm/v1/engine/parallel_sampling.py.
     """
-    if len(set(ask.limits)) > 1:
-        raise ValueError(
-            f"a vLLM server takes one limit for all completions of a prompt, got {list(ask.limits)}; give "
-            f"prompts.max_new_tokens as [P]"
-        )
     body = {
         "prompt": list(ask.prompt),
         "n": len(ask.seeds),
         "seed": ask.seeds[0],
-        "max_tokens": ask.limits[0],
-        "temperature": ask.temperature,
-        "top_k": ask.top_k or -1,
-        "top_p": ask.top_p,
-        "min_p": ask.min_p,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "stop_token_ids": list(ask.stop_tokens),
+        "max_tokens": max(ask.limits),
+        **_sampling(ask),
         "ignore_eos": True,  # what ends a completion is in stop_token_ids, the model's own end too if it is to count
         "logprobs": 0,
         "return_token_ids": True,
@@ -120,7 +106,7 @@ def read_vllm(answer: Any, ask: Ask) -> list[Completion]:
         ask: what was asked.
 
     Returns:
-        `G` completions.
+        `G` completions. One that went on beyond its own limit is cut there and ends with `FINISH_LENGTH`.
 
     Raises:
         ValueError: for an answer without as many choices, token ids or log-probs, or one to another prompt.
@@ -134,32 +120,25 @@ def read_vllm(answer: Any, ask: Ask) -> list[Completion]:
     Reference: vLLM, vllm/entrypoints/openai/completion/serving.py.
     """
     choices = answer.get("choices") if isinstance(answer, Mapping) else None
-    choices = _as_many(choices, ask, "choices")
-    return [_vllm_choice(choice, ask) for choice in sorted(choices, key=lambda choice: choice.get("index", 0))]
+    choices = sorted(_as_many(choices, ask, "choices"), key=lambda choice: choice.get("index", 0))
+    return [_vllm_choice(choice, ask, limit) for choice, limit in zip(choices, ask.limits, strict=True)]
 
 
 def sglang_request(ask: Ask) -> dict[str, Any]:
     """The body of a request to `/generate` of an SGLang server.
 
-    The prompt is sent once for each completion, so that each has a seed of its own; the server's cache of prefixes
-    spares it most of the reading.
+    The prompt is sent once for each completion, so that each has a seed and a limit of its own; the server's cache of
+    prefixes spares it most of the reading.
 
     Example:
         >>> body = sglang_request(Ask((5, 6), (11, 12), (4, 3), stop_tokens=(2,)))
-        >>> body["input_ids"], [each["sampling_seed"] for each in body["sampling_params"]]
-        ([[5, 6], [5, 6]], [11, 12])
+        >>> body["input_ids"], [(each["sampling_seed"], each["max_new_tokens"]) for each in body["sampling_params"]]
+        ([[5, 6], [5, 6]], [(11, 4), (12, 3)])
 
     Reference: SGLang, python/sglang/srt/managers/io_struct.py and sampling/sampling_params.py.
     """
     common = {
-        "temperature": ask.temperature,
-        "top_k": ask.top_k or -1,
-        "top_p": ask.top_p,
-        "min_p": ask.min_p,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "stop_token_ids": list(ask.stop_tokens),
+        **_sampling(ask),
         "ignore_eos": not ask.stop_tokens,  # under which it would ignore stop_token_ids too
         "no_stop_trim": True,
         "skip_special_tokens": False,
@@ -193,7 +172,8 @@ def read_sglang(answer: Any, ask: Ask) -> list[Completion]:
     Reference: SGLang, python/sglang/srt/managers/tokenizer_manager.py.
     """
     outputs = [answer] if isinstance(answer, Mapping) else answer
-    return [_sglang_output(output, ask) for output in _as_many(outputs, ask, "completions")]
+    outputs = _as_many(outputs, ask, "completions")
+    return [_sglang_output(output, ask, limit) for output, limit in zip(outputs, ask.limits, strict=True)]
 
 
 FORMATS: dict[str, ServerFormat] = {
@@ -201,6 +181,20 @@ FORMATS: dict[str, ServerFormat] = {
     "sglang": ServerFormat("/generate", sglang_request, read_sglang, ("tempered", "raw")),
 }
 """Kinds of servers by name."""
+
+
+def _sampling(ask: Ask) -> dict[str, Any]:
+    """What both kinds of servers call by the same names."""
+    return {
+        "temperature": ask.temperature,
+        "top_k": ask.top_k or -1,
+        "top_p": ask.top_p,
+        "min_p": ask.min_p,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "stop_token_ids": list(ask.stop_tokens),
+    }
 
 
 def _as_many(found: Any, ask: Ask, what: str) -> list[Mapping[str, Any]]:
@@ -211,7 +205,7 @@ def _as_many(found: Any, ask: Ask, what: str) -> list[Mapping[str, Any]]:
     return found
 
 
-def _vllm_choice(choice: Mapping[str, Any], ask: Ask) -> Completion:
+def _vllm_choice(choice: Mapping[str, Any], ask: Ask, limit: int) -> Completion:
     read = choice.get("prompt_token_ids")
     if read is not None and tuple(read) != ask.prompt:
         raise ValueError(
@@ -234,14 +228,14 @@ def _vllm_choice(choice: Mapping[str, Any], ask: Ask) -> Completion:
     why = choice.get("finish_reason")
     if isinstance(choice.get("stop_reason"), str):  # no text was to stop it
         why = "abort"
-    return _completion(tokens, logp, why, ask)
+    return _completion(tokens, logp, why, ask, limit, sent=max(ask.limits))
 
 
 def _names_an_id(name: str) -> bool:
     return name.startswith("token_id:") and name[9:].isdecimal()
 
 
-def _sglang_output(output: Mapping[str, Any], ask: Ask) -> Completion:
+def _sglang_output(output: Mapping[str, Any], ask: Ask, limit: int) -> Completion:
     meta = output.get("meta_info")
     if not isinstance(meta, Mapping):
         raise ValueError(f"a completion has no meta_info: {_shown(output)}")
@@ -263,19 +257,24 @@ def _sglang_output(output: Mapping[str, Any], ask: Ask) -> Completion:
     tokens, ids = [pair[1] for pair in pairs], output.get("output_ids")
     if why != "abort" and ids is not None and list(ids) != tokens:
         raise ValueError(f"output_ids {_shown(ids)} are not the tokens that log-probs are given of, {_shown(tokens)}")
-    return _completion(tokens, [pair[0] for pair in pairs], why, ask)
+    return _completion(tokens, [pair[0] for pair in pairs], why, ask, limit, sent=limit)
 
 
-def _completion(tokens: Sequence[Any], logp: Sequence[Any], why: Any, ask: Ask) -> Completion:
-    """What was read, checked: a completion that is no sound one ends before its first token without a log-prob."""
+def _completion(tokens: Sequence[Any], logp: Sequence[Any], why: Any, ask: Ask, limit: int, *, sent: int) -> Completion:
+    """What was read, checked: a completion that is no sound one ends before its first token without a log-prob.
+
+    The server was told to end at `sent` tokens; of more than `limit`, the first count.
+    """
     if len(tokens) != len(logp):
         raise ValueError(f"a completion has {len(tokens)} token ids but {len(logp)} log-probs")
     if not all(isinstance(token, int) and token >= 0 for token in tokens):
         raise ValueError(f"token ids must be whole numbers of at least 0, got {_shown(tokens)}")
-    if len(tokens) > max(ask.limits):
-        raise ValueError(f"a completion has {len(tokens)} tokens, more than the {max(ask.limits)} that were allowed")
+    if len(tokens) > sent:
+        raise ValueError(f"a completion has {len(tokens)} tokens, more than the {sent} that were allowed")
     if not all(value is None or isinstance(value, int | float) for value in logp):
         raise ValueError(f"log-probs must be numbers, got {_shown(logp)}")
+    if len(tokens) > limit:
+        tokens, logp, why = tokens[:limit], logp[:limit], "length"
     sound = next((i for i, x in enumerate(logp) if x is None or not math.isfinite(x)), len(logp))
     finish = {"stop": FINISH_STOP, "length": FINISH_LENGTH}.get(why, FINISH_ABORT)
     if sound < len(tokens) or not tokens:

@@ -16,7 +16,7 @@ import pytest
 from jaxrl_post import data, methods, models
 from jaxrl_post.rollout import Prompts, SamplingParams, generate
 from jaxrl_post.rollout.served import Server, ServerError, recompute_logp, served
-from jaxrl_post.rollout.server_formats import Ask, Completion, read_sglang, read_vllm, vllm_request
+from jaxrl_post.rollout.server_formats import Ask, Completion, read_sglang, read_vllm, sglang_request, vllm_request
 from jaxrl_post.types import FINISH_ABORT, FINISH_LENGTH, FINISH_STOP, TokenStats
 from tests.tiny import NEW, PROMPT, VOCAB, policy
 
@@ -357,10 +357,8 @@ def test_what_a_server_cannot_do_is_refused_before_it_is_asked(server, sampling,
         served(server, prompts(), KEY, sampling=SamplingParams(**sampling), max_new_tokens=NEW, group_size=G)
 
 
-def test_limits_that_differ_within_a_group_are_refused_by_vllm_and_sent_to_sglang():
+def test_limits_that_differ_within_a_group_are_each_sent_to_sglang_whose_completions_keep_to_them():
     some = prompts((0,))._replace(max_new_tokens=jnp.array([[2, 4]]))
-    with pytest.raises(ValueError, match=r"one limit for all completions of a prompt, got \[2, 4\]"):
-        from_vllm("http://127.0.0.1:9", some=some)
 
     def respond(number, path, body):
         own = [each["max_new_tokens"] for each in body["sampling_params"]]
@@ -370,6 +368,25 @@ def test_limits_that_differ_within_a_group_are_refused_by_vllm_and_sent_to_sglan
     with running(respond) as (url, _):
         out = served(Server(url, kind="sglang"), some, KEY, max_new_tokens=NEW, group_size=G)
     assert out.length.tolist() == [[5, 7]]
+    longer = [sglang_output({"type": "length"}, ((-1.0, 5, None),) * n, (5,) * n) for n in (3, 3)]
+    with pytest.raises(ValueError, match="3 tokens, more than the 2 that were allowed"):
+        read_sglang(longer, Ask((5,), (1, 2), (2, 4)))
+
+
+def test_limits_that_differ_within_a_group_cut_what_vllm_gives_of_the_largest():
+    limits = np.array([[1, NEW], [NEW, 2], [NEW - 1, NEW]])
+    whole = plain_vllm()
+    with running(lambda number, path, body: vllm_answer(body)) as (url, log):
+        out = from_vllm(url, some=prompts()._replace(max_new_tokens=jnp.asarray(limits)))
+    assert [entry["body"]["max_tokens"] for entry in log] == [NEW] * 3
+    own = np.asarray(whole.length) - [[len(prompt)] for prompt in PROMPTS]
+    cut = own > limits
+    assert 0 < cut.sum() < cut.size
+    np.testing.assert_array_equal(out.length, np.where(cut, whole.length - own + limits, whole.length))
+    np.testing.assert_array_equal(out.finish, np.where(cut, FINISH_LENGTH, whole.finish))
+    there = np.arange(PROMPT + NEW) < np.asarray(out.length).reshape(-1, 1)
+    for name in ("tokens", "mask", "logp"):
+        np.testing.assert_array_equal(getattr(out, name), np.where(there, getattr(whole, name), 0), err_msg=name)
 
 
 def test_greedy_is_asked_for_by_a_temperature_of_zero_without_truncations():
@@ -408,6 +425,13 @@ def vllm_choice(tokens=(4, 2), logp=(-1.0, -2.0), **more):
 )
 def test_how_a_completion_ends_says_its_finish_reason_and_the_first_log_prob_that_is_none(choice, expected):
     assert read_vllm({"choices": [choice]}, ASK) == [Completion(*expected)]
+
+
+def test_what_vllm_has_said_beyond_a_completions_own_limit_says_nothing_of_it():
+    ask = Ask((5, 6), (1, 2), (1, 3), stop_tokens=(2,))
+    broken = vllm_choice((4, 4, 7), (-1.0, None, -3.0), finish_reason="abort", index=0)
+    found = read_vllm({"choices": [vllm_choice(index=1), broken]}, ask)
+    assert found == [Completion((4,), (-1.0,), FINISH_LENGTH), Completion((4, 2), (-1.0, -2.0), FINISH_STOP)]
 
 
 @pytest.mark.parametrize(
@@ -461,3 +485,11 @@ def test_an_output_of_sglang_that_is_not_what_was_asked_for_is_an_error(output, 
 def test_a_request_names_the_model_only_if_there_is_a_name():
     assert "model" not in vllm_request(ASK)
     assert vllm_request(ASK._replace(model="qwen"))["model"] == "qwen"
+
+
+def test_both_kinds_are_asked_for_the_same_distribution():
+    ask = Ask((5,), (1, 2), (3, 4), temperature=0.6, top_p=0.9, min_p=0.1, stop_tokens=(2,))
+    penalties = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    expected = {"temperature": 0.6, "top_k": -1, "top_p": 0.9, "min_p": 0.1, "stop_token_ids": [2], **penalties}
+    for asked in (vllm_request(ask), *sglang_request(ask)["sampling_params"]):
+        assert expected.items() <= asked.items()
