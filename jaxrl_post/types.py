@@ -178,7 +178,8 @@ class Policy(NamedTuple):
             (dropout), of which there is none without it: one for all rows or, as `models.score` gives, one for each.
         unembed: `(params) -> Unembedding`.
         heads: `(params, hidden[B, T, D]) -> dict[str, [B, T]]`, e.g. `value`; empty if the model has none.
-        init_cache: `(batch, capacity, dtype) -> cache`.
+        init_cache: `(batch, capacity, dtype) -> cache`; one that can share a pool of pages among its rows also takes
+            `pages`, see `models.PagedCache`.
         prefill: `(params, tokens[B, T], positions[B, T], cache) -> (hidden, cache)` on an empty cache; a position of -1
             marks padding.
         decode: the same signature, on a cache that holds something.

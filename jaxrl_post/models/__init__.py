@@ -2,12 +2,13 @@
 
 from jaxrl_post.models.adapters import from_apply, from_linen, from_nnx
 from jaxrl_post.models.cache import KVCache
-from jaxrl_post.models.cache_kinds import SharedCache, WindowedCache, cache_bytes, share_prompts
+from jaxrl_post.models.cache_kinds import SharedCache, WindowedCache, cache_bytes, release, share_prompts
 from jaxrl_post.models.decoder import decoder
 from jaxrl_post.models.export import save_pretrained, to_config
 from jaxrl_post.models.families import decoder_keywords
 from jaxrl_post.models.group_divergence import group_divergence, group_fields
 from jaxrl_post.models.lora import Lora, merge_adapters, split_adapters, trainable
+from jaxrl_post.models.paged_cache import PagedCache, page_width
 from jaxrl_post.models.peft import (
     adapter_base,
     adapter_directory,
@@ -25,6 +26,7 @@ from jaxrl_post.models.scoring import logits, score
 __all__ = [
     "KVCache",
     "Lora",
+    "PagedCache",
     "Pretrained",
     "Quantized",
     "RecomputeCache",
@@ -49,10 +51,12 @@ __all__ = [
     "load_adapters",
     "logits",
     "merge_adapters",
+    "page_width",
     "quantize",
     "read_adapter_config",
     "read_config",
     "recompute_cache",
+    "release",
     "save_adapters",
     "save_pretrained",
     "score",

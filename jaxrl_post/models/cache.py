@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ from jaxrl_post.kernels.attention.xla import MASKED_SCORE
 from jaxrl_post.kernels.platform import current_device
 from jaxrl_post.mesh import LogicalAxes, constrain
 from jaxrl_post.types import Array
+
+if TYPE_CHECKING:
+    from jaxrl_post.models.paged_cache import PagedCache
 
 CACHE_AXES: LogicalAxes = ("layers", "batch", "kv_heads", "cache_length", "head_dim")
 
@@ -75,11 +78,13 @@ class Read(NamedTuple):
             many of theirs, one after the other.
         layer: int32 scalar, which of the cache's layers.
         where: from `reach` or `reach_unordered`.
+        table: `[B, blocks]` int32 of a `PagedCache`; None where a row's columns are its own.
     """
 
-    cache: KVCache
+    cache: KVCache | PagedCache
     layer: Array
     where: Reach
+    table: Array | None = None
 
 
 def empty_cache(layers: int, batch: int, capacity: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> KVCache:
@@ -128,7 +133,7 @@ def quantize_heads(x: Array) -> tuple[Array, Array]:
     return jnp.clip(jnp.round(x / step), -127, 127).astype(jnp.int8), scale
 
 
-def arrays(cache: KVCache, k: Array, v: Array) -> dict[str, Array]:
+def arrays(cache: KVCache | PagedCache, k: Array, v: Array) -> dict[str, Array]:
     """New keys and values by the names of the cache's arrays, as these hold them."""
     if cache.k_scale is None:
         return {"k": k, "v": v}
@@ -149,10 +154,9 @@ def write(cache: KVCache, k: Array, v: Array, positions: Array) -> KVCache:
 
     def put(old: Array, new: Array) -> Array:
         new = jnp.swapaxes(new, 2, 3).astype(old.dtype)
-        whole = jax.lax.dynamic_update_slice(old, new, (0, 0, 0, column, 0)[: old.ndim])
-        return in_order(whole)
+        return in_order(jax.lax.dynamic_update_slice_in_dim(old, new, column, axis=3))
 
-    positions = jax.lax.dynamic_update_slice(cache.positions, positions.astype(jnp.int32), (0, column))
+    positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions.astype(jnp.int32), column, axis=1)
     written = {name: put(getattr(cache, name), new) for name, new in arrays(cache, k, v).items()}
     return cache._replace(positions=positions, index=cache.index + k.shape[2], **written)
 
@@ -179,7 +183,7 @@ def reach(cache: KVCache, query: Array, window: int | None) -> Reach:
     seen = _seen(positions, query, window)
     newest = (cache.index - 1) % size
     age = jnp.max(jnp.where(seen, (newest - columns) % size, -1))
-    blocks, width = _blocks(size)
+    blocks, width = block_sizes(size)
     first, last = (newest - age) % size // width, newest // width
     round_the_end = age > newest
     count = jnp.where(age < 0, 0, jnp.where(round_the_end, blocks, 0) + last - first + 1)
@@ -196,7 +200,7 @@ def reach_unordered(positions: Array, query: Array, window: int | None) -> Reach
     """
     columns = jnp.arange(positions.shape[1], dtype=jnp.int32)
     seen = _seen(positions, query, window)
-    _, width = _blocks(positions.shape[1])
+    _, width = block_sizes(positions.shape[1])
     first = jnp.min(jnp.where(seen, columns, positions.shape[1])) // width
     last = jnp.max(jnp.where(seen, columns, -1))
     return Reach(positions, first, jnp.where(last < 0, 0, last // width - first + 1))
@@ -211,8 +215,8 @@ def _seen(positions: Array, query: Array, window: int | None) -> Array:
     return seen
 
 
-def _blocks(size: int) -> tuple[int, int]:
-    """How many blocks a cache is read in, and their columns."""
+def block_sizes(size: int) -> tuple[int, int]:
+    """How many blocks a cache of so many columns is read in, and their columns."""
     width = min(BLOCKS.get(current_device().platform, BLOCKS["other"]), size)
     return -(-size // width), width
 
@@ -283,20 +287,29 @@ def attend_cached(
     def add(read: Read, q: Array, places: Array, number: Array, state: _Softmax) -> _Softmax:
         """A block of columns to what there is."""
         cache, where = read.cache, read.where
-        size = cache.positions.shape[1]
-        blocks, width = _blocks(size)
+        size = where.positions.shape[1]
+        blocks, width = block_sizes(size)
         wanted = (where.first + number) % blocks * width
         begin = jnp.minimum(wanted, size - width)  # the last block has columns of the one before it too
 
         def block(x: Array) -> Array:
+            if read.table is not None:
+                page = jax.lax.dynamic_index_in_dim(read.table, wanted // width, axis=1, keepdims=False)
+                return x.at[read.layer, page].get(mode="clip")
             shape = (1, *x.shape[1:3], width, *x.shape[4:])
-            return jax.lax.dynamic_slice(x, (read.layer, 0, 0, begin, 0)[: x.ndim], shape)[0]
+            none = jnp.zeros_like(begin)
+            return jax.lax.dynamic_slice(x, (read.layer, none, none, begin, none)[: x.ndim], shape)[0]
 
         keys, values = block(cache.k), block(cache.v)
         k_scale, v_scale = (None if x is None else block(x) for x in (cache.k_scale, cache.v_scale))
-        key_places = jax.lax.dynamic_slice(where.positions, (0, begin), (where.positions.shape[0], width))
+        key_places = jax.lax.dynamic_slice_in_dim(where.positions, begin, width, axis=1)
         if size % width:
             key_places = jnp.where(begin + jnp.arange(width) >= wanted, key_places, -1)
+        if read.table is not None:
+            # What stood in a page before may be no number, which a weight of 0 would not remove.
+            empty = key_places[:, None] < 0
+            values = jnp.where(empty[..., None], 0, values)
+            v_scale = None if v_scale is None else jnp.where(empty, 0, v_scale)
         z = scores(q, places, keys, key_places, k_scale)
         higher = jnp.maximum(state.highest, jnp.max(z, axis=-1, keepdims=True))
         weights, kept = jnp.exp(z - higher), jnp.exp(state.highest - higher)
@@ -308,10 +321,10 @@ def attend_cached(
     weights = jnp.exp(z - highest)
     state = _Softmax(highest, jnp.sum(weights, axis=-1, keepdims=True), mix(weights, value.swapaxes(1, 2)))
     for read in reads:
-        group = batch // read.cache.k.shape[1]
+        group = batch // len(read.where.positions)
         with_block = functools.partial(add, read, _joined(q, group), _joined(places, group))
         joined = _Softmax(*(_joined(x, group) for x in state))
-        joined = _over_blocks(with_block, joined, read.where.count, _blocks(read.cache.positions.shape[1])[0])
+        joined = _over_blocks(with_block, joined, read.where.count, block_sizes(read.where.positions.shape[1])[0])
         state = _Softmax(*(_parted(x, group) for x in joined))
     out = (state.mixed / state.total).astype(query.dtype)
     out = out.reshape(batch, kv_heads, heads // kv_heads, length, head_dim).transpose(0, 3, 1, 2, 4)

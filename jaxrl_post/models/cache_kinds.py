@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxrl_post.kernels.platform import current_device
 from jaxrl_post.models.cache import KVCache, Read, arrays, empty_cache, in_order, reach, reach_unordered, write
 from jaxrl_post.models.insertion import insert_rows
 from jaxrl_post.models.layers import DecoderConfig
+from jaxrl_post.models.paged_cache import PagedCache, empty_pages, insert_pages, release_pages, write_pages
 from jaxrl_post.types import Array, Policy
 
 
@@ -25,24 +27,19 @@ class WindowedCache(NamedTuple):
     """The cache of a model some of whose layers see the newest tokens only: these layers keep no others.
 
     Attributes:
-        whole: of the layers that see all tokens; `S` columns.
+        whole: of the layers that see all tokens; `S` columns, or pages.
         near: of the local layers; `W` columns, as many as the window has tokens. The token at position `p` stands in
             column `p % W`, whatever else has been written, so that each row keeps its own last tokens; `index` says
             nothing.
     """
 
-    whole: KVCache
+    whole: KVCache | PagedCache
     near: KVCache
 
     @property
     def positions(self) -> Array:
         """`[B, S]`, of the layers that see all."""
         return self.whole.positions
-
-    @property
-    def index(self) -> Array:
-        """Columns written so far, of the layers that see all."""
-        return self.whole.index
 
 
 class SharedCache(NamedTuple):
@@ -61,16 +58,13 @@ class SharedCache(NamedTuple):
         """`[B, S]`, of the sequences' own tokens."""
         return self.own.positions
 
-    @property
-    def index(self) -> Array:
-        """Columns of their own written so far."""
-        return self.own.index
+
+Cache: TypeAlias = KVCache | PagedCache | WindowedCache | SharedCache
 
 
-Cache: TypeAlias = KVCache | WindowedCache | SharedCache
-
-
-def new_cache(config: DecoderConfig, batch: int, capacity: int, dtype: DTypeLike | None = None) -> Cache:
+def new_cache(
+    config: DecoderConfig, batch: int, capacity: int, dtype: DTypeLike | None = None, *, pages: int | None = None
+) -> Cache:
     """A decoder's cache without a token.
 
     Args:
@@ -78,12 +72,14 @@ def new_cache(config: DecoderConfig, batch: int, capacity: int, dtype: DTypeLike
         batch: `B`.
         capacity: `S`, columns of layers that see all tokens.
         dtype: a float type, or int8; None for that of the model.
+        pages: for the layers that see all tokens a pool of so many, of `page_width(capacity)` columns each, that rows
+            take as they grow; None for `S` columns of their own for each row.
 
     Returns:
-        A `KVCache`, or a `WindowedCache` if local layers keep less.
+        A `KVCache` or a `PagedCache`, or a `WindowedCache` of one if local layers keep less.
 
     Raises:
-        ValueError: for another dtype.
+        ValueError: for another dtype, and as `empty_pages`.
 
     Example:
         >>> from jaxrl_post import models
@@ -99,23 +95,38 @@ def new_cache(config: DecoderConfig, batch: int, capacity: int, dtype: DTypeLike
     def stack(layers: int, columns: int) -> KVCache:
         return empty_cache(layers, batch, columns, config.kv_heads, config.head_dim, dtype)
 
+    def whole(layers: int) -> KVCache | PagedCache:
+        if pages is None:
+            return stack(layers, capacity)
+        return empty_pages(layers, batch, capacity, pages, config.kv_heads, config.head_dim, dtype)
+
     if config.window is None or not near or config.window >= capacity:
-        return stack(config.layers, capacity)
-    return WindowedCache(stack(config.layers - near, capacity), stack(near, config.window))
+        return whole(config.layers)
+    if pages is not None and near == config.layers:
+        raise ValueError(f"pages do not apply to a model all of whose layers keep {config.window} tokens; leave it out")
+    return WindowedCache(whole(config.layers - near), stack(near, config.window))
 
 
-def cache_bytes(policy: Policy, batch: int, capacity: int, dtype: DTypeLike | None = None) -> int:
+def cache_bytes(
+    policy: Policy, batch: int, capacity: int, dtype: DTypeLike | None = None, *, pages: int | None = None
+) -> int:
     """Memory of a policy's cache.
 
     A decoder's takes `2 * layers * kv_heads * head_dim * itemsize` bytes for each column of a row, in int8
     `2 * layers * kv_heads * (head_dim + 2)`, and 4 for its position. Local layers have `min(window, capacity)` columns,
-    with positions of their own, and the others `capacity`.
+    with positions of their own, and the others `capacity`. Both have an `index` of 4 bytes. `rollout.generate` takes
+    less than for all its rows where sequences of a group share their prompt, see `share_prompts`.
+
+    In pages, the layers that are not local take as many columns as `pages * page_width(capacity)`, whatever the number
+    of rows, and for each row 4 bytes for each page of `capacity` and 4 for its length in the place of positions and
+    `index`: a sequence of `n` tokens costs `ceil(n / page_width(capacity))` pages while it lasts.
 
     Args:
         policy: the model.
         batch: rows.
         capacity: columns.
         dtype: as in `Policy.init_cache`.
+        pages: of the pool; None for a cache without.
 
     Returns:
         Bytes of all arrays, on all devices together.
@@ -126,7 +137,8 @@ def cache_bytes(policy: Policy, batch: int, capacity: int, dtype: DTypeLike | No
         >>> [cache_bytes(policy, 10, 100, dtype) // 1000 for dtype in (jnp.bfloat16, jnp.int8)]
         [516, 268]
     """
-    made = jax.eval_shape(lambda: policy.init_cache(batch, capacity, dtype))
+    pooled = {} if pages is None else {"pages": pages}
+    made = jax.eval_shape(lambda: policy.init_cache(batch, capacity, dtype, **pooled))
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(made))
 
 
@@ -145,12 +157,16 @@ def write_layers(cache: Cache, k: Array, v: Array, positions: Array, local_layer
     """
     if isinstance(cache, SharedCache):
         return cache._replace(own=write_layers(cache.own, k, v, positions, local_layers))
+    if isinstance(cache, PagedCache):
+        return write_pages(cache, k, v, positions)
     if isinstance(cache, KVCache):
         return write(cache, k, v, positions)
     near, whole = _numbers(local_layers)
     new = {name: jnp.swapaxes(x, 2, 3) for name, x in arrays(cache.near, k[near], v[near]).items()}
+    put = write_pages if isinstance(cache.whole, PagedCache) else write
     return WindowedCache(
-        write(cache.whole, k[whole], v[whole], positions), _write_by_position(cache.near, new, positions)
+        put(cache.whole, k[whole], v[whole], positions),  # type: ignore[arg-type]
+        _write_by_position(cache.near, new, positions),
     )
 
 
@@ -171,16 +187,31 @@ def _write_by_position(ring: KVCache, new: dict[str, Array], positions: Array) -
     newest = jnp.max(positions, axis=1, keepdims=True)
     kept = (positions >= 0) & (positions > newest - size)
     columns = jnp.where(kept, positions % size, size)  # which does not exist
-    rows = jnp.arange(len(positions))[:, None]
-    layers, heads = (jnp.arange(ring.k.shape[i]) for i in (0, 2))
-    # By all four numbers: what was written over layers or heads at once, a TPU's compiler would lay beside each other.
-    where = (layers[:, None, None, None], rows[:, None], heads[:, None], columns[:, None])
+    scatter = _by_numbers if current_device().platform == "tpu" else _by_rows
 
     def put(old: Array, new: Array) -> Array:
-        return in_order(old.at[where].set(new.astype(old.dtype), mode="drop"))
+        return in_order(scatter(old, columns, new.astype(old.dtype)))
 
-    found = ring.positions.at[rows, columns].set(positions, mode="drop")
+    found = scatter(ring.positions[None, :, None], columns, positions[None, :, None])[0, :, 0]
     return ring._replace(positions=found, **{name: put(getattr(ring, name), x) for name, x in new.items()})
+
+
+def _by_numbers(old: Array, columns: Array, new: Array) -> Array:
+    """`[layers, B, heads, S, ...]` with `new` `[layers, B, heads, T, ...]` in columns `[B, T]`; no other is touched."""
+    # By all four numbers: what was written over layers or heads at once, a TPU's compiler would lay beside each other.
+    layers, rows, heads = (jnp.arange(size) for size in old.shape[:3])
+    where = (layers[:, None, None, None], rows[:, None, None], heads[:, None], columns[:, None])
+    return old.at[where].set(new, mode="drop")
+
+
+def _by_rows(old: Array, columns: Array, new: Array) -> Array:
+    """The same, row by row: where rows lie on several devices, these need not tell each other what is theirs."""
+
+    def put(old: Array, columns: Array, new: Array) -> Array:
+        return old.at[columns].set(new, mode="drop")
+
+    heads = jax.vmap(put, in_axes=(0, None, 0))
+    return jax.vmap(jax.vmap(heads), in_axes=(0, None, 0))(old, columns, new)
 
 
 def reads(
@@ -207,7 +238,7 @@ def reads(
 
 
 def _part(
-    cache: KVCache | WindowedCache,
+    cache: KVCache | PagedCache | WindowedCache,
     positions: Array,
     window: int | None,
     local_layers: Sequence[bool],
@@ -221,8 +252,12 @@ def _part(
         numbers = np.cumsum(np.asarray(local_layers) == local) - 1
         complete |= local
         cache = cache.near if local else cache.whole
-    where = reach_unordered(cache.positions, positions, window) if complete else reach(cache, positions, window)
-    return lambda layer: Read(cache, layer if numbers is None else jnp.asarray(numbers, jnp.int32)[layer], where)
+    table = cache.table if isinstance(cache, PagedCache) else None
+    if complete or isinstance(cache, PagedCache):
+        where = reach_unordered(cache.positions, positions, window)
+    else:
+        where = reach(cache, positions, window)
+    return lambda layer: Read(cache, layer if numbers is None else jnp.asarray(numbers, jnp.int32)[layer], where, table)
 
 
 def insert(
@@ -246,15 +281,44 @@ def insert(
     """
     if isinstance(cache, SharedCache) or isinstance(rows, SharedCache):
         raise ValueError("a cache with shared prompts takes no rows and gives none; use init_cache and insert without")
+    if _in_pages(rows):
+        raise ValueError("rows are prefilled in a cache of their own columns; make it with init_cache without pages")
     _check_alike(cache, rows)
-    if isinstance(cache, KVCache):
+
+    def inserted(cache: Any, rows: KVCache) -> Any:
+        if isinstance(cache, PagedCache):
+            return insert_pages(cache, rows, source, slots)
         return insert_rows(cache, rows, source, slots, axes=_axes(cache))
+
+    if not isinstance(cache, WindowedCache):
+        return inserted(cache, rows)  # type: ignore[arg-type]
     if isinstance(rows, KVCache):  # so few columns that none is out of reach
         rows = _windowed(rows, cache.near.positions.shape[1], local_layers)
-    return WindowedCache(
-        insert_rows(cache.whole, rows.whole, source, slots, axes=_axes(cache.whole)),
-        insert_rows(cache.near, rows.near, source, slots, axes=_axes(cache.near)),
-    )
+    return WindowedCache(inserted(cache.whole, rows.whole), inserted(cache.near, rows.near))  # type: ignore[arg-type]
+
+
+def release(cache: Cache, rows: Array) -> Cache:
+    """Rows that have ended give their pages back; a cache without pages stays as it is.
+
+    Args:
+        cache: of a decoder.
+        rows: `[B]` bool, those that have ended.
+
+    Returns:
+        The cache, whose free pages the next `decode` or `insert` may give to other rows.
+
+    Example:
+        >>> from jaxrl_post import models
+        >>> policy = models.decoder(vocab_size=8, width=8, layers=1, heads=2)
+        >>> cache = policy.init_cache(2, 10, pages=2)
+        >>> release(cache, jnp.array([True, False])).table.tolist()
+        [[-1], [-1]]
+    """
+    if isinstance(cache, PagedCache):
+        return release_pages(cache, rows)
+    if isinstance(cache, WindowedCache) and isinstance(cache.whole, PagedCache):
+        return cache._replace(whole=release_pages(cache.whole, rows))
+    return cache
 
 
 def share_prompts(cache: Cache, rows: Cache) -> SharedCache:
@@ -281,11 +345,13 @@ def share_prompts(cache: Cache, rows: Cache) -> SharedCache:
     """
     if isinstance(cache, SharedCache) or isinstance(rows, SharedCache):
         raise ValueError("neither cache may have shared prompts already; make both with init_cache")
+    if _in_pages(cache) or _in_pages(rows):
+        raise ValueError("shared prompts are not kept in pages; make both caches with init_cache without pages")
     sequences, prompts = len(cache.positions), len(rows.positions)
     if sequences % prompts:
         raise ValueError(f"{sequences} sequences are not equally many for each of {prompts} prompts")
     _check_alike(cache, rows)
-    return SharedCache(rows, cache)
+    return SharedCache(rows, cache)  # type: ignore[arg-type]
 
 
 def _windowed(rows: KVCache, columns: int, local_layers: Sequence[bool]) -> WindowedCache:
@@ -307,7 +373,11 @@ def _axes(cache: KVCache) -> dict[str, tuple[int, int]]:
     return {"k": (1, 3), "v": (1, 3), "positions": (0, 1), **scales}
 
 
-def _check_alike(cache: KVCache | WindowedCache, rows: KVCache | WindowedCache) -> None:
+def _in_pages(cache: Cache) -> bool:
+    return isinstance(cache.whole if isinstance(cache, WindowedCache) else cache, PagedCache)
+
+
+def _check_alike(cache: KVCache | PagedCache | WindowedCache, rows: KVCache | PagedCache | WindowedCache) -> None:
     a, b = ((x.whole if isinstance(x, WindowedCache) else x).k.dtype for x in (cache, rows))
     if (a == jnp.int8) != (b == jnp.int8):
         raise ValueError(f"a cache of {a.name} takes no rows of {b.name}; give init_cache the same dtype for both")

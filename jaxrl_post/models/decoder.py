@@ -82,7 +82,8 @@ def decoder(
     right-padded with position -1 on padding, and every call of `decode` writes the next columns of all rows, after the
     last one the first again: `init_cache` must be given room for prompt and completion. Its dtype may be int8, which
     takes half the memory of bfloat16 and moves the states a little: log-probs of the sampler are then not quite those
-    of `hidden`. `cache_bytes` tells what a cache takes.
+    of `hidden`. With `init_cache(..., pages=n)` rows share a pool of `n` pages, of which each takes what its tokens
+    need (`PagedCache`). `cache_bytes` tells what a cache takes.
 
     Args:
         vocab_size: `V`.
@@ -216,8 +217,8 @@ def decoder(
         lora=lora,
     )
 
-    def init_cache(batch: int, capacity: int, dtype: DTypeLike | None = None) -> Cache:
-        return new_cache(config, batch, capacity, dtype)
+    def init_cache(batch: int, capacity: int, dtype: DTypeLike | None = None, *, pages: int | None = None) -> Cache:
+        return new_cache(config, batch, capacity, dtype, pages=pages)
 
     def axes() -> dict[str, Any]:
         params = nnx.state(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))), nnx.Param)

@@ -27,7 +27,7 @@ from jaxrl_post.training import setup as setups
 from jaxrl_post.training.batches import GREEDY_REWARD
 from jaxrl_post.training.config import Config, ConfigError
 from jaxrl_post.training.environment_setup import Turns
-from jaxrl_post.training.generation import Generation, compiled_generate
+from jaxrl_post.training.generation import Continued, Generation, compiled_generate
 from jaxrl_post.training.setup import Setup
 from jaxrl_post.training.splitting import split, unsplit_rows
 from jaxrl_post.training.stages import Stage
@@ -245,7 +245,9 @@ def _sampling(setup: Setup, state: Any, name: str, how: Generation, count: int) 
     begun = count * parts
     if how.tokens_per_step is not None:  # each completion is read again by itself, and goes on
         begun, length, new = count * group, length + new, how.tokens_per_step
-    prompts = _placed(setup.prompt_shapes(how, count), mesh)
+    shapes = setup.prompt_shapes(how, count)
+    going_on = isinstance(shapes, Continued)
+    prompts = Continued(*(_placed(part, mesh) for part in shapes)) if going_on else _placed(shapes, mesh)
     key = _key(setup, mesh)
 
     def lower() -> Any:
@@ -260,6 +262,8 @@ def _sampling(setup: Setup, state: Any, name: str, how: Generation, count: int) 
     dtype = None if how.cache_dtype is None else jnp.dtype(how.cache_dtype)
 
     def cache_of() -> Any:
+        if how.cache_pages is not None:
+            return setup.policy.init_cache(how.slots or rows, length + new, dtype, pages=how.cache_pages)
         if how.slots is not None and how.slots < rows:
             return setup.policy.init_cache(how.slots, length + new, dtype)
         prompts = setup.policy.init_cache(begun, length, dtype)

@@ -17,7 +17,7 @@ from jaxrl_post.rollout.slots import Drawn, Requests
 from jaxrl_post.types import FINISH_ABORT, FINISH_LENGTH, FINISH_STOP, Array, Params, Policy, PyTree, Rollouts
 
 BEAM_SCORE = "beam_score"
-"""`[P, K]` float32 of `Rollouts.extras`: what `beam_search` has ranked the sequences by."""
+"""`[P, K]` float32 or wider of `Rollouts.extras`: what `beam_search` has ranked the sequences by."""
 
 EarlyStopping: TypeAlias = bool | Literal["never"]
 
@@ -30,8 +30,8 @@ class _Beams(NamedTuple):
 
     Attributes:
         token: `[P, M, N]` int32, what follows the prompt.
-        logp: `[P, M, N]` float32, nats.
-        score: `[P, M]` float32: the sum of `logp`, divided by the length's power once the sequence has ended.
+        logp: `[P, M, N]` float32 or wider, nats.
+        score: `[P, M]`, of that dtype: the sum of `logp`, divided by the length's power once the sequence has ended.
         count: `[P, M]` int32, tokens of those that have ended; 0 for the others.
     """
 
@@ -133,7 +133,8 @@ def beam_search(
     unembedding = policy.unembed(params)
     num_prompts, width = requests.tokens.shape
     rows = num_prompts * beams
-    cache = _prefilled(policy, params, requests, width + max_new_tokens, cache_dtype)
+    states, cache = _prefilled(policy, params, requests, width + max_new_tokens, cache_dtype)
+    wide = jax.eval_shape(lambda: models.logits(unembedding, states)).dtype
     axes = _row_axes(policy, rows, width + max_new_tokens, cache_dtype)
     last = jnp.take_along_axis(requests.tokens, requests.length[:, None] - 1, axis=1).astype(jnp.int32)
 
@@ -155,7 +156,7 @@ def beam_search(
 
         new = jax.lax.dynamic_index_in_dim(continued.token, count, axis=2, keepdims=False)
         ends = jnp.any(new[..., None] == stops, axis=-1) | (count + 1 >= limit)
-        score = continued.score / jnp.asarray(count + 1, jnp.float32) ** length_penalty
+        score = continued.score / jnp.asarray(count + 1, wide) ** length_penalty
         admitted = ends & (jnp.arange(looked_at) < beams) & state.open[:, None]
         if early_stopping is True:
             admitted &= ~jnp.all(state.finished.count > 0, axis=-1, keepdims=True)
@@ -170,14 +171,14 @@ def beam_search(
         source = jnp.take_along_axis(parent, chosen, axis=1)
 
         farthest = limit if early_stopping == "never" and length_penalty > 0 else count + 1
-        possible = running.score[:, :1] / jnp.asarray(farthest, jnp.float32) ** length_penalty
+        possible = running.score[:, :1] / jnp.asarray(farthest, wide) ** length_penalty
         worst = jnp.where(finished.count > 0, finished.score[:, -1:], NONE)
         may_improve = jnp.any(possible > worst, axis=-1)
         return _Search(running, finished, state.open & may_improve, count + 1, _reordered(cache, source, axes))
 
-    empty = jnp.zeros((num_prompts, beams, max_new_tokens), jnp.float32)
+    empty = jnp.zeros((num_prompts, beams, max_new_tokens), wide)
     nothing = jnp.zeros((num_prompts, beams), jnp.int32)
-    none = jnp.full((num_prompts, beams), NONE, jnp.float32)
+    none = jnp.full((num_prompts, beams), NONE, wide)
     # All beams are the prompt itself at first, and one of them is enough.
     start = _Beams(empty.astype(jnp.int32), empty, none.at[:, 0].set(0.0), nothing)
     state = _Search(start, start._replace(score=none), jnp.ones(num_prompts, bool), jnp.zeros((), jnp.int32), cache)
@@ -185,19 +186,20 @@ def beam_search(
     return _rollouts(requests, found, stops, version, prompts.prompt_id, length_penalty)
 
 
-def _prefilled(policy: Policy, params: Params, requests: Requests, capacity: int, dtype: Any) -> PyTree:
-    """A cache with `K` rows of each prompt without its last token, which the search reads."""
+def _prefilled(policy: Policy, params: Params, requests: Requests, capacity: int, dtype: Any) -> tuple[Array, PyTree]:
+    """States of prompts, and a cache with `K` rows of each without its last token, which the search reads."""
 
-    def read(tokens: Array, length: Array, cache: PyTree) -> PyTree:
-        columns = jnp.arange(tokens.shape[1])
-        return policy.prefill(params, tokens, jnp.where(columns < length[:, None] - 1, columns, -1), cache)[1]
+    def read(tokens: Array, length: Array, cache: PyTree) -> tuple[Array, PyTree]:
+        columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        return policy.prefill(params, tokens, jnp.where(columns < length[:, None] - 1, columns, -1), cache)
 
     cache, beams = policy.init_cache(requests.count, capacity, dtype), requests.group_size
     if policy.insert is None:
         tokens = constrain(jnp.repeat(requests.tokens, beams, axis=0), ("batch", None))
         return read(tokens, jnp.repeat(requests.length, beams), cache)
     own = policy.init_cache(len(requests.tokens), requests.tokens.shape[1], dtype)
-    return policy.insert(cache, read(requests.tokens, requests.length, own), beams)
+    states, own = read(requests.tokens, requests.length, own)
+    return states, policy.insert(cache, own, beams)
 
 
 def _row_axes(policy: Policy, rows: int, capacity: int, dtype: Any) -> PyTree:

@@ -6,6 +6,7 @@ the place of one that has ended, is in `slots`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxrl_post.mesh import constrain
+from jaxrl_post.models.paged_cache import page_width
 from jaxrl_post.rollout.drawing import Drawer, flat_params
 from jaxrl_post.rollout.slots import Drawn, Requests, Turns, decode_all
 from jaxrl_post.sampling import SamplingParams, is_truncating
@@ -57,6 +59,7 @@ def generate(
     cache_dtype: jnp.dtype | None = None,
     slots: int | None = None,
     refill: int | None = None,
+    cache_pages: int | None = None,
     alternatives: int = 0,
 ) -> Rollouts:
     """Sample `group_size` completions of each prompt.
@@ -92,6 +95,11 @@ def generate(
         slots: sequences that are decoded at a time; None for all `P * G`; static.
         refill: how many slots must be free before the next sequences take them, so that their prompts are read
             together; None for an eighth of the slots; static.
+        cache_pages: keep keys and values in a pool of so many pages of `models.page_width(L + N)` tokens, which
+            sequences take as they grow and give back when they end: it may be smaller than `slots` sequences of `L + N`
+            tokens. Where it is full, the sequence that came last gives its pages back and starts over later, with the
+            same random stream. A group's prompt is then kept for each of its members. None for room of its own for
+            each slot; static.
         alternatives: `k`: of how many of the most probable tokens the ids and tempered log-probs are recorded at each
             place, in `extras["alternatives"]` and `extras["alternative_logp"]` `[B, T, k]`; 0 for none; static.
 
@@ -100,8 +108,8 @@ def generate(
         last token of its sequence and inside the mask.
 
     Raises:
-        ValueError: for wrong shapes, sizes below 1, sampling parameters out of range, or slots that are refilled where
-            the policy cannot insert rows into its cache.
+        ValueError: for wrong shapes, sizes below 1, sampling parameters out of range, slots that are refilled where
+            the policy cannot insert rows into its cache, or pages that cannot hold one sequence of `L + N` tokens.
 
     Example:
         >>> import jax
@@ -125,6 +133,7 @@ def generate(
         slots=slots,
         refill=refill,
         cache_dtype=cache_dtype,
+        cache_pages=cache_pages,
         alternatives=alternatives,
     )
     return assemble(requests, drawn, finish, sampling=sampling, version=version, prompt_id=prompts.prompt_id)
@@ -141,13 +150,14 @@ def launch(
     slots: int | None,
     refill: int | None,
     cache_dtype: jnp.dtype | None,
+    cache_pages: int | None = None,
     turns: Turns | None = None,
     alternatives: int = 0,
 ) -> tuple[Drawn, Array]:
     """`decode_all` of checked requests, with the defaults of `slots` and `refill`.
 
     Raises:
-        ValueError: for slots that do not fit.
+        ValueError: for slots or pages that do not fit.
     """
     if alternatives < 0:
         raise ValueError(f"alternatives must be at least 0 tokens, got {alternatives}")
@@ -160,6 +170,8 @@ def launch(
         raise ValueError(
             f"{slots} slots for {batch} sequences need a policy whose cache takes rows (Policy.insert); give slots=None"
         )
+    if cache_pages is not None:
+        _check_pages(policy, cache_pages, requests.tokens.shape[1], max_new_tokens)
     own = flat_params(sampling, len(requests.tokens), requests.group_size)
     return decode_all(
         policy,
@@ -170,8 +182,24 @@ def launch(
         slots=slots,
         refill=refill,
         cache_dtype=cache_dtype,
+        cache_pages=cache_pages,
         turns=turns,
     )
+
+
+def _check_pages(policy: Policy, pages: int, width: int, max_new_tokens: int) -> None:
+    if policy.insert is None or "pages" not in inspect.signature(policy.init_cache).parameters:
+        raise ValueError(
+            "cache_pages needs a policy whose cache takes rows and comes in pages: Policy.insert and "
+            "init_cache(batch, capacity, dtype, pages=...), as models.decoder has them; leave cache_pages out"
+        )
+    columns = page_width(width + max_new_tokens)
+    needed = -(-(width + max_new_tokens) // columns)
+    if pages < needed:
+        raise ValueError(
+            f"cache_pages={pages} of {columns} tokens cannot hold one sequence of L + max_new_tokens = "
+            f"{width} + {max_new_tokens}; give at least {needed}"
+        )
 
 
 def assemble(
@@ -278,7 +306,8 @@ def check_requests(prompts: Prompts, max_new_tokens: int, group_size: int) -> Re
             )
         _check_range("prompts.max_new_tokens", limit, max_new_tokens, "max_new_tokens", "which is the static limit")
         limit = jnp.broadcast_to(limit if limit.ndim == 2 else limit[:, None], grouped).reshape(-1).astype(jnp.int32)
-    return Requests(prompts.tokens, prompts.length, ids.reshape(-1).astype(jnp.uint32), limit, group_size)
+    tokens, length = (jnp.asarray(x, jnp.int32) for x in (prompts.tokens, prompts.length))
+    return Requests(tokens, length, jnp.asarray(ids, jnp.uint32).reshape(-1), limit, group_size)
 
 
 def _check_range(name: str, values: Array, highest: int, bound: str, reason: str) -> None:

@@ -1,6 +1,7 @@
 """The loop over tokens: a queue of sequences, and slots that they take, one after the other, in one program.
 
-What is drawn from a state is not known here, nor who speaks between the policy's turns.
+Where the cache is a pool of pages, a sequence needs room in it too, and may have to go back to the queue. What is drawn
+from a state is not known here, nor who speaks between the policy's turns.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_post.mesh import constrain, spread
+from jaxrl_post.models.cache_kinds import release
+from jaxrl_post.models.paged_cache import page_width
 from jaxrl_post.sampling import SamplingParams
 from jaxrl_post.types import FINISH_ABORT, FINISH_LENGTH, FINISH_NONE, FINISH_STOP, Array, Params, Policy, PyTree
 
@@ -72,11 +75,6 @@ class Draw(Protocol):
     @property
     def vocab_size(self) -> int | None:
         """Size of the counts that it wants of each sequence."""
-        ...
-
-    @property
-    def alternatives(self) -> int:
-        """How many `Drawn.others` there are."""
         ...
 
     def __call__(self, hidden: Array, request: Array, count: Array, counts: Array | None) -> Drawn:
@@ -148,11 +146,12 @@ class _Slots(NamedTuple):
         recent: `[S, m]` int32, the last of them, for sequences that end it; `m` may be 0.
         counts: `[S, V]` int32 how often it has sampled each, or None.
         ended: `[S]` bool.
-        waiting: int32, the next sequence that no slot has had.
+        waiting: `[B]` bool, the sequences that have no slot and have not ended.
         cache: of the policy, a row for each slot.
         drawn: `[B, N]` of all sequences.
         finish: `[B]` int8.
         turns: the state of `Turns`; `()` without turns.
+        crowded: bool, whether a sequence has gone back to the queue since the last one ended.
     """
 
     request: Array
@@ -165,6 +164,7 @@ class _Slots(NamedTuple):
     cache: PyTree
     drawn: Drawn
     finish: Array
+    crowded: Array
     turns: PyTree = ()
 
 
@@ -178,6 +178,7 @@ def decode_all(
     slots: int,
     refill: int,
     cache_dtype: Any = None,
+    cache_pages: int | None = None,
     turns: Turns | None = None,
 ) -> tuple[Drawn, Array]:
     """Sample all sequences; `rollout.generate` and `rollout.generate_turns` explain the arguments.
@@ -186,71 +187,96 @@ def decode_all(
         `Drawn` `[B, N]`, zero behind the end of each sequence, and how each ended, `[B]` int8.
     """
     total, width, size = requests.count, requests.tokens.shape[1], draw.vocab_size
-    at_once = slots == total  # then every sequence has a slot from the beginning, and all have equally many tokens
+    capacity = width + max_new_tokens
+    # Then every sequence has a slot from the beginning, and all have equally many tokens.
+    at_once = slots == total and cache_pages is None
     is_end, memory = _ends(draw.sampling)
     limit = jnp.full(total, max_new_tokens, jnp.int32) if requests.limit is None else requests.limit
 
-    def prefilled(tokens: Array, length: Array, cache: PyTree) -> PyTree:
-        """A cache of the prompts without their last tokens: the loop reads these, and draws what follows."""
-        columns = jnp.arange(width)
+    def prefilled(tokens: Array, length: Array, cache: PyTree) -> tuple[Array, PyTree]:
+        """The prompts' states, and a cache of them without their last tokens: the loop reads these, and goes on."""
+        columns = jnp.arange(width, dtype=jnp.int32)
         positions = jnp.where(columns < length[:, None] - 1, columns, -1)
-        return policy.prefill(params, tokens, positions, cache)[1]
+        return policy.prefill(params, tokens, positions, cache)
 
     def last_of(request: Array) -> Array:
         row = jnp.minimum(request // requests.group_size, len(requests.tokens) - 1)
         return requests.tokens[row, requests.length[row] - 1].astype(jnp.int32)
 
+    def pages(request: Array, count: Array | int) -> Array:
+        """`[R]`, pages that sequences of so many tokens take with the next; of one that does not exist, none."""
+        row = jnp.minimum(request, total - 1) // requests.group_size
+        return jnp.where(request < total, (requests.length[row] + count - 1) // page_width(capacity) + 1, 0)
+
     def begin() -> _Slots:
-        """All slots filled with the first sequences of the queue."""
-
-        def empty(dtype: Any, *each: int) -> Array:
-            return jnp.zeros((total, max_new_tokens, *each), dtype)
-
+        """All slots filled with the first sequences of the queue, as far as there are pages for them."""
         first = jnp.arange(slots, dtype=jnp.int32)
         prompts = -(-slots // requests.group_size)
+        fits = jnp.ones(slots, bool)
         if policy.insert is None:
             tokens = constrain(jnp.repeat(requests.tokens, requests.group_size, axis=0), ("batch", None))
-            cache = policy.init_cache(slots, width + max_new_tokens, cache_dtype)
-            cache = prefilled(tokens, jnp.repeat(requests.length, requests.group_size), cache)
+            cache = policy.init_cache(slots, capacity, cache_dtype)
+            states, cache = prefilled(tokens, jnp.repeat(requests.length, requests.group_size), cache)
         else:
             own = policy.init_cache(prompts, width, cache_dtype)
-            own = prefilled(requests.tokens[:prompts], requests.length[:prompts], own)
+            states, own = prefilled(requests.tokens[:prompts], requests.length[:prompts], own)
             if at_once:
                 cache = together(policy, own, slots, requests.group_size, width, max_new_tokens, cache_dtype)
+            elif cache_pages is None:
+                cache = policy.insert(policy.init_cache(slots, capacity, cache_dtype), own, requests.group_size)
             else:
-                cache = policy.init_cache(slots, width + max_new_tokens, cache_dtype)
-                cache = policy.insert(cache, own, requests.group_size)
+                fits = jnp.cumsum(pages(first, 0)) <= cache_pages
+                cache = policy.init_cache(slots, capacity, cache_dtype, pages=cache_pages)
+                cache = policy.insert(cache, own, first // requests.group_size, jnp.where(fits, first, slots))
+        counts = None if size is None else jnp.zeros((slots, size), jnp.int32)
+        kept = jax.eval_shape(draw, jax.ShapeDtypeStruct((slots, states.shape[-1]), states.dtype), first, first, counts)
+        if turns is not None:
+            kept = kept._replace(marks=jax.tree.map(lambda kind: jax.ShapeDtypeStruct((slots,), kind), turns.marks))
         return _Slots(
             request=first,
             count=jnp.zeros(slots, jnp.int32),
             token=last_of(first),
             recent=jnp.full((slots, memory), -1, jnp.int32),
-            counts=None if size is None else jnp.zeros((slots, size), jnp.int32),
-            ended=jnp.zeros(slots, bool),
-            waiting=jnp.asarray(slots, jnp.int32),
+            counts=counts,
+            ended=~fits,
+            waiting=jnp.ones(total, bool).at[:slots].set(~fits),
             cache=cache,
-            drawn=Drawn(
-                jnp.zeros((total, max_new_tokens), jnp.int32),
-                *(jnp.zeros((total, max_new_tokens), jnp.float32) for _ in range(4)),
-                marks=() if turns is None else jax.tree.map(empty, turns.marks),
-                others=tuple(empty(kind, draw.alternatives) for kind in (jnp.int32, jnp.float32) if draw.alternatives),
-            ),
+            drawn=jax.tree.map(lambda x: jnp.zeros((total, max_new_tokens, *x.shape[1:]), x.dtype), kept),
             finish=jnp.full(total, FINISH_NONE, jnp.int8),
+            crowded=jnp.zeros((), bool),
             turns=() if turns is None else turns.begin(first),
         )
 
+    def queue(state: _Slots) -> Array:
+        """`[refill]` int32, the sequences that come next; `B` where there is none, or no room for it in the pool."""
+        # A compiler that has split the array unevenly would count its padding too.
+        waiting = constrain(state.waiting, ("batch",))
+        request = jnp.nonzero(waiting, size=refill, fill_value=total)[0].astype(jnp.int32)
+        if cache_pages is None:
+            return request
+        free = cache_pages - jnp.sum(pages(jnp.where(state.ended, total, state.request), state.count))
+        return jnp.where(jnp.cumsum(pages(request, 0)) <= free, request, total)
+
     def admit(state: _Slots) -> _Slots:
         """The next `refill` sequences of the queue in slots that are free."""
-        rows = jnp.nonzero(state.ended, size=refill, fill_value=slots)[0].astype(jnp.int32)
-        request = state.waiting + jnp.arange(refill, dtype=jnp.int32)
-        rows = jnp.where(request < total, rows, slots)  # at the end of the queue there are fewer
-        # Each prompt is read once, however many of its group come in.
-        first = state.waiting // requests.group_size
+        request = queue(state)
+        # Each prompt is read once, however many of its group come in. Where sequences have come back there may be more
+        # prompts than are read: the others wait.
+        first = jnp.minimum(request[0], total - 1) // requests.group_size
         prompts = min(refill, (refill - 2) // requests.group_size + 2)
+        source = request // requests.group_size - first
+        ended = constrain(state.ended, ("batch",))
+        rows = jnp.nonzero(ended, size=refill, fill_value=slots)[0].astype(jnp.int32)
+        comes = (request < total) & (source < prompts)
+        rows, request = jnp.where(comes, rows, slots), jnp.where(comes, request, total)
         read = jnp.minimum(first + jnp.arange(prompts), len(requests.tokens) - 1)
-        cache = prefilled(requests.tokens[read], requests.length[read], policy.init_cache(prompts, width, cache_dtype))
-        source = jnp.clip(request // requests.group_size - first, 0, prompts - 1)
+        cache = policy.init_cache(prompts, width, cache_dtype)
+        _, cache = prefilled(requests.tokens[read], requests.length[read], cache)
+        source = jnp.clip(source, 0, prompts - 1)
         insert: Callable[..., PyTree] = policy.insert  # type: ignore[assignment]
+        drawn = state.drawn
+        if cache_pages is not None:  # one that starts over leaves nothing of what it was
+            drawn = jax.tree.map(lambda x: x.at[request].set(0, mode="drop"), drawn)
 
         def put(old: Array, new: Array) -> Array:
             return old.at[rows].set(new, mode="drop")
@@ -262,13 +288,31 @@ def decode_all(
             recent=state.recent.at[rows].set(-1, mode="drop"),
             counts=None if state.counts is None else state.counts.at[rows].set(0, mode="drop"),
             ended=state.ended.at[rows].set(False, mode="drop"),
-            waiting=jnp.minimum(state.waiting + refill, total),
-            cache=insert(state.cache, cache, source, rows),
+            waiting=state.waiting.at[request].set(False, mode="drop"),
+            cache=insert(release(state.cache, state.ended), cache, source, rows),
+            drawn=drawn,
             turns=() if turns is None else jax.tree.map(put, state.turns, turns.begin(request)),
+        )
+
+    def relieved(state: _Slots, most: int) -> _Slots:
+        """The state with room for the next token in each slot in `most` pages: who came last goes back to the queue."""
+        request = jnp.where(state.ended, total, state.request)
+        own = pages(request, state.count)
+        # The first of all has room for itself alone, so that every sequence ends at some time.
+        needed = jnp.sum(jnp.where(request <= request[:, None], own, 0), axis=1)
+        leaves = ~state.ended & (needed > most)
+        ended = state.ended | leaves
+        return state._replace(
+            ended=ended,
+            waiting=state.waiting.at[jnp.where(leaves, request, total)].set(True, mode="drop"),
+            crowded=state.crowded | jnp.any(leaves),
+            cache=release(state.cache, ended),
         )
 
     def advance(state: _Slots) -> _Slots:
         """The state with a new token in each slot; those that are not running stay as they are."""
+        if cache_pages is not None:
+            state = relieved(state, cache_pages)
         request, count = state.request, state.count
         # The cache's place of a sequence that has ended is marked as padding; its output is not used.
         length = requests.length[jnp.minimum(request, total - 1) // requests.group_size]
@@ -320,25 +364,32 @@ def decode_all(
             cache=cache,
             drawn=jax.tree.map(write, state.drawn, drawn),
             finish=ends,
+            crowded=state.crowded & ~jnp.any(over),
             turns=conversation,
         )
 
     def is_running(state: _Slots) -> Array:
         """Whether a slot has a sequence, and not so many have none that the next take them."""
         free = jnp.sum(state.ended, dtype=jnp.int32)
-        ready = (state.waiting < total) & (free >= jnp.minimum(refill, total - state.waiting))
+        if at_once:
+            return free < slots
+        wanted = jnp.minimum(refill, jnp.sum(state.waiting, dtype=jnp.int32))
+        ready = (wanted > 0) & (free >= wanted)
+        if cache_pages is not None:
+            # What has gone back would soon do so again: something has to end first.
+            ready &= ~state.crowded & (jnp.sum(queue(state) < total) >= wanted)
         return (free < slots) & ~ready
 
     def refilled(state: _Slots) -> _Slots:
         # A loop in a loop, and not a condition for each token, which would copy the cache whichever way it goes.
         state = jax.lax.while_loop(is_running, advance, state)
-        return jax.lax.cond(state.waiting < total, admit, lambda state: state, state)
+        return jax.lax.cond(jnp.any(state.waiting), admit, lambda state: state, state)
 
     state = begin()
     if at_once:
         state = jax.lax.while_loop(is_running, advance, state)
     else:
-        state = jax.lax.while_loop(lambda state: ~jnp.all(state.ended) | (state.waiting < total), refilled, state)
+        state = jax.lax.while_loop(lambda state: ~jnp.all(state.ended) | jnp.any(state.waiting), refilled, state)
     return state.drawn, state.finish
 
 

@@ -40,6 +40,7 @@ class Generation(NamedTuple):
         parts: prompts of a group, which share it evenly.
         exits: of serial groups, which are one longer than its count; None for completions that are sampled separately.
         slots: completions that are decoded at a time; None for all.
+        cache_pages: of how many pages of keys and values the slots take theirs; None for room of each slot's own.
         cache_dtype: name of the type that keys and values are kept in; None for the model's own.
         turns: in which environment the policy acts; None for completions that nobody answers. `sample_on_host` is for
             one in Python, and no compiled program.
@@ -53,6 +54,7 @@ class Generation(NamedTuple):
     parts: int = 1
     exits: Exits | None = None
     slots: int | None = None
+    cache_pages: int | None = None
     cache_dtype: str | None = None
     turns: Turns | HostTurns | None = None
     tokens_per_step: int | None = None
@@ -145,7 +147,8 @@ def sample_groups(
     if how.exits is not None:
         return generate_exits(policy, params, prompts, key, exits=how.exits, **limits)
     size = how.group_size // how.parts
-    sampled = generate(policy, params, prompts, key, group_size=size, slots=how.slots, **limits)
+    pool = {"slots": how.slots, "cache_pages": how.cache_pages}
+    sampled = generate(policy, params, prompts, key, group_size=size, **pool, **limits)
     return sampled if how.parts == 1 else merge_groups(sampled, how.parts)
 
 

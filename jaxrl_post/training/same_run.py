@@ -15,6 +15,7 @@ HARMLESS_KEYS = (
     "mesh",  # nor does it matter where it is computed
     "rollout.mesh",
     "rollout.slots",
+    "rollout.cache_pages",
     "training.micro_batches",
     "training.steps",  # unless the step size decays over them
     "training.checkpoint_every",

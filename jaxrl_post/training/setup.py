@@ -209,6 +209,7 @@ class Setup:
             rollout.max_new_tokens if max_new_tokens is None else max_new_tokens,
             group_size,
             slots=rollout.slots,
+            cache_pages=rollout.cache_pages,
             cache_dtype=rollout.cache_dtype,
             turns=self.turns,
         )

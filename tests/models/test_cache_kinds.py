@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_post import mesh as mesh_lib
 from jaxrl_post import models
@@ -213,6 +214,25 @@ def test_samples_with_a_windows_cache_are_those_with_all_columns(name, options):
         init_cache=lambda batch, capacity, dtype: empty_cache(3, batch, capacity, 2, 4, jnp.float32)
     )
     same(completions(sampled(policy, params, **options)), completions(sampled(whole, params, **options)))
+
+
+def test_rows_on_several_devices_keep_their_last_tokens_without_telling_each_other():
+    policy, params = model("mixed")
+    mesh = mesh_lib.make_mesh(data=4)
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+
+    def prefill(params, tokens, positions):
+        return policy.prefill(params, tokens, positions, policy.init_cache(4, 8 + NEW))[1]
+
+    tokens, positions = SEQUENCES[:, :8], prompt_positions()
+    alone = jax.jit(prefill)(params, tokens, positions)
+    with jax.set_mesh(mesh):
+        given = (params, jax.device_put(tokens, rows), jax.device_put(positions, rows))
+        compiled = jax.jit(prefill).lower(*given).compile()
+    assert not re.search("all-gather|all-to-all|collective-permute", compiled.as_text())
+    found = compiled(*given)
+    assert found.near.k.sharding.shard_shape(found.near.k.shape)[1] == 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, alone)
 
 
 # Memory.

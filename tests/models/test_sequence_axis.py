@@ -40,7 +40,7 @@ def test_padding_on_either_side_and_packed_rows_under_a_window_are_read_across_d
             hidden = jnp.where(POSITIONS[..., None] >= 0, hidden, 0)
             return jnp.sum(jnp.sin(hidden)), hidden
 
-        cache = WINDOWED.init_cache(*POSITIONS.shape, jnp.float32)
+        cache = WINDOWED.init_cache(2, POSITIONS.shape[1], jnp.float32)
         first, cache = WINDOWED.prefill(params, tokens[1:, :4], jnp.asarray(POSITIONS[1:, :4]), cache)
         return jax.value_and_grad(loss, has_aux=True)(params), first
 

@@ -74,7 +74,7 @@ def test_what_is_sampled_in_steps_and_evaluations_is_what_is_planned(monkeypatch
         with pytest.raises(Sampled):
             one({}, setup.problems.held_out, setup.key)
     assert asked == plan
-    assert [shapes.id[0] for *_, shapes in plan][-2:] == [(12, 1), (4, 3)]  # of 4 prompts and 3 completions a step
+    assert [shapes.id[0] for *_, shapes in plan[-2:]] == [(12, 1), (4, 3)]  # of 4 prompts and 3 completions a step
 
 
 def test_a_mesh_for_sampling_costs_a_copy_of_the_parameters_as_they_are_multiplied_with():

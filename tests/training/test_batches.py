@@ -189,12 +189,13 @@ def test_completions_that_take_each_others_slots_are_those_that_are_decoded_toge
         "together": {},
         "in turns": {"rollout": {**groups, "slots": 8}},
         "on four devices": {"rollout": {**groups, "slots": 8}, "mesh": {"data": 2, "fsdp": 2}},
+        "of a pool": {"rollout": {**groups, "slots": 8, "cache_pages": 5}},
     }
     sampled = {}
     for name, changes in variants.items():
         batch, *_ = first_batch(runs.tiny_run(tmp_path / name, **WITHOUT, **changes))
         sampled[name] = jax.device_get(batch.rollouts)
-    for name in ("in turns", "on four devices"):
+    for name in ("in turns", "on four devices", "of a pool"):
         np.testing.assert_array_equal(sampled[name].tokens, sampled["together"].tokens)
         np.testing.assert_allclose(sampled[name].logp, sampled["together"].logp, atol=1e-5)
         np.testing.assert_array_equal(sampled[name].reward, sampled["together"].reward)

@@ -168,6 +168,7 @@ def test_two_processes_carry_what_one_does(tmp_path):
         ({"rollout__tokens_per_step": 8, "rollout__slots": 8}, "not for rollout.slots"),
         ({"rollout__tokens_per_step": 8, "rollout__budgets": [8, 16]}, "not for rollout.budgets"),
         ({"rollout__tokens_per_step": 0}, "at least 1"),
+        ({"rollout__tokens_per_step": 8, "rollout__cache_pages": 8}, "not for rollout.cache_pages"),
         ({"rollout__ahead": True, "rollout__environment": "a:b", "rollout__max_turns": 2}, "asked turn by turn"),
         ({"rollout__ahead": True, "method": {"name": "sft"}}, "learns from given completions"),
     ],

@@ -213,6 +213,15 @@ def _rollout_mesh(rollout: RolloutConfig, mesh: MeshConfig, training: MeshConfig
 
 def _slots(config: Config, made: Method, problems: Problems) -> None:
     rollout = config.rollout
+    if rollout is not None and rollout.cache_pages is not None and problems.ok("rollout", "data", "mesh"):
+        devices = dataclasses.asdict(rollout.mesh or config.mesh)
+        if any(size > 1 for axis, size in devices.items() if axis != "tensor"):
+            why = "are a pool of one device, or of several along tensor; leave it out, or sample on rollout.mesh"
+            problems.add("rollout.cache_pages", why, rollout.cache_pages)
+        acting = rollout.environment or (config.data is not None and config.data.environment)
+        if acting or rollout.exits is not None:
+            why = "is for completions that nobody answers and that are not left early; leave it out"
+            problems.add("rollout.cache_pages", why, rollout.cache_pages)
     if rollout is None or rollout.slots is None or not problems.ok("rollout", "curriculum", "mesh"):
         return
     if rollout.exits is not None:
@@ -249,7 +258,7 @@ def _over_steps(config: Config, made: Method, problems: Problems) -> None:
     if rollout.tokens_per_step >= rollout.max_new_tokens:
         why = f"lets every completion end in its step, as rollout.max_new_tokens = {rollout.max_new_tokens}"
         problems.add("rollout.tokens_per_step", f"{why}; give fewer, or leave it out", rollout.tokens_per_step)
-    others = {"budgets": rollout.budgets, "exits": rollout.exits, "slots": rollout.slots}
+    others = {name: getattr(rollout, name) for name in ("budgets", "exits", "slots", "cache_pages")}
     clashing = [f"rollout.{name}" for name, value in others.items() if value is not None]
     if config.data is not None and config.data.environment is not None:
         clashing.append("data.environment")

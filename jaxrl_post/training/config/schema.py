@@ -252,6 +252,13 @@ class RolloutConfig:
         None,
         minimum=1,
     )
+    cache_pages: int | None = option(
+        "keep keys and values in a pool of so many pages (of 256 tokens, on a CPU of 32), which completions take as "
+        "they grow and give back when they end, so that it may be smaller than slots times the longest; where full, "
+        "the last to come starts over later. On one device, or a mesh of tensor alone. null: room for each slot",
+        None,
+        minimum=1,
+    )
     tokens_per_step: int | None = option(
         "most tokens that a completion gets in one step; one that has not ended goes on in the next, with the policy "
         "of then, and its group is trained on when all of it has ended, while others take the places that are free. "
