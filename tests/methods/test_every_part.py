@@ -60,19 +60,30 @@ ADVANTAGES = sorted(credit.ON_GROUPS | credit.ON_TOKENS)
 rewards_strategy = npst.arrays(np.float32, (P, G), elements=st.sampled_from([0.0, 0.25, 0.5, 1.0, -1.0, 2.0]))
 
 
+@functools.cache
+def compiled_at_once(name):
+    """One program for several rewards."""
+    return jax.jit(lambda *several: [advantage(name, rewards) for rewards in several])
+
+
+SMALL_EQUAL_OR_EXTREME = {
+    "single": np.zeros((2, 1)),
+    "equal": np.ones((2, 2)),
+    "two": [[1.0, 0.0]],
+    "one differs": [[0.35] + [0.95] * 7],
+    "huge": [[1e30, -1e30, 1e30, 0.0]],
+}
+
+
 @pytest.mark.parametrize("name", ADVANTAGES)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize(
-    "rewards",
-    [np.zeros((2, 1)), np.ones((2, 2)), [[1.0, 0.0]], [[0.35] + [0.95] * 7], [[1e30, -1e30, 1e30, 0.0]]],
-    ids=["single", "equal", "two", "one_differs", "huge"],
-)
-def test_an_advantage_is_finite_and_float32_where_groups_are_small_equal_or_extreme(name, dtype, rewards):
-    found = jax.jit(functools.partial(advantage, name))(jnp.asarray(rewards, dtype))
-    assert found.dtype == jnp.float32
-    if np.max(np.abs(rewards)) < 100:  # squares of 1e30 are beyond float32, but a plain difference is not
-        assert bool(jnp.all(jnp.isfinite(found)))
-        assert float(jnp.max(jnp.abs(found))) < 1001
+def test_an_advantage_is_finite_and_float32_where_groups_are_small_equal_or_extreme(name, dtype):
+    rows = compiled_at_once(name)(*(jnp.asarray(rewards, dtype) for rewards in SMALL_EQUAL_OR_EXTREME.values()))
+    for kind, found in zip(SMALL_EQUAL_OR_EXTREME, rows, strict=True):
+        assert found.dtype == jnp.float32, kind
+        if kind != "huge":  # squares of 1e30 are beyond float32, but a plain difference is not
+            assert bool(jnp.all(jnp.isfinite(found))), kind
+            assert float(jnp.max(jnp.abs(found))) < 1001, kind
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
@@ -82,7 +93,7 @@ def test_an_advantage_of_an_empty_batch_is_zero_with_a_finite_gradient(name):
     def total(rewards):
         return jnp.sum(advantage(name, rewards, nothing))
 
-    value, gradient = jax.value_and_grad(total)(rewards)
+    value, gradient = jax.jit(jax.value_and_grad(total))(rewards)
     assert float(value) == 0
     assert bool(jnp.all(gradient == 0))
 
@@ -95,7 +106,7 @@ def test_an_advantage_is_the_same_jitted_and_vmapped_and_float64_stays_float64(n
     both = jax.jit(jax.vmap(functools.partial(advantage, name)))(jnp.asarray(rewards, jnp.float32))
     np.testing.assert_allclose(both, jnp.stack(one_by_one), rtol=2e-6, atol=2e-6)
     with jax.enable_x64(True):
-        wide = advantage(name, jnp.asarray(rewards[0], jnp.float64))
+        wide = compiled(name)(jnp.asarray(rewards[0], jnp.float64))
         assert wide.dtype == jnp.float64
         np.testing.assert_allclose(wide, one_by_one[0], rtol=2e-4, atol=2e-5)
 
@@ -153,17 +164,27 @@ def loss_inputs(dtype=jnp.float32, seed=0, rows=4):
 LOSSES = sorted(surrogate.LOSSES)
 
 
-def total(name, given, **keywords):
-    value = call_by_name(functools.partial(surrogate.LOSSES[name], **keywords), given)
+def total(name, given):
+    value = call_by_name(surrogate.LOSSES[name], given)
     mask = given["mask"] if value.ndim == 2 else jnp.max(given["mask"], axis=1)
     return jnp.sum(jnp.where(mask > 0, value, 0.0))
 
 
-def slope(name, given):
-    def of(logp):
+@functools.cache
+def sloped(name):
+    """`given -> (value, (total, slope))` of a loss, compiled once for all tests of the same shapes."""
+
+    def of(logp, given):
         return total(name, given | {"logp": logp})
 
-    return jax.grad(of)(given["logp"])
+    def run(given):
+        return call_by_name(surrogate.LOSSES[name], given), jax.value_and_grad(of)(given["logp"], given)
+
+    return jax.jit(run)
+
+
+def slope(name, given):
+    return sloped(name)(given)[1][1]
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -203,18 +224,19 @@ def test_a_loss_is_finite_and_float32_far_from_the_sampling_policy(name, dtype):
     given_ = loss_inputs(dtype)
     for gap in (-200.0, 200.0):
         far = given_ | {"logp": (given_["old_logp"] + gap).astype(dtype)}
-        value = call_by_name(surrogate.LOSSES[name], far)
+        value, (_, gradient) = sloped(name)(far)
         assert value.dtype == jnp.float32
         assert bool(jnp.all(jnp.isfinite(value)))
-        assert bool(jnp.all(jnp.isfinite(slope(name, far).astype(jnp.float32))))
+        assert bool(jnp.all(jnp.isfinite(gradient.astype(jnp.float32))))
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_of_an_empty_mask_is_zero_with_a_zero_gradient(name):
     given_ = loss_inputs()
     nothing = given_ | {"mask": jnp.zeros_like(given_["mask"]), "advantages": jnp.zeros_like(given_["advantages"])}
-    assert float(total(name, nothing)) == 0
-    assert bool(jnp.all(jnp.nan_to_num(slope(name, nothing), nan=1.0) == 0))
+    _, (value, gradient) = sloped(name)(nothing)
+    assert float(value) == 0
+    assert bool(jnp.all(jnp.nan_to_num(gradient, nan=1.0) == 0))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -225,13 +247,15 @@ def test_padding_and_what_stands_in_it_change_no_loss(name):
         for key, x in given_.items()
         if key != "extras"
     }
-    np.testing.assert_allclose(total(name, pad | {"extras": {}}), total(name, given_), rtol=1e-5)
-    np.testing.assert_allclose(slope(name, pad | {"extras": {}})[:, :T], slope(name, given_), rtol=1e-5, atol=1e-7)
+    (value, gradient), (padded, padded_gradient) = (sloped(name)(x)[1] for x in (given_, pad | {"extras": {}}))
+    np.testing.assert_allclose(padded, value, rtol=1e-5)
+    np.testing.assert_allclose(padded_gradient[:, :T], gradient, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_gradient_flows_into_advantages_or_other_policies(name):
     given_ = loss_inputs()
-    for other in set(inputs(surrogate.LOSSES[name])) & {"advantages", "old_logp", "sampler_logp", "ref_logp"}:
-        gradient = jax.grad(lambda x, other=other: total(name, given_ | {other: x}))(given_[other])
+    others = set(inputs(surrogate.LOSSES[name])) & {"advantages", "old_logp", "sampler_logp", "ref_logp"}
+    gradients = jax.jit(jax.grad(lambda x: total(name, given_ | x)))({other: given_[other] for other in others})
+    for other, gradient in gradients.items():
         assert bool(jnp.all(gradient == 0)), other

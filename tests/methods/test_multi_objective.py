@@ -1,5 +1,7 @@
 """Methods for several objectives: weights and constraints on numbers that can be worked out by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,12 +28,22 @@ def batch(seed=0, scale=1.0):
     return made.replace(rewards={"first": made.reward + 3, "second": scale * noise + 3, "third": made.mask * 0.5})
 
 
-def step_once(method, rollouts, optimizer=None, **options):
-    optimizer = optax.sgd(0.1) if optimizer is None else optimizer
+def stepper(method, **options):
+    return training.make_step(tiny.scores_for(method), method, optax.sgd(0.1), **options)
+
+
+def step_once(method, rollouts, step=None, **options):
     state = training.init(
-        tiny.params_for(method), method, optimizer, jax.random.key(5), rollouts=jax.eval_shape(lambda: rollouts)
+        tiny.params_for(method), method, optax.sgd(0.1), jax.random.key(5), rollouts=jax.eval_shape(lambda: rollouts)
     )
-    return training.make_step(tiny.scores_for(method), method, optimizer, **options)(state, rollouts)
+    return (step or stepper(method, **options))(state, rollouts)
+
+
+@functools.cache
+def leave_one_out():
+    """The method without weights, and its step."""
+    method = methods.policy_gradient(advantage="rloo", beta=0.1)
+    return method, stepper(method)
 
 
 def assert_same(left, right, tolerance=1e-6):
@@ -72,7 +84,8 @@ def test_with_linear_advantages_the_update_is_that_of_the_weighted_reward(micro_
     np.testing.assert_allclose(sum(w), 1.0, rtol=1e-6)
     assert float(metrics["gradient_weight/kl"]) == 1.0
     mixed = rollouts.replace(reward=w[0] * rollouts.rewards["first"] + w[1] * rollouts.rewards["second"])
-    expected, plain = step_once(methods.policy_gradient(advantage="rloo", beta=0.1), mixed)
+    method, step = leave_one_out()
+    expected, plain = step_once(method, mixed, step)
     assert_same(found.params, expected.params, 2e-6)
     np.testing.assert_allclose(metrics["loss/kl"], plain["loss/kl"], rtol=1e-4)
     np.testing.assert_allclose(np.exp(found.method_state.log_weights), w, rtol=1e-6)
@@ -87,18 +100,16 @@ def test_the_first_factor_is_one_and_then_follows_the_volume_that_a_batch_adds()
         return rollouts.replace(reward=factor * (0.25 * rollouts.rewards["first"] + 0.75 * rollouts.rewards["second"]))
 
     plain = methods.policy_gradient(advantage="rloo")
-    optimizer = optax.sgd(0.1)
-    state, metrics = step_once(method, first)
-    expected, _ = step_once(plain, mixed(first))
+    step, plain_step = stepper(method), stepper(plain)
+    state, metrics = step_once(method, first, step)
+    expected, _ = step_once(plain, mixed(first), plain_step)
     assert_same(state.params, expected.params)
     assert float(metrics["hypervolume_factor"]) == 1.0
     p, q = (np.asarray(objective_means(rollouts, BOTH), np.float64) for rollouts in (first, second))
     added = max(np.prod(q) - np.prod(np.minimum(p, q)), 0.0)
-    new, metrics = training.make_step(tiny.scores_for(method), method, optimizer)(state, second)
+    new, metrics = step(state, second)
     np.testing.assert_allclose(metrics["hypervolume_factor"], 0.5 + 1.5 * np.tanh(added), rtol=1e-4)
-    again, _ = training.make_step(tiny.scores_for(plain), plain, optimizer)(
-        expected, mixed(second, 0.5 + 1.5 * np.tanh(added))
-    )
+    again, _ = plain_step(expected, mixed(second, 0.5 + 1.5 * np.tanh(added)))
     assert_same(new.params, again.params, 2e-6)
     assert int(new.method_state["advantage"].archive.valid.sum()) in (1, 2)
 
@@ -122,9 +133,10 @@ def test_c_morl_remembers_where_it_started_or_is_told():
     means = objective_means(batch(), ("second", "third"))
     np.testing.assert_allclose(metrics["constraint_slack"], min(means[0] - 1.8, means[1] - 0.9), rtol=1e-5)
     fresh = c_morl(objective="first", constraints=("second",))
-    state, _ = step_once(fresh, batch(0))
-    begun = np.asarray(state.method_state["advantage"].returns)
-    state, _ = training.make_step(tiny.scores_for(fresh), fresh, optax.sgd(0.1))(state, batch(1))
+    step = stepper(fresh)
+    state, _ = step_once(fresh, batch(0), step)
+    begun = np.array(state.method_state["advantage"].returns)
+    state, _ = step(state, batch(1))
     np.testing.assert_array_equal(state.method_state["advantage"].returns, begun)
 
 
@@ -150,10 +162,11 @@ def test_gui_g1_weighs_prompts_of_dr_grpo():
     found, _ = step_once(gui_g1(horizon=4), rollouts)
     dr_grpo = methods.grpo(normalize_std=False, beta=0.0, aggregation="seq_mean_token_sum_norm", horizon=4)
     scaled = rollouts.replace(reward=rollouts.reward * weight[:, None])
-    expected, _ = step_once(dr_grpo, scaled)
+    step = stepper(dr_grpo)
+    expected, _ = step_once(dr_grpo, scaled, step)
     assert_same(found.params, expected.params)
     unweighted, _ = step_once(gui_g1(horizon=4, prompt_weight=None), rollouts)
-    plain, _ = step_once(dr_grpo, rollouts)
+    plain, _ = step_once(dr_grpo, rollouts, step)
     assert_same(unweighted.params, plain.params)
     with pytest.raises(ValueError, match="column of that name"):
         step_once(gui_g1(), tiny.batch())

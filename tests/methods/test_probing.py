@@ -15,6 +15,11 @@ from tests import tiny
 LOGP = frozenset({"logp"})
 
 
+_append = jax.jit(
+    probing.append_after_steps, static_argnames=("num_steps", "prefix", "suffix", "max_length")
+)  # op by op it is hundreds of programs
+
+
 def texts(probe):
     return [row[:n] for row, n in zip(probe.tokens.tolist(), probe.length.reshape(-1).tolist(), strict=True)]
 
@@ -28,9 +33,7 @@ def two_prompts():
 
 def test_the_answer_stands_behind_the_prompt_and_behind_each_step(two_prompts):
     rollouts, step = two_prompts
-    probe = probing.append_after_steps(
-        rollouts, step, jnp.array([[8, -1], [9, 7]]), num_steps=2, prefix=[0], suffix=[4]
-    )
+    probe = _append(rollouts, step, jnp.array([[8, -1], [9, 7]]), num_steps=2, prefix=(0,), suffix=(4,))
     found, valid = texts(probe), probe.valid.reshape(-1).tolist()
     assert valid == [True, True, True, True, False, True, True, True, True, False]
     assert [text for text, ok in zip(found, valid, strict=True) if ok] == [
@@ -55,14 +58,14 @@ def test_a_stop_token_at_the_end_is_left_out_and_a_tools_tokens_within_are_kept(
     rollouts = rollouts.replace(
         mask=jnp.array([[0.0, 1.0, 0.0, 1.0, 1.0]]), finish=jnp.full((1, 1), FINISH_STOP, jnp.int8)
     )
-    probe = probing.append_after_steps(rollouts, jnp.array([[-1, 0, -1, 1, 1]]), jnp.array([[8]]), num_steps=2)
+    probe = _append(rollouts, jnp.array([[-1, 0, -1, 1, 1]]), jnp.array([[8]]), num_steps=2)
     assert texts(probe) == [[5, 8], [5, 1, 8], [5, 1, 2, 3, 8]]
 
 
 def test_what_does_not_fit_an_empty_answer_and_an_invalid_trajectory_are_not_valid(two_prompts):
     rollouts, step = two_prompts
     rollouts = rollouts.replace(valid=rollouts.valid.at[1, 0].set(False))
-    probe = probing.append_after_steps(rollouts, step, jnp.array([[8, -1], [-1, -1]]), num_steps=2, max_length=4)
+    probe = _append(rollouts, step, jnp.array([[8, -1], [-1, -1]]), num_steps=2, max_length=4)
     assert probe.tokens.shape[1] == 4
     assert probe.valid.tolist() == [[True, True, False, True, False], [False] * 5]
     belief = probing.belief(jnp.full(probe.mask.shape, -1.0), probe, group_size=2)
@@ -76,14 +79,18 @@ def test_the_belief_is_the_models_log_prob_of_the_answer(two_prompts):
     policy = tiny.policy()
     params = policy.init(jax.random.key(0))
     answer = jnp.array([[7, -1], [3, 7]])
-    probe = probing.append_after_steps(rollouts, step, answer, num_steps=2)
-    logp = models.score(policy)(params, probe, LOGP, jax.random.key(1)).logp
+    probe = _append(rollouts, step, answer, num_steps=2)
+    logp = jax.jit(models.score(policy), static_argnums=2)(params, probe, LOGP, jax.random.key(1)).logp
     belief = probing.belief(logp, probe, group_size=2)
 
+    @jax.jit
+    def log_probs(sequence):
+        hidden, _ = policy.hidden(params, sequence[None], jnp.arange(sequence.size)[None])
+        return jax.nn.log_softmax(models.logits(policy.unembed(params), hidden))[0]
+
     def expected(prompt, tokens):
-        sequence = jnp.array([prompt + tokens])
-        hidden, _ = policy.hidden(params, sequence, jnp.arange(sequence.shape[1])[None])
-        log_p = jax.nn.log_softmax(models.logits(policy.unembed(params), hidden))[0]
+        text = prompt + tokens
+        log_p = log_probs(jnp.array(text + [0] * (8 - len(text))))  # what stands behind it is not seen
         return sum(float(log_p[len(prompt) + i - 1, token]) for i, token in enumerate(tokens))
 
     cases = {(0, 0): ([5], [7]), (0, 2): ([5, 1, 2, 3], [7]), (1, 1): ([5, 4], [7]), (3, 1): ([6, 6, 2, 3], [3, 7])}
@@ -125,13 +132,19 @@ def probed(role="policy", needs=None, name="gold", read="gold") -> Method:
     return Method(targets, loss, needs=fields, probes=probes)
 
 
+@pytest.fixture(scope="module")
+def whole():
+    """A batch, and the state and metrics after a step on it as a whole."""
+    batch = tiny.batch(count=8)
+    return batch, *tiny.one_step(probed(), batch)
+
+
 @pytest.mark.parametrize(
     "options", [{"micro_batches": 4}, {"mesh": {"fsdp": 4}}, {"mesh": {"fsdp": 2}, "micro_batches": 2}], ids=str
 )
-def test_an_update_from_probes_does_not_depend_on_micro_batches_or_devices(options):
+def test_an_update_from_probes_does_not_depend_on_micro_batches_or_devices(options, whole):
     options = {name: make_mesh(**value) if name == "mesh" else value for name, value in options.items()}
-    batch = tiny.batch(count=8)
-    plain, metrics = tiny.one_step(probed(), batch)
+    batch, plain, metrics = whole
     other, _ = tiny.one_step(probed(), batch, **options)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5),

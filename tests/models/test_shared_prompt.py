@@ -28,6 +28,7 @@ def policy(**options):
     return models.decoder(**{**sizes, **options})
 
 
+@functools.cache
 def parameters(model, seed=0):
     params = jax.jit(model.init)(jax.random.key(seed))
     # A value head starts at zero, where all values agree.
@@ -115,10 +116,12 @@ def test_what_completions_begin_with_in_common_is_shared_too_and_stays_right():
 def test_a_row_that_does_not_fit_is_nan_where_it_is_valid_and_0_where_it_is_not():
     model = policy()
     rollouts = data.to_rollouts([[1, 2]], [[[3, 4, 5, 6, 7], [8, 9]]], length=9)
-    scores = [models.score(model, shared_prompt=size) for size in (3, 6)]
+    score, right_score, lost_score = (
+        jax.jit(models.score(model, **options), static_argnums=2)
+        for options in ({}, {"shared_prompt": 3}, {"shared_prompt": 6})
+    )
     params, fields = parameters(model), frozenset({"logp", "value"})
-    plain = models.score(model)(params, rollouts, fields, jax.random.key(0))
-    right, lost = (jax.jit(s, static_argnums=2)(params, rollouts, fields, jax.random.key(0)) for s in scores)
+    plain, right, lost = (run(params, rollouts, fields, jax.random.key(0)) for run in (score, right_score, lost_score))
     assert_same(right, plain)
     surplus = np.zeros((2, 9), bool)
     surplus[0, 5:7] = True  # three fit
@@ -126,7 +129,7 @@ def test_a_row_that_does_not_fit_is_nan_where_it_is_valid_and_0_where_it_is_not(
         np.testing.assert_array_equal(np.isnan(getattr(lost, name)), surplus)
         np.testing.assert_allclose(getattr(lost, name)[~surplus], getattr(plain, name)[~surplus], atol=1e-5)
     dropped = rollouts.replace(valid=jnp.array([[False, True]]))
-    lost = jax.jit(scores[1], static_argnums=2)(params, dropped, fields, jax.random.key(0))
+    lost = lost_score(params, dropped, fields, jax.random.key(0))
     np.testing.assert_allclose(lost.logp, np.where(surplus, 0, plain.logp), atol=1e-5)
 
 

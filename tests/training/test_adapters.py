@@ -42,8 +42,8 @@ def test_a_run_trains_the_adapters_alone_and_its_reference_is_the_model_without_
 
 
 def test_a_run_of_adapters_that_is_stopped_goes_on_as_if_it_had_not_been(tmp_path):
-    run(tmp_path / "whole", quantize="int8")
-    run(tmp_path / "parts", "training.steps=3", quantize="int8")
+    run(tmp_path / "whole", quantize="int8", eval={"problems": 0})
+    run(tmp_path / "parts", "training.steps=3", quantize="int8", eval={"problems": 0})
     path = tmp_path / "parts" / "config.yaml"
     loop.run(configs.load(path))
     assert runs.final_state(tmp_path / "whole" / "run") == runs.final_state(tmp_path / "parts" / "run")
@@ -72,7 +72,7 @@ def test_what_cannot_be_is_a_problem_of_its_key(tmp_path, changes, key, words):
 
 def test_a_critic_on_adapters_has_weights_of_its_own(tmp_path):
     model = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 16, "lora": LORA}
-    path = runs.tiny_run(tmp_path, model=model, method={"name": "ppo"}, warm_start=None)
+    path = runs.tiny_run(tmp_path, model=model, method={"name": "ppo"}, warm_start=None, eval={"problems": 0})
     parts = setup.build(configs.load(path))
     (stage,) = parts.stages
     assert parts.borrows(stage) in ({}, {"reference": "policy"})

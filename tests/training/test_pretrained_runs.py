@@ -67,6 +67,11 @@ def run(tmp_path, checkpoint, *overrides, **model):
     return path
 
 
+def own_states(policy, params, ids):
+    positions = np.broadcast_to(np.arange(len(ids[0])), np.shape(ids))
+    return jax.jit(policy.hidden)(params, np.array(ids), positions)[0]
+
+
 def logits(directory, ids):
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
     with torch.no_grad():
@@ -78,7 +83,7 @@ def test_what_a_run_gives_back_is_loaded_by_transformers_with_the_runs_own_logit
     found = logits(trained / "out", ids)[..., : len(ALPHABET)]  # of the other rows the tokenizer has no token
     assert np.abs(found - logits(checkpoint, ids)[..., : len(ALPHABET)]).max() > 1e-3  # it has learnt
     setup, params = inference.load_run(trained / "run")
-    hidden, _ = setup.policy.hidden(params, np.array(ids), np.broadcast_to(np.arange(4), (2, 4)))
+    hidden = own_states(setup.policy, params, ids)
     ours = hidden @ setup.policy.unembed(params).weight.T
     np.testing.assert_allclose(found, ours, rtol=2e-4, atol=2e-5)
     assert transformers.AutoTokenizer.from_pretrained(trained / "out").encode("12>") == [4, 5, 2]
@@ -95,7 +100,7 @@ def test_a_run_of_adapters_gives_back_the_merged_model_and_the_adapters(tmp_path
     ids = [[3, 4, 2, 5]]
     found = logits(tmp_path / "out", ids)[..., : len(ALPHABET)]
     setup, params = inference.load_run(tmp_path / "run")
-    hidden, _ = setup.policy.hidden(params, np.array(ids), np.arange(4)[None])
+    hidden = own_states(setup.policy, params, ids)
     np.testing.assert_allclose(found, hidden @ setup.policy.unembed(params).weight.T, rtol=1e-3, atol=1e-4)
 
 
@@ -158,15 +163,15 @@ def test_a_critic_and_a_reference_start_from_checkpoints_of_their_own_sizes(tmp_
     parts = setup.build(configs.load(path))
     stage = parts.stages[0]
     params = parts.begin(stage, parts.initial_params(), step=0).params
-    ids = np.array([[3, 4, 2, 5]])
-    hidden, _ = parts.model("critic").hidden(params["critic"], ids, np.arange(4)[None])
+    ids = [[3, 4, 2, 5]]
+    hidden = own_states(parts.model("critic"), params["critic"], ids)
     found = parts.model("critic").heads(params["critic"], hidden)["value"]
     with torch.no_grad():
         scores = transformers.Qwen3ForSequenceClassification.from_pretrained(critic, num_labels=1)
         theirs = scores.score(scores.model(torch.tensor(ids)).last_hidden_state)[..., 0].numpy()
     np.testing.assert_allclose(found, theirs, rtol=2e-5, atol=2e-6)
     assert np.abs(theirs).max() > 1e-3
-    hidden, _ = parts.model("reference").hidden(params["reference"], ids, np.arange(4)[None])
+    hidden = own_states(parts.model("reference"), params["reference"], ids)
     ours = hidden @ parts.model("reference").unembed(params["reference"]).weight.T
     np.testing.assert_allclose(ours, logits(reference, ids)[..., : len(ALPHABET)], rtol=2e-4, atol=2e-5)
     # The critic, which is trained, has adapters as the policy has; the reference has none.
@@ -338,9 +343,9 @@ def test_an_export_that_would_fail_or_overwrite_is_refused_before_training(tmp_p
 
 def test_a_model_that_was_drawn_here_becomes_a_checkpoint_too(tmp_path):
     model = {"width": 16, "layers": 2, "heads": 2, "mlp_width": 16, "export": str(tmp_path / "out")}
-    path = runs.tiny_run(tmp_path, model=model, warm_start=None, training=runs.training(steps=1))
+    path = runs.tiny_run(tmp_path, model=model, warm_start=None, training=runs.training(steps=1), eval={"problems": 0})
     loop.run(configs.load(path))
     setup, params = inference.load_run(tmp_path / "run")
     ids = [[3, 4, 2, 5]]
-    hidden, _ = setup.policy.hidden(params, np.array(ids), np.arange(4)[None])
+    hidden = own_states(setup.policy, params, ids)
     np.testing.assert_allclose(logits(tmp_path / "out", ids), hidden @ setup.policy.unembed(params).weight.T, atol=1e-5)

@@ -1,6 +1,7 @@
 """A run that is killed at any moment and started again ends as if nothing had happened."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,15 +113,12 @@ def damage(directory: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["truncated", "one bit flipped"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(how, uninterrupted, tmp_path, caplog):
-    path = runs.tiny_run(tmp_path)
-    # In a process of its own: this one would read what it wrote from a cache.
-    command = [sys.executable, "-m", "jaxrl_post.cli.main", "train", str(path), "training.steps=4"]
-    subprocess.run(command, env=ENVIRONMENT, capture_output=True, timeout=300, check=True)
-    newest = max(int(d.name) for d in (tmp_path / "run/checkpoints").iterdir() if d.name.isdigit())
-    damage(tmp_path / "run/checkpoints" / str(newest), how)
-    loop.run(config.load(path))
-    assert f"checkpoint {newest} is damaged" in caplog.text
-    assert (tmp_path / "run/checkpoints-damaged" / str(newest)).is_dir()
+    # Elsewhere than it was written: this process would read what it wrote from a cache.
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    damage(tmp_path / "run/checkpoints/9", how)
+    loop.run(config.load(uninterrupted.parent / "config.yaml", [f"run_dir={tmp_path / 'run'}"]))
+    assert "checkpoint 9 is damaged" in caplog.text
+    assert (tmp_path / "run/checkpoints-damaged/9").is_dir()
     assert runs.lines(tmp_path / "run")[-1]["num_tokens"] == runs.lines(uninterrupted)[-1]["num_tokens"]
     assert runs.final_state(tmp_path / "run")[1] == runs.final_state(uninterrupted)[1]
 
