@@ -19,6 +19,7 @@ def bucket(tmp_path, monkeypatch):
     return root
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_run_in_a_bucket_goes_on_on_another_machine(bucket, tmp_path, monkeypatch):
     path = runs.tiny_run(tmp_path, warm_start=None, eval={"problems": 0}, run_dir=str(bucket / "run"))
     loop.run(config.load(path, ["training.steps=2"]))

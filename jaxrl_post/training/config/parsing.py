@@ -7,6 +7,7 @@ checks of several fields can pass over it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -26,6 +27,7 @@ def join(path: str, key: Any) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
+@functools.cache
 def section_fields(section: type) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
     """Fields of a section by YAML key, each with its resolved type."""
     hints = typing.get_type_hints(section)
