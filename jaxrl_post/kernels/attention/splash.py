@@ -149,6 +149,25 @@ def computed_tiles(mask: splash_attention_mask.MultiHeadMask, block: int, ways: 
     return mask.shape[1] // block * (mask.shape[2] // block) if tiles is None else int(np.count_nonzero(tiles[0]))
 
 
+@jax.custom_vjp
+def _of_rows(kernel: Any, query: Array, key: Array, value: Array, ids: Any) -> Array:
+    return jax.vmap(kernel)(query, key, value, ids)
+
+
+def _forward(kernel: Any, query: Array, key: Array, value: Array, ids: Any) -> tuple[Array, Any]:
+    out, pull = jax.vjp(lambda *given: jax.vmap(kernel)(*given, ids), query, key, value)
+    # The kernel writes the log-sum of a query 128 times. Without a barrier XLA keeps them all, float32 and twice the
+    # size of the states, until the backward pass takes one of each.
+    return jax.lax.optimization_barrier((out, pull))
+
+
+def _backward(pull: Any, cotangent: Array) -> tuple[None, Array, Array, Array, None]:
+    return (None, *pull(cotangent), None)
+
+
+_of_rows.defvjp(_forward, _backward)
+
+
 def attention_splash(
     query: Array,
     key: Array,
@@ -221,7 +240,7 @@ def attention_splash(
             ids = splash_attention_kernel.SegmentIds(segments.astype(jnp.int32), key_segments.astype(jnp.int32))
         # Compilers do not see what the kernel skips: whoever counts operations reads it in the name.
         with jax.named_scope(f"attention_tiles_{tiles}_of_{(padded // block) ** 2}"):
-            out: Any = jax.vmap(kernel)(query, key, value, ids)
+            out = _of_rows(kernel, query, key, value, ids)
         return out.swapaxes(1, 2)
 
     given = (kernel, query, key, value, segment_ids, key_segment_ids)
