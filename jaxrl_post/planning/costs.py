@@ -350,12 +350,13 @@ def _source(inner: Computation, name: str) -> str:
 
 def _attention_flops(where: Computation, instruction: Instruction) -> float:
     """Of an attention kernel that skips no tile: scores and values, or their gradients with the scores again."""
-    arrays = [a.dims for a in _operands(where, instruction) if len(a.dims) == 4]
-    if len(arrays) < 2:
+    # Masks are integers; of a single row the compiler leaves the first axis out.
+    floats = [a.dims for a in _operands(where, instruction) if len(a.dims) >= 3 and a.dtype in ("bf16", "f32")]
+    if len(floats) < 2:
         return 0.0
-    (batch, heads, queries, size), (_, _, keys, _) = arrays[:2]  # fewer queries than keys where a mesh splits the row
+    (*batch, heads, queries, size), (*_, keys, _) = floats[:2]  # fewer queries than keys where a mesh splits the row
     products = 4 if "_dkv" in instruction.name else 3 if "_dq" in instruction.name else 2
-    return 2.0 * products * batch * heads * queries * keys * size
+    return 2.0 * products * math.prod(batch) * heads * queries * keys * size
 
 
 def _convolution_flops(where: Computation, instruction: Instruction) -> float:
