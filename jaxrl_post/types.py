@@ -191,6 +191,9 @@ class Policy(NamedTuple):
         cast: `(params) -> params`, matrices in the precision that the model multiplies in, which it would round them to
             anyway; the train step keeps gradients of a pass, and sums them over devices, in that. Parts of the tree may
             be None. None if the model has no such precision.
+        round_late: `(params, cast) -> params`, where `cast` is what `cast` made of them: parameters that the functions
+            above take too, and that are rounded where they are multiplied with, so that no rounded copy of them all is
+            made; their gradient is that of `cast`. None if the model needs the copy.
         share: `(cache, rows) -> cache`: an empty cache for what is added to `B = P * G` sequences, and that of their
             `P` prefilled prompts, as one in which the prompts stay where they are, as `models.share_prompts` does; None
             if the cache cannot, and each sequence gets a copy of its prompt.
@@ -206,6 +209,7 @@ class Policy(NamedTuple):
     axes: Callable[[], PyTree] | None = None
     insert: Callable[..., PyTree] | None = None
     cast: Callable[[Params], Params] | None = None
+    round_late: Callable[[Params, Params], Params] | None = None
     share: Callable[..., PyTree] | None = None
 
 

@@ -30,6 +30,7 @@ from jaxrl_post.models.lora import Lora
 from jaxrl_post.models.network import Decoder
 from jaxrl_post.models.quantize import Quantized
 from jaxrl_post.models.rope import Rope
+from jaxrl_post.models.rounding import round_late, two_uses
 from jaxrl_post.types import Params, Policy
 
 REMAT = ("none", "dots", "full")
@@ -243,6 +244,13 @@ def decoder(
 
         return jax.tree_util.tree_map_with_path(rounded, params, is_leaf=lambda x: isinstance(x, Quantized))
 
+    def late(params: Params, cast: Params) -> Params:
+        rounded = round_late(params, cast)
+        table = cast["embedding"]
+        if config.tied and table is not None and config.dtype.itemsize < table.dtype.itemsize:
+            rounded = {**rounded, "embedding": two_uses(table, config.dtype)}
+        return rounded
+
     policy = from_nnx(
         lambda rngs: Decoder(config, rngs=rngs),
         hidden=Decoder.hidden,
@@ -254,4 +262,4 @@ def decoder(
         axes=axes,
     )
     inserted = functools.partial(insert, local_layers=config.local_layers)
-    return policy._replace(insert=inserted, cast=cast, share=share_prompts)
+    return policy._replace(insert=inserted, cast=cast, round_late=late, share=share_prompts)

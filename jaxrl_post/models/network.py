@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,19 @@ from jaxrl_post.models.layers import (
 )
 from jaxrl_post.models.lora import fold_in
 from jaxrl_post.models.rope import rotary_angles
+from jaxrl_post.models.rounding import TwoUses, accumulated
 from jaxrl_post.types import Array, Unembedding
+
+PIECE_TOKENS = 2048
+"""Where all but a layer's input is computed again, the rows of a layer are run in pieces of about so many tokens."""
+
+
+class Rows(NamedTuple):
+    """What a layer is told of each row beside its states, all `[B, ...]`."""
+
+    positions: Array
+    segment_ids: Array | None = None
+    keys: Array | None = None
 
 
 class Layer(nnx.Module):
@@ -106,15 +119,17 @@ class Decoder(nnx.Module):
 
         Beside them, if the model has experts, what `Policy.hidden` says of them.
         """
-        attend = functools.partial(_in_row_order, positions, segment_ids, completion_starts)
         bounds = (0, *(completion_starts or ()), tokens.shape[1])
 
-        def sums(x: Array) -> Array:
+        def attends(rows: Rows, window: int | None) -> Attend:
+            return _in_row_order(rows.positions, rows.segment_ids, completion_starts, window)
+
+        def sums(rows: Rows, x: Array) -> Array:
             """Over the tokens of each part of a row: `[B, T, E]` to `[B, S, E]`."""
-            x = jnp.where(positions[..., None] >= 0, x, 0)
+            x = jnp.where(rows.positions[..., None] >= 0, x, 0)
             return jnp.stack([jnp.sum(x[:, a:b], axis=1) for a, b in itertools.pairwise(bounds)], axis=1)
 
-        hidden, _, report = self._run(tokens, positions, attend, keys=keys, summed=sums)
+        hidden, _, report = self._run(tokens, Rows(positions, segment_ids, keys), attends, summed=sums)
         return hidden, {f"router_{name}": jnp.moveaxis(x, 0, 2) for name, x in report.items()}
 
     def prefill(self, tokens: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
@@ -146,18 +161,17 @@ class Decoder(nnx.Module):
                 f"{tokens.shape[1]} tokens do not fit a cache of capacity {cache.positions.shape[1]}; "
                 "make it with init_cache(batch, capacity) for prompt and completion together"
             )
-        hidden, (k, v), _ = self._run(tokens, positions, attends, keep=True)
+        hidden, (k, v), _ = self._run(tokens, Rows(positions), lambda _, window: attends(window), keep=True)
         return hidden, write_layers(cache, k, v, positions, self.config.local_layers)
 
     def _run(
         self,
         tokens: Array,
-        positions: Array,
-        attends: Callable[[int | None], Attend],
+        rows: Rows,
+        attends: Callable[[Rows, int | None], Attend],
         *,
         keep: bool = False,
-        keys: Array | None = None,
-        summed: Callable[[Array], Array] | None = None,
+        summed: Callable[[Rows, Array], Array] | None = None,
     ) -> tuple[Array, Any, dict[str, Array]]:
         """States, keys and values of all layers if they are kept, and what the experts report, summed.
 
@@ -165,44 +179,77 @@ class Decoder(nnx.Module):
         """
         c = self.config
         wide = accumulation_dtype(c.dtype)
-        options = {"scale": c.attention_scale, "softcap": c.attention_softcap}
-        everywhere, nearby = (functools.partial(attends(window), **options) for window in (None, c.window))
-        angles, local_angles = (rotary_angles(r, c.head_dim, positions, wide) for r in (c.rope, c.local_rope))
-
-        def mixed(local: Array) -> tuple[tuple[Array, Array], Callable[..., Array]]:
-            """What differs between a local layer and another, where the program is the same for both."""
-            rotation = angles
-            if c.local_rope != c.rope:
-                rotation = jax.tree.map(lambda a, b: jnp.where(local, a, b), local_angles, angles)
-            if c.window is None:
-                return rotation, everywhere
-            return rotation, lambda *given: jax.lax.cond(local, nearby, everywhere, *given)
-
-        x = looked_up(self.embedding[...], tokens, c.dtype)
+        table = self.embedding[...]
+        x = looked_up(table.table if isinstance(table, TwoUses) else table, tokens, c.dtype)
         if c.embedding_scale is not None:
             x = x * jnp.asarray(c.embedding_scale, c.dtype)
         x = constrain(x, ("batch", "length", "act_embed"))
         graph, stacked = nnx.split(self.layers)
 
-        def layer(x: Array, scanned: Any) -> tuple[Array, Any]:
-            state, number, local = scanned
-            if all(c.local_layers):
-                rotation, attend = local_angles, nearby
-            elif not any(c.local_layers):
-                rotation, attend = angles, everywhere
-            else:
-                rotation, attend = mixed(local)
-            own_keys = fold_in(keys, number) if c.lora is not None and c.lora.dropout else None
-            x, kv, report = nnx.merge(graph, state)(x, rotation, lambda *qkv: attend(*qkv, number), own_keys)
-            return x, (kv if keep else None, {} if summed is None else jax.tree.map(summed, report))
+        def layer_of(rows: Rows) -> Callable[[Array, Any], tuple[Array, Any]]:
+            options = {"scale": c.attention_scale, "softcap": c.attention_softcap}
+            everywhere, nearby = (functools.partial(attends(rows, window), **options) for window in (None, c.window))
+            # Of every piece again: kept, they would take more than they cost.
+            angles, local_angles = (rotary_angles(r, c.head_dim, rows.positions, wide) for r in (c.rope, c.local_rope))
 
-        if c.remat != "none":
+            def mixed(local: Array) -> tuple[tuple[Array, Array], Callable[..., Array]]:
+                """What differs between a local layer and another, where the program is the same for both."""
+                rotation = angles
+                if c.local_rope != c.rope:
+                    rotation = jax.tree.map(lambda a, b: jnp.where(local, a, b), local_angles, angles)
+                if c.window is None:
+                    return rotation, everywhere
+                return rotation, lambda *given: jax.lax.cond(local, nearby, everywhere, *given)
+
+            def layer(x: Array, scanned: Any) -> tuple[Array, Any]:
+                state, number, local = scanned
+                if all(c.local_layers):
+                    rotation, attend = local_angles, nearby
+                elif not any(c.local_layers):
+                    rotation, attend = angles, everywhere
+                else:
+                    rotation, attend = mixed(local)
+                own_keys = fold_in(rows.keys, number) if c.lora is not None and c.lora.dropout else None
+                x, kv, report = nnx.merge(graph, state)(x, rotation, lambda *qkv: attend(*qkv, number), own_keys)
+                if summed is not None:
+                    report = {name: summed(rows, values) for name, values in report.items()}
+                return x, (kv if keep else None, {} if summed is None else report)
+
+            return recomputed(layer)
+
+        def recomputed(layer: Callable[..., Any]) -> Callable[..., Any]:
+            if c.remat == "none":
+                return layer
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if c.remat == "dots" else None
             # A scan already keeps the recomputation apart from the forward pass; a barrier would only cost.
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+            return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+        layer, pieces = layer_of(rows), 1 if keep else self._pieces(*tokens.shape)
+        if pieces > 1:
+            x, cut = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), (x, rows))
+
+            @recomputed
+            def layer(x: Array, scanned: Any) -> tuple[Array, Any]:
+                state, *rest = scanned
+                scanned = (accumulated(state), *rest)
+                return jax.lax.map(lambda piece: layer_of(piece[1])(piece[0], scanned), (x, cut))
+
         scanned = (stacked, jnp.arange(c.layers, dtype=jnp.int32), jnp.asarray(c.local_layers))
         x, (kept, report) = jax.lax.scan(layer, x, scanned)
+        if pieces > 1:
+            x = x.reshape(-1, *x.shape[2:])
+            report = {name: values.reshape(c.layers, -1, *values.shape[3:]) for name, values in report.items()}
         return self.final_norm(x), kept, report
+
+    def _pieces(self, batch: int, length: int) -> int:
+        """In how many pieces the rows of a layer are run: what a layer's backward pass holds is then of one piece.
+
+        On a mesh in one, whose devices would gather the layer's weights for each.
+        """
+        if self.config.remat != "full" or math.prod(jax.sharding.get_abstract_mesh().axis_sizes) > 1:
+            return 1
+        most = max(1, PIECE_TOKENS // length)
+        return next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= most)
 
 
 def _in_row_order(

@@ -177,7 +177,12 @@ def score(
             found[name] = own.reshape(batch, *parts.shape[2:])
         return TokenStats(**found)
 
-    return _LanguageScore(run, "token" if shared_prompt is None else "group", policy.cast or (lambda params: params))
+    return _LanguageScore(
+        run,
+        "token" if shared_prompt is None else "group",
+        policy.cast or (lambda params: params),
+        policy.round_late or (lambda params, cast: cast),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +192,7 @@ class _LanguageScore:
     run: Callable[[Params, Rollouts, frozenset[str], Array | None], TokenStats]
     unit: Unit
     cast: Callable[[Params], Params]
+    round_late: Callable[[Params, Params], Params]
 
     def __call__(self, params: Params, rollouts: Rollouts, fields: frozenset[str], key: Array) -> TokenStats:
         return self.run(params, rollouts, fields, key)

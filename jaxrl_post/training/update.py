@@ -149,6 +149,7 @@ def make_update(
         return terms, metrics
 
     def reduced_terms(
+        rounded: dict[str, Params],
         trained: dict[str, Params],
         still: dict[str, Params],
         piece: tuple[Rollouts, tuple[Targets, dict[str, TokenStats]]],
@@ -159,8 +160,10 @@ def make_update(
         """The weighted terms `[N]` of a micro-batch, and its metrics."""
         rollouts, (targets, frozen_stats) = piece
         stats = dict(frozen_stats)
-        for role, params in trained.items():
-            stats[role] = scored(role, whole(params, still[role]), rollouts, key, noise=True)
+        for role, params in rounded.items():
+            late = getattr(scores[role], "round_late", lambda params, cast: cast)
+            both = late(whole(trained[role], still[role]), whole(params, still[role]))
+            stats[role] = scored(role, both, rollouts, key, noise=True)
         balance, metrics = router_terms(stats, rollouts, shares)
         values = []
         for name, term in (method.loss(stats, rollouts, targets) | balance).items():
@@ -178,17 +181,17 @@ def make_update(
             metrics["sampling/sampling_logp_difference/max"] = Metric.max(difference, sampled)
         return jnp.stack(values), jax.lax.stop_gradient(metrics)
 
-    def differentiate(trained: dict[str, Params], *inputs) -> tuple[PyTree, Array, dict[str, Metric]]:
+    def differentiate(rounded: dict[str, Params], *inputs) -> tuple[PyTree, Array, dict[str, Metric]]:
         """The gradient (of each term, along a leading axis, if they are to be combined), the terms, the metrics."""
         if method.combine is None:
 
-            def total(trained):
-                values, metrics = reduced_terms(trained, *inputs)
+            def total(rounded):
+                values, metrics = reduced_terms(rounded, *inputs)
                 return jnp.sum(values), (values, metrics)
 
-            gradients, (values, metrics) = jax.grad(total, has_aux=True)(trained)
+            gradients, (values, metrics) = jax.grad(total, has_aux=True)(rounded)
             return gradients, values, metrics
-        values, pull, metrics = jax.vjp(lambda trained: reduced_terms(trained, *inputs), trained, has_aux=True)
+        values, pull, metrics = jax.vjp(lambda rounded: reduced_terms(rounded, *inputs), rounded, has_aux=True)
         each = [pull(row)[0] for row in jnp.eye(values.shape[0], dtype=values.dtype)]
         return jax.tree.map(lambda *x: jnp.stack(x), *each), values, metrics
 
@@ -212,14 +215,14 @@ def make_update(
 
         if micro_batches == 1:
             everything = (rollouts, (targets, frozen_stats))
-            gradients, values, metrics = differentiate(rounded, still, everything, denominators, shares, key)
+            gradients, values, metrics = differentiate(rounded, trained, still, everything, denominators, shares, key)
             return jax.tree.map(widened, gradients, trained), values, metrics
         pieces = split(rollouts, (targets, frozen_stats), micro_batches, method.unit)
         copies = () if method.combine is None else (len(denominators),)
         zeros = jax.tree.map(lambda x: jnp.zeros((*copies, *x.shape), x.dtype), trained)
 
         def accumulate(total: PyTree, piece) -> tuple[PyTree, tuple[Array, dict[str, Metric]]]:
-            gradients, values, metrics = differentiate(rounded, still, piece, denominators, shares, key)
+            gradients, values, metrics = differentiate(rounded, trained, still, piece, denominators, shares, key)
             # Without a barrier XLA adds the embedding's gradient row by row into the sum, and its TPU compiler then
             # fails on a mesh (in the pass that moves sums over devices out of loops).
             gradients = jax.lax.optimization_barrier(gradients)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxrl_post import models
+from jaxrl_post.models import network
 
 VARIANTS = {
     "plain": {},
@@ -386,3 +387,54 @@ def test_making_and_running_a_decoder_raises_no_warning():
         warnings.simplefilter("error")
         policy, params = make(qk_norm=True, value_head=True)
         policy.hidden(params, jnp.ones((1, 2), jnp.int32), jnp.arange(2)[None])
+
+
+PIECES = {
+    "tied_qk_norm": {"tied": True, "qk_norm": True},
+    "experts": {"experts": 4, "experts_per_token": 2},
+    "windows": {"window": 3, "local_layers": (True, False), "local_rope": models.Rope(base=7.0)},
+    "adapters": {"lora": models.Lora(rank=2, dropout=0.5)},
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_rows_in_pieces_give_the_states_and_gradients_of_all_rows_at_once(name, monkeypatch):
+    options = {"vocab_size": 13, "width": 16, "layers": 2, "heads": 4, "mlp_width": 24, "remat": "full"}
+    policy = models.decoder(**options | PIECES[name])
+    params = make(**PIECES[name])[1]
+    tokens = np.random.default_rng(0).integers(0, 13, (6, 5))
+    segments = np.array([[0, 0, 1, 1, 1]] * 3 + [[0] * 5] * 3)
+
+    def found(tokens_of_a_piece):
+        monkeypatch.setattr(network, "PIECE_TOKENS", tokens_of_a_piece)
+
+        def loss(params):
+            hidden, aux = policy.hidden(params, tokens, arange(tokens), segments, key=jax.random.key(1))
+            return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves((hidden, aux))), (hidden, aux)
+
+        run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        return str(run.trace(params).jaxpr).count("scan["), run(params)
+
+    (scans, whole), (more, pieces) = found(30), found(10)  # three pieces of two rows
+    assert more > scans
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=3e-6 * np.abs(a).max(), rtol=0), whole, pieces)
+
+
+def test_gradients_of_pieces_are_added_up_in_float32(monkeypatch):
+    monkeypatch.setattr(network, "PIECE_TOKENS", 1)
+    options = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16, "remat": "full", "norms": "post"}
+    policy = models.decoder(vocab_size=5, width=8, layers=1, heads=2, **options)
+    params = policy.init(jax.random.key(0))
+
+    def gradient(rows):
+        tokens = np.zeros((rows, 1), np.int32)
+
+        def loss(params):
+            return jnp.sum(policy.hidden(params, tokens, arange(tokens))[0][..., 0].astype(jnp.float32))
+
+        return jax.jit(jax.grad(loss))(params)["layers"]["mlp"]["up"].astype(jnp.float32)
+
+    # Rows are alike. Added up in bfloat16, 256 equal numbers would not even reach the sum of 200.
+    one = np.asarray(gradient(1))
+    assert np.any(one != 0)
+    np.testing.assert_allclose(gradient(1023), 1023 * one, rtol=2**-8)
