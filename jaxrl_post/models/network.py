@@ -244,12 +244,14 @@ class Decoder(nnx.Module):
     def _pieces(self, batch: int, length: int) -> int:
         """In how many pieces the rows of a layer are run: what a layer's backward pass holds is then of one piece.
 
-        On a mesh in one, whose devices would gather the layer's weights for each.
+        On a mesh in one, whose devices would gather the layer's weights for each; and so where the number of rows has
+        no divisor that gives pieces of a useful size.
         """
         if self.config.remat != "full" or math.prod(jax.sharding.get_abstract_mesh().axis_sizes) > 1:
             return 1
         most = max(1, PIECE_TOKENS // length)
-        return next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= most)
+        pieces = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= most)
+        return pieces if 2 * (batch // pieces) >= most else 1
 
 
 def _in_row_order(
