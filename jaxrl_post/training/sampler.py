@@ -108,25 +108,9 @@ class Sampler:
         if not isinstance(how.turns, HostTurns):  # which is asked from Python
             self._generate = setup.program(name, compiled_generate(setup.policy, how), how)
 
-    def __call__(
-        self,
-        params: Params,
-        problems: Sequence[data.Problem],
-        key: Array,
-        *,
-        first_id: int = 0,
-        version: int = 0,
-    ) -> Sampled:
-        """Sample and score `group_size` completions of each problem.
-
-        Args:
-            params: the policy's parameters.
-            problems: `P` problems.
-            key: of the random streams.
-            first_id: id of the first sequence; the others follow.
-            version: the policy's version, recorded with every token; scheduled budgets are those of this step.
-        """
-        return self.score(self.begin(params, problems, key, first_id=first_id, version=version))
+    def __call__(self, params: Params, problems: Sequence[data.Problem], key: Array) -> Sampled:
+        """`begin` and `score`, of a policy that does not learn from it."""
+        return self.score(self.begin(params, problems, key))
 
     def begin(
         self,
@@ -138,14 +122,14 @@ class Sampler:
         version: int = 0,
         carried: Rollouts | None = None,
     ) -> list[Begun]:
-        """Have completions sampled, without waiting for them.
+        """Have `group_size` completions of each problem sampled, without waiting for them.
 
         Args:
-            params: as for all of it at once; and so are the other arguments.
-            problems: where completions go on, those of `carried`, with others where all have ended.
-            key: likewise.
-            first_id: likewise.
-            version: likewise.
+            params: the policy's parameters.
+            problems: `P` problems; where completions go on, those of `carried`, with others where all have ended.
+            key: of the random streams.
+            first_id: id of the first sequence; the others follow.
+            version: the policy's version, recorded with every token; scheduled budgets are those of this step.
             carried: completions to go on with, where they do.
         """
         budgets = self._budgets_at(version)
