@@ -19,7 +19,10 @@ def small_blocks(monkeypatch):
 
 
 def draw(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+put = jax.jit(write)
 
 
 def filled(size, steps, ended=None):
@@ -28,10 +31,10 @@ def filled(size, steps, ended=None):
     start = jnp.asarray(LENGTHS)
     columns = jnp.arange(5)
     prompt = jnp.where(columns < start[:, None], columns, -1)
-    cache = write(cache, draw(0, LAYERS, B, 5, KV, K), draw(1, LAYERS, B, 5, KV, K), prompt)
+    cache = put(cache, draw(0, LAYERS, B, 5, KV, K), draw(1, LAYERS, B, 5, KV, K), prompt)
     for i in range(steps):
         new = jnp.where(jnp.arange(B) == ended, -1, start + i)[:, None]
-        cache = write(cache, draw(10 + i, LAYERS, B, 1, KV, K), draw(50 + i, LAYERS, B, 1, KV, K), new)
+        cache = put(cache, draw(10 + i, LAYERS, B, 1, KV, K), draw(50 + i, LAYERS, B, 1, KV, K), new)
     return cache, jnp.where(jnp.arange(B) == ended, -1, start + steps)[:, None]
 
 
@@ -44,9 +47,14 @@ def test_blocks_in_use_give_what_all_columns_give(size, steps, window, softcap):
     cache, position = filled(size, steps)
     query, key, value = draw(2, B, 1, HEADS, K), draw(3, B, 1, KV, K), draw(4, B, 1, KV, K)
     options = {"scale": 0.7, "softcap": softcap}
-    read = Read(cache, jnp.asarray(1), reach(cache, position, window))
-    found = attend_cached(query, key, value, position, [read], window=window, **options)
-    after = write(cache, jnp.stack([key] * LAYERS), jnp.stack([value] * LAYERS), position)
+
+    @jax.jit
+    def attended(cache):
+        read = Read(cache, jnp.asarray(1), reach(cache, position, window))
+        return attend_cached(query, key, value, position, [read], window=window, **options)
+
+    found = attended(cache)
+    after = put(cache, jnp.stack([key] * LAYERS), jnp.stack([value] * LAYERS), position)
     k, v = (jnp.swapaxes(x[1], 1, 2) for x in (after.k, after.v))
     places = {"query_positions": position, "key_positions": after.positions}
     expected = attention(query, k, v, window=window, **places, **options)
@@ -71,9 +79,14 @@ def test_several_new_tokens_see_the_cache_and_those_before_them():
     cache, position = filled(20, 4)
     positions = position + jnp.arange(3)
     query, key, value = draw(2, B, 3, HEADS, K), draw(3, B, 3, KV, K), draw(4, B, 3, KV, K)
-    read = Read(cache, jnp.asarray(0), reach(cache, positions, 4))
-    found = attend_cached(query, key, value, positions, [read], window=4)
-    after = write(cache, jnp.stack([key] * LAYERS), jnp.stack([value] * LAYERS), positions)
+
+    @jax.jit
+    def attended(cache):
+        read = Read(cache, jnp.asarray(0), reach(cache, positions, 4))
+        return attend_cached(query, key, value, positions, [read], window=4)
+
+    found = attended(cache)
+    after = put(cache, jnp.stack([key] * LAYERS), jnp.stack([value] * LAYERS), positions)
     k, v = (jnp.swapaxes(x[0], 1, 2) for x in (after.k, after.v))
     expected = attention(query, k, v, window=4, query_positions=positions, key_positions=after.positions)
     np.testing.assert_allclose(found, expected, atol=1e-6)

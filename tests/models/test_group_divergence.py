@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -67,15 +68,16 @@ def test_equal_distributions_a_group_of_one_and_no_tokens_give_exactly_zero(form
     assert np.all(np.asarray(found) == 0)
     assert found.dtype == jnp.float32
     apart = jnp.asarray(random_logp(2, (1, 3, 4, 7)), dtype)
-    assert np.all(np.asarray(group_divergence(apart, jnp.zeros((1, 3, 4)), form=form)) == 0)
-    alone = jnp.array([[True, False, False]])
+    every, alone = jnp.array([[True] * 3]), jnp.array([[True, False, False]])
+    assert np.all(np.asarray(group_divergence(apart, jnp.zeros((1, 3, 4)), every, form=form)) == 0)
     assert np.all(np.asarray(group_divergence(apart, jnp.ones((1, 3, 4)), alone, form=form)) == 0)
 
 
 @pytest.mark.parametrize("form", GROUP_FIELDS.values())
 def test_impossible_tokens_keep_it_finite_and_no_gradient_flows(form):
     logp = jnp.log(jnp.array([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]))[None, :, None]
-    found, gradient = jax.value_and_grad(lambda x: jnp.sum(group_divergence(x, jnp.ones((1, 2, 1)), form=form)))(logp)
+    total = lambda x: jnp.sum(group_divergence(x, jnp.ones((1, 2, 1)), form=form))  # noqa: E731
+    found, gradient = jax.jit(jax.value_and_grad(total))(logp)
     assert np.isfinite(found)
     assert np.all(np.asarray(gradient) == 0)
     if form == "jensen_shannon":  # log 2 - (3/4 log 3/4 ... ) = H(0.75, 0.25) - log(2) / 2
@@ -101,13 +103,19 @@ def batch(group_size=4):
     return rollouts.replace(mask=rollouts.mask.at[2, hole].set(0))
 
 
+@functools.cache
+def larger():
+    """Parameters whose distributions are far from uniform."""
+    return jax.tree.map(lambda x: 4 * x, jax.jit(tiny.policy().init)(jax.random.key(0)))
+
+
 def all_log_probs(policy, params, rollouts, temperature=1.0):
     """`[B, T, V]` float64, of the distribution that each token was drawn from."""
     batch_size, length = rollouts.tokens.shape
     inside = np.arange(length) < np.asarray(rollouts.length).reshape(-1, 1)
-    tokens = jnp.where(inside, rollouts.tokens, 0)
-    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-    hidden, _ = policy.hidden(params, tokens, positions)
+    tokens = np.where(inside, rollouts.tokens, 0)
+    positions = np.broadcast_to(np.arange(length), tokens.shape)
+    hidden, _ = jax.jit(policy.hidden)(params, tokens, positions)
     logits = np.asarray(models.logits(policy.unembed(params), hidden), np.float64) / temperature
     logp = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
     return np.concatenate([np.zeros((batch_size, 1, logp.shape[-1])), logp[:, :-1]], axis=1)
@@ -134,11 +142,16 @@ def expected_fields(policy, params, rollouts, temperature):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"max_chosen": 4}, {"shared_prompt": 3}, {"shared_prompt": 3, "max_chosen": 4}]
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.nightly),
+        pytest.param({"max_chosen": 4}, marks=pytest.mark.nightly),
+        pytest.param({"shared_prompt": 3}, marks=pytest.mark.nightly),
+        {"shared_prompt": 3, "max_chosen": 4},
+    ],
 )
 def test_score_gives_each_chosen_token_the_number_of_its_place_in_the_completion(options):
-    policy, rollouts = tiny.policy(), batch()
-    params = jax.tree.map(lambda x: 4 * x, policy.init(jax.random.key(0)))
+    policy, rollouts, params = tiny.policy(), batch(), larger()
     score = models.score(policy, temperature=0.7, **options)
     stats = jax.jit(score, static_argnums=2)(params, rollouts, FIELDS, jax.random.key(1))
     for name, expected in expected_fields(policy, params, rollouts, 0.7).items():
@@ -152,19 +165,18 @@ def test_a_row_with_more_chosen_tokens_than_are_scored_shows_it():
     policy, rollouts = tiny.policy(), tiny.batch()
     score = jax.jit(models.score(policy, max_chosen=2), static_argnums=2)
     field = frozenset({"group_divergence"})
-    found = score(policy.init(jax.random.key(0)), rollouts, field, jax.random.key(1)).group_divergence
+    found = score(larger(), rollouts, field, jax.random.key(1)).group_divergence
     place = np.cumsum(np.asarray(rollouts.mask), axis=1)
     chosen = (np.asarray(rollouts.mask) > 0) & np.asarray(rollouts.valid).reshape(-1, 1)
     assert np.all(np.isnan(np.asarray(found)) == (chosen & (place > 2)))
 
 
 def test_padding_and_the_order_of_groups_and_members_change_nothing():
-    policy, rollouts = tiny.policy(), batch()
-    params = jax.tree.map(lambda x: 4 * x, policy.init(jax.random.key(0)))
+    policy, rollouts, params = tiny.policy(), batch(), larger()
     score = jax.jit(models.score(policy), static_argnums=2)
 
     def run(some):
-        return score(params, some, FIELDS, jax.random.key(1)).group_divergence
+        return np.asarray(score(params, some, FIELDS, jax.random.key(1)).group_divergence)
 
     plain = run(rollouts)
     padded = {
@@ -183,7 +195,7 @@ def test_padding_and_the_order_of_groups_and_members_change_nothing():
 
 def test_no_array_of_all_logits_comes_to_be():
     policy, rollouts = tiny.policy(), tiny.batch()
-    params = policy.init(jax.random.key(0))
+    params = jax.eval_shape(policy.init, jax.random.key(0))
     places = rollouts.tokens.shape[1]
     shapes = [f"[16,{n},{tiny.VOCAB}]" for n in (places, places - 1)] + [f"[{16 * places},{tiny.VOCAB}]"]
 
@@ -203,6 +215,6 @@ def test_a_model_known_by_its_logits_will_do():
     rollouts = tiny.batch()
     table = jnp.asarray(random_logp(3, (tiny.VOCAB, tiny.VOCAB)), jnp.float32)
     policy = models.from_apply(lambda params, tokens: params[tokens])
-    found = models.score(policy)(table, rollouts, FIELDS, jax.random.key(1))
+    found = jax.jit(models.score(policy), static_argnums=2)(table, rollouts, FIELDS, jax.random.key(1))
     for name, expected in expected_fields(policy, table, rollouts, 1.0).items():
         np.testing.assert_allclose(getattr(found, name), expected, rtol=1e-3, atol=1e-5)

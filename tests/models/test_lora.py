@@ -22,14 +22,19 @@ def model(lora=EVERY, **options):
     return models.decoder(**SIZES, lora=lora, **options)
 
 
+@functools.cache
+def jitted(function):
+    return jax.jit(function)
+
+
 def params_of(policy, seed=0, moved=True):
     """Parameters whose adapters, if `moved`, add something."""
-    params = policy.init(jax.random.key(seed))
+    params = jitted(policy.init)(jax.random.key(seed))
     if not moved:
         return params
     own, adapters = models.split_adapters(params)
-    noise = iter(jax.random.split(jax.random.key(9), len(jax.tree.leaves(adapters))))
-    moved_adapters = jax.tree.map(lambda x: 0.3 * jax.random.normal(next(noise), x.shape), adapters)
+    noise = np.random.default_rng(9)
+    moved_adapters = jax.tree.map(lambda x: jnp.asarray(0.3 * noise.standard_normal(x.shape), x.dtype), adapters)
 
     def joined(a, b):
         keys = [*a, *(key for key in b if key not in a)]
@@ -39,26 +44,26 @@ def params_of(policy, seed=0, moved=True):
 
 
 def hidden(policy, params, **options):
-    tokens = jax.random.randint(jax.random.key(3), (2, 6), 0, tiny.VOCAB)
-    return policy.hidden(params, tokens, jnp.broadcast_to(jnp.arange(6), (2, 6)), **options)[0]
+    tokens = np.random.default_rng(3).integers(0, tiny.VOCAB, (2, 6))
+    return np.asarray(jitted(policy.hidden)(params, tokens, np.broadcast_to(np.arange(6), (2, 6)), **options)[0])
 
 
 def test_adapters_add_nothing_at_first_and_the_tree_serves_the_model_without_them():
     params = params_of(model(), moved=False)
-    np.testing.assert_array_equal(hidden(model(), params), hidden(models.decoder(**SIZES), params))
+    np.testing.assert_array_equal(hidden(model(), params), hidden(model(None), params))
 
 
-@pytest.mark.parametrize("rank_stabilized", [False, True])
+@pytest.mark.parametrize("rank_stabilized", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_merged_weights_give_what_weights_and_adapters_give(rank_stabilized):
     """The second time with one `A` for query, key and value; what adapters add to them is compared with PEFT's."""
     targets = ("qkv", *EVERY.targets[3:]) if rank_stabilized else EVERY.targets
     lora = models.Lora(rank=3, alpha=6.0, targets=targets, rank_stabilized=rank_stabilized)
     params = params_of(model(lora))
     merged = models.merge_adapters(params, lora)
-    assert jax.tree.structure(merged) == jax.tree.structure(models.decoder(**SIZES).init(jax.random.key(0)))
-    with_adapters, without = hidden(model(lora), params), hidden(models.decoder(**SIZES), params)
-    np.testing.assert_allclose(hidden(models.decoder(**SIZES), merged), with_adapters, rtol=2e-4, atol=2e-5)
-    assert float(jnp.max(jnp.abs(with_adapters - without))) > 0.1
+    assert jax.tree.structure(merged) == jax.tree.structure(jax.eval_shape(model(None).init, jax.random.key(0)))
+    with_adapters, without = hidden(model(lora), params), hidden(model(None), params)
+    np.testing.assert_allclose(hidden(model(None), merged), with_adapters, rtol=2e-4, atol=2e-5)
+    assert np.abs(with_adapters - without).max() > 0.1
     scale = 6.0 / (3**0.5 if rank_stabilized else 3)
     layer = jax.tree.map(lambda x: np.asarray(x[1], np.float64), params["layers"]["mlp"])
     np.testing.assert_allclose(
@@ -77,10 +82,10 @@ def test_dropout_needs_a_key_and_leaves_the_mean_where_it_was():
     np.testing.assert_array_equal(plain, hidden(model(models.Lora(rank=3, alpha=6.0, targets=("down",))), params))
     keys = jax.random.split(jax.random.key(0), 2)
     one, other = (hidden(policy, params, key=key) for key in keys)
-    assert float(jnp.max(jnp.abs(one - other))) > 1e-3
+    assert np.abs(one - other).max() > 1e-3
     np.testing.assert_array_equal(one, hidden(policy, params, key=keys[0]))
     np.testing.assert_array_equal(one, hidden(policy, params, key=jax.random.key_data(keys[0])))  # a raw key
-    adapter_only = jax.vmap(lambda key: _down(params, lora, key))(jax.random.split(jax.random.key(1), 4000))
+    adapter_only = jax.jit(jax.vmap(lambda key: _down(params, lora, key)))(jax.random.split(jax.random.key(1), 4000))
     np.testing.assert_allclose(jnp.mean(adapter_only, 0), _down(params, lora, None), atol=0.1)
 
 
@@ -119,9 +124,8 @@ def _down(params, lora, key):
     return lora.scale * x @ a @ b
 
 
-def one_step(policy, params, *, mesh=None, optimizer=None, **options):
-    method, optimizer = methods.grpo(beta=0.1), optax.adam(0.01) if optimizer is None else optimizer
-    base = models.decoder(**SIZES)
+def one_step(policy, params, *, mesh=None, optimizer, **options):
+    method, base = methods.grpo(beta=0.1), model(None)
     given = {
         "trainable": {"policy": models.trainable(params)},
         "borrows": {"reference": "policy"},
@@ -135,26 +139,32 @@ def one_step(policy, params, *, mesh=None, optimizer=None, **options):
     return state.opt_state, *step(state, tiny.batch(count=8))
 
 
-def test_only_adapters_move_and_only_they_have_an_optimizer_state():
+@functools.cache
+def stepped():
+    """Parameters, and the optimizer's state, the state and metrics after a step of the gradient's size."""
     params = params_of(model())
-    opt_state, state, metrics = one_step(model(), params)
+    return params, *one_step(model(), params, optimizer=optax.sgd(1.0, momentum=0.9))
+
+
+def test_only_adapters_move_and_only_they_have_an_optimizer_state():
+    params, opt_state, state, metrics = stepped()
     own, adapters = models.split_adapters(params)
     new_own, new_adapters = models.split_adapters(state.params["policy"])
     jax.tree.map(np.testing.assert_array_equal, own, new_own)
     assert all(
-        float(jnp.max(jnp.abs(a - b))) > 0 for a, b in zip(*map(jax.tree.leaves, (adapters, new_adapters)), strict=True)
+        np.any(np.asarray(a) != np.asarray(b))
+        for a, b in zip(*map(jax.tree.leaves, (adapters, new_adapters)), strict=True)
     )
     count = sum(x.size for x in jax.tree.leaves(adapters))
-    assert sum(x.size for x in jax.tree.leaves(opt_state) if x.ndim) == 2 * count
+    assert sum(x.size for x in jax.tree.leaves(opt_state) if x.ndim) == count
     assert list(state.params) == ["policy"]  # the reference has no copy
     assert float(metrics["kl"]) > 0  # and is the model without adapters
 
 
 def test_the_gradient_of_adapters_is_that_of_the_merged_weights():
-    policy, params = model(), params_of(model())
-    _, state, _ = one_step(policy, params, optimizer=optax.sgd(1.0))
+    params, _, state, _ = stepped()
     own = models.merge_adapters(params, EVERY)
-    method, base = methods.grpo(beta=0.1), models.decoder(**SIZES)
+    method, base = methods.grpo(beta=0.1), model(None)
     frozen, _ = models.split_adapters(params)
     full = training.init({"policy": own, "reference": frozen}, method, optax.sgd(1.0), jax.random.key(5))
     moved, _ = training.make_step(models.score(base), method, optax.sgd(1.0))(full, tiny.batch(count=8))
@@ -175,7 +185,15 @@ def dropped_whole():
     return policy, params, one_step(policy, params, optimizer=optax.sgd(0.1))[1]
 
 
-@pytest.mark.parametrize("options", [{"micro_batches": 4}, {"mesh": {"fsdp": 4, "tensor": 2}}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"micro_batches": 4}, marks=pytest.mark.nightly),
+        pytest.param({"mesh": {"fsdp": 4, "tensor": 2}}, marks=pytest.mark.nightly),
+        {"micro_batches": 2, "mesh": {"fsdp": 4, "tensor": 2}},
+    ],
+    ids=str,
+)
 def test_an_update_of_adapters_and_its_dropout_do_not_depend_on_micro_batches_or_devices(options):
     options = {name: make_mesh(**value) if name == "mesh" else value for name, value in options.items()}
     policy, params, plain = dropped_whole()
@@ -219,16 +237,31 @@ def test_adapters_that_cannot_be_are_refused(lora, message):
         models.decoder(**SIZES, lora=lora)
 
 
-@pytest.mark.parametrize("targets", [("gate", "up", "down"), ("gate_up", "out"), ("up",)])
+EXPERTS = {"experts": 4, "experts_per_token": 2, "init_std": 0.3}
+
+
+@functools.cache
+def experts_alone():
+    return models.decoder(**SIZES, **EXPERTS)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        pytest.param(("gate", "up", "down"), marks=pytest.mark.nightly),
+        ("gate_up", "out"),
+        pytest.param(("up",), marks=pytest.mark.nightly),
+    ],
+)
 def test_each_expert_has_adapters_of_its_own_which_merge_into_its_weights(targets):
     lora = models.Lora(rank=2, alpha=3.0, targets=targets)
-    options = SIZES | {"experts": 4, "experts_per_token": 2, "init_std": 0.3}
-    policy, base = models.decoder(**options, lora=lora), models.decoder(**options)
+    options = SIZES | EXPERTS
+    policy, base = models.decoder(**options, lora=lora), experts_alone()
     params = params_of(policy)
     with_adapters, without = hidden(policy, params), hidden(base, params)
     merged = models.merge_adapters(params, lora)
     np.testing.assert_allclose(hidden(base, merged), with_adapters, rtol=2e-4, atol=2e-5)
-    assert float(jnp.max(jnp.abs(with_adapters - without))) > 0.1
+    assert np.abs(with_adapters - without).max() > 0.1
     layer = jax.tree.map(
         lambda x: np.asarray(x[1, 3], np.float64), params["layers"]["mlp"] | {"router": jnp.ones((9, 9))}
     )

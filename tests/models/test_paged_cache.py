@@ -43,7 +43,7 @@ def pages_of(cache):
     return cache.whole if isinstance(cache, WindowedCache) else cache
 
 
-@pytest.mark.parametrize("name", ["global", "mixed"])
+@pytest.mark.parametrize("name", [pytest.param("global", marks=pytest.mark.nightly), "mixed"])
 def test_rows_that_come_and_go_in_a_pool_of_half_their_size_have_the_states_of_whole_sequences(name):
     policy, params = model(name)
     columns, own = np.arange(8), np.array([2, 12, 3, 1])  # tokens behind the prompts
@@ -107,7 +107,12 @@ def test_a_row_takes_a_page_with_the_first_token_of_a_block_and_what_no_page_is_
 
 @pytest.mark.parametrize(
     ("dtype", "window", "softcap"),
-    [(jnp.float32, None, None), (jnp.float32, 5, 2.0), (jnp.bfloat16, None, None), (jnp.int8, None, None)],
+    [
+        pytest.param(jnp.float32, None, None, marks=pytest.mark.nightly),
+        (jnp.float32, 5, 2.0),
+        pytest.param(jnp.bfloat16, None, None, marks=pytest.mark.nightly),
+        (jnp.int8, None, None),
+    ],
     ids=["float32", "window", "bfloat16", "int8"],
 )
 def test_attention_to_pages_is_that_to_the_same_numbers_in_columns(dtype, window, softcap):
@@ -184,7 +189,9 @@ def test_memory_is_that_of_the_pages_whatever_the_number_of_rows(dtype, column):
         assert sum(x.nbytes for x in jax.tree.leaves(made.init_cache(5, 27, dtype, pages=11))) == expected
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("global", None), ("mixed", jnp.int8)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [pytest.param("global", None, marks=pytest.mark.nightly), ("mixed", jnp.int8)]
+)
 def test_a_loop_over_tokens_copies_no_page(name, dtype):
     policy, params = model(name)
 

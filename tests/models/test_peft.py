@@ -16,7 +16,7 @@ SIZES = {"vocab_size": 9, "width": 8, "layers": 2, "heads": 4, "kv_heads": 2, "h
 
 
 def random_params(seed=0):
-    params = models.decoder(**SIZES, lora=LORA).init(jax.random.key(seed))
+    params = jax.eval_shape(models.decoder(**SIZES, lora=LORA).init, jax.random.key(seed))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), params)
 

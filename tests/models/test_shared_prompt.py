@@ -36,7 +36,7 @@ def parameters(model, seed=0):
     return params
 
 
-def batch(prompts=3, group=3, seed=0):
+def batch(prompts=4, group=3, seed=0):
     """Prompts and completions of all lengths, tool tokens within completions, rows that are not valid."""
     random = np.random.default_rng(seed)
     texts = [random.integers(0, V, 1 + (PROMPT - 1 + 2 * p) % PROMPT).tolist() for p in range(prompts)]
@@ -64,10 +64,13 @@ def batch(prompts=3, group=3, seed=0):
 
 @functools.cache
 def grpo_loss(model, **options):
-    """`(params, rollouts) -> ((loss, stats), gradients)` of a loss that reads every field."""
+    """`(params, rollouts) -> ((loss, stats), gradients)` of a loss that reads every field.
+
+    Most tests call it with one batch's shapes and the same few options: a program is compiled once for all of them.
+    """
 
     def total(params, rollouts):
-        stats = models.score(model, **options)(params, rollouts, FIELDS, jax.random.key(0))
+        stats = models.score(model, temperature=0.7, **options)(params, rollouts, FIELDS, jax.random.key(0))
         advantages = (rollouts.reward - rollouts.reward.mean(1, keepdims=True)).reshape(-1, 1)
         value = losses.ppo(stats.logp, rollouts.logp, jnp.broadcast_to(advantages, rollouts.mask.shape))
         value += 0.3 * jnp.square(stats.value - 1) - 0.2 * stats.entropy + 0.1 * stats.mean_logp
@@ -77,17 +80,20 @@ def grpo_loss(model, **options):
     return jax.jit(jax.value_and_grad(total, has_aux=True))
 
 
+share = jax.jit(share_prompts, static_argnums=1)
+
+
 def assert_same(left, right, atol=1e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), left, right)
 
 
-@pytest.mark.parametrize(("group", "max_chosen"), [(3, None), (3, 3), (1, NEW)])
+@pytest.mark.parametrize(("group", "max_chosen"), [(3, None), (3, 3), pytest.param(1, NEW, marks=pytest.mark.nightly)])
 def test_values_and_gradients_equal_those_of_the_plain_batch(group, max_chosen):
     model, rollouts = policy(), batch(group=group)
     params = parameters(model)
-    options = {"temperature": 0.7, "max_chosen": max_chosen}
+    options = {} if max_chosen is None else {"max_chosen": max_chosen}
     plain = grpo_loss(model, **options)(params, rollouts)
-    assert_same(grpo_loss(model, shared_prompt=PROMPT, **options)(params, rollouts), plain)
+    assert_same(grpo_loss(model, **options, shared_prompt=PROMPT)(params, rollouts), plain)
     assert float(jnp.abs(plain[1]["layers"]["attention"]["key"]).max()) > 1e-3
 
 
@@ -102,15 +108,16 @@ def test_more_room_than_is_needed_changes_nothing():
 
 def test_what_completions_begin_with_in_common_is_shared_too_and_stays_right():
     model = policy()
-    rollouts = data.to_rollouts([[1, 2], [3]], [[[4, 5, 6, 7], [4, 5, 8]], [[9, 1, 2], [9, 1, 2]]], length=10)
-    rows = share_prompts(rollouts, 6)
-    assert np.sum(rows.positions[:, :6] >= 0, axis=1).tolist() == [4, 4]
-    # The fourth token of the first group was chosen in one row alone, and is 0 in the other.
-    rollouts = rollouts.replace(reward=jnp.array([[1.0, 0.0], [2.0, 5.0]]), mask=rollouts.mask.at[0, 3].set(0))
+    said = [[[4, 5, 6, 7], [4, 5, 8], [4, 5, 6]], [[9, 1, 2]] * 3, [[1, 2], [1, 2, 3], [1, 2, 4]], [[5], [6], [7]]]
+    rollouts = data.to_rollouts([[1, 2], [3], [4, 5, 6], [7]], said, length=PROMPT + NEW)
+    assert np.sum(share(rollouts, PROMPT).positions[:, :PROMPT] >= 0, axis=1).tolist() == [4, 4, 5, 1]
+    # The fourth token of the first group was chosen in two rows alone, and is 0 in the other.
+    reward = jnp.array([[1.0, 0.0, 3.0], [2.0, 5.0, 4.0], [0.0, 0.5, 1.0], [1.0, 0.0, 2.0]])
+    rollouts = rollouts.replace(reward=reward, mask=rollouts.mask.at[0, 3].set(0))
     params = parameters(model)
-    plain = grpo_loss(model, max_chosen=4)(params, rollouts)
+    plain = grpo_loss(model, max_chosen=3)(params, rollouts)
     assert float(plain[0][1].logp[1, 3]) < 0 == float(plain[0][1].logp[0, 3])
-    assert_same(grpo_loss(model, max_chosen=4, shared_prompt=6)(params, rollouts), plain)
+    assert_same(grpo_loss(model, max_chosen=3, shared_prompt=PROMPT)(params, rollouts), plain)
 
 
 def test_a_row_that_does_not_fit_is_nan_where_it_is_valid_and_0_where_it_is_not():
@@ -137,7 +144,7 @@ def test_a_row_that_is_not_valid_may_hold_anything():
     model, whole = policy(), batch()
     params = parameters(model)
     for kept in [(False, True, True), (True, False, True), (False, False, False)]:
-        valid = jnp.array([kept, (True, True, True), (False, False, True)])
+        valid = jnp.array([kept, (True, True, True), (False, False, True), (True, True, True)])
         broken = ~np.asarray(valid).reshape(-1, 1) & np.ones((1, PROMPT + NEW), bool)
         rollouts = whole.replace(
             valid=valid,
@@ -157,7 +164,7 @@ def test_a_token_of_the_second_completion_sees_the_prompt_and_itself():
     slots = jnp.arange(5)[None]
     sees = attention_mask(slots, slots, completion_starts=(2, 3))[0]
     assert [np.flatnonzero(row).tolist() for row in sees] == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 4]]
-    rows = share_prompts(data.to_rollouts([[5, 6]], [[[1], [2, 3]]], length=4), 2)
+    rows = share(data.to_rollouts([[5, 6]], [[[1], [2, 3]]], length=4), 2)
     real = rows.positions >= 0
     assert rows.positions[real].tolist() == [0, 1, 2, 2, 3]
     assert rows.tokens[real].tolist() == [5, 6, 1, 2, 3]
@@ -169,17 +176,24 @@ def test_a_token_of_the_second_completion_sees_the_prompt_and_itself():
     ids=str,
 )
 def test_eight_devices_agree_with_one(sizes):
-    model, rollouts = policy(), batch(prompts=8, group=2)
+    model, rollouts = policy(), batch(prompts=sizes["data"] * sizes["fsdp"])
     params = parameters(model)
-    plain = grpo_loss(model, max_chosen=NEW)(params, rollouts)
+    plain = grpo_loss(model, max_chosen=3)(params, rollouts)
     mesh = make_mesh(**sizes)
     placed = jax.device_put(rollouts, rollout_shardings(rollouts, mesh))
     with jax.set_mesh(mesh):
-        shared = grpo_loss(model, max_chosen=NEW, shared_prompt=PROMPT)(params, placed)
+        shared = grpo_loss(model, max_chosen=3, shared_prompt=PROMPT)(params, placed)
     assert_same(jax.device_get(shared), jax.device_get(plain))
 
 
-@pytest.mark.parametrize(("name", "count"), [("grpo", 1), ("ppo", 2), ("dpo", 2)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        pytest.param("grpo", 1, marks=pytest.mark.nightly),
+        ("ppo", 2),
+        pytest.param("dpo", 2, marks=pytest.mark.nightly),
+    ],
+)
 def test_a_train_step_is_the_same_and_keeps_groups_whole_in_micro_batches(name, count):
     method = getattr(methods, name)()
     rollouts = tiny.pairs() if name == "dpo" else tiny.batch()
@@ -240,7 +254,8 @@ def test_a_long_prompt_costs_flops_and_memory_once():
     assert memory_once < 0.2 * memory
 
 
-def test_on_a_tpu_a_group_is_one_row_of_the_attention_kernel():
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_on_a_tpu_a_group_is_one_row_of_the_attention_kernel(compiled):
     model = policy(width=256, heads=2, layers=1, kv_heads=1, vocab_size=256, value_head=False, dtype=jnp.bfloat16)
     params = jax.eval_shape(model.init, jax.random.key(0))
     rollouts = data.to_rollouts([[1] * 256] * 2, [[[2] * 128] * 4] * 2, length=384)
@@ -252,7 +267,8 @@ def test_on_a_tpu_a_group_is_one_row_of_the_attention_kernel():
     with one_chip("v5e"):
         lowered = jax.jit(jax.grad(loss)).lower(params, rollouts)
         text = lowered.as_text()
-        lowered.compile()
+        if compiled:
+            lowered.compile()
     assert text.count("tpu_custom_call") >= 3
     assert "2x768x256" in text  # 256 + 4 * 128 places of two prompts
     assert "768x768" not in text
@@ -262,7 +278,12 @@ def test_a_model_that_cannot_share_says_so():
     with pytest.warns(UserWarning, match="holds all"):
         bare = models.from_apply(lambda params, tokens: params[tokens])
     with pytest.raises(ValueError, match="takes no completion_starts"):
-        models.score(bare, shared_prompt=2)(jnp.eye(V), batch(), frozenset({"logp"}), jax.random.key(0))
+        jax.eval_shape(
+            lambda rollouts: models.score(bare, shared_prompt=2)(
+                jnp.eye(V), rollouts, frozenset({"logp"}), jax.random.key(0)
+            ),
+            batch(),
+        )
     for size in (0, PROMPT + NEW):
         with pytest.raises(ValueError, match=rf"between 1 and T - 1 = 10, got {size}"):
             models.score(policy(), shared_prompt=size)({}, batch(), FIELDS, jax.random.key(0))

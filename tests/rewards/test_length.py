@@ -5,7 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_post.rewards.length import cosine_length, soft_overlong, stop_properly
+from jaxrl_post.rewards import length
+from jaxrl_post.rewards.length import soft_overlong, stop_properly
+from tests.rewards.compiled import compiled
+
+cosine_length = compiled(length.cosine_length)
 
 
 def test_the_soft_overlong_punishment_has_the_papers_numbers():

@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 
 from jaxrl_post import rewards
+from tests.rewards.compiled import compiled
+
+history_length = compiled(rewards.history_length)
+target_length = compiled(rewards.target_length)
 
 H = jnp.array([100.0])
 
 
 def _history(lengths, correct, history=100.0, **options):
-    found = rewards.history_length(jnp.array([lengths]), jnp.array([correct]), jnp.array([history]), **options)
+    found = history_length(jnp.array([lengths]), jnp.array([correct]), jnp.array([history]), **options)
     return np.asarray(found)[0]
 
 
@@ -44,11 +48,11 @@ def test_every_right_answer_stays_above_every_wrong_one_and_wrong_ones_gain_noth
 def test_history_lengths_are_finite_for_any_record_and_compare_with_the_record_of_their_own_row(form):
     history = jnp.array([jnp.inf, 0.0, 1.0, 100.0], jnp.bfloat16)
     lengths, correct = jnp.array([[10.0, 1e6]] * 4, jnp.bfloat16), jnp.array([[1, 0]] * 4)
-    found = jax.jit(lambda h: rewards.history_length(lengths, correct, h, form=form))(history)
+    found = jax.jit(lambda h: history_length(lengths, correct, h, form=form))(history)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found[:3], [[0, 0], [0, 0], [-0.7, -1]], atol=1e-6)
     assert float(found[3, 0]) > 0.8
-    slope = jax.grad(lambda h: rewards.history_length(lengths, correct, h, form=form).sum())(jnp.array([jnp.inf] * 4))
+    slope = jax.jit(jax.grad(lambda h: history_length(lengths, correct, h, form=form).sum()))(jnp.array([jnp.inf] * 4))
     assert np.all(np.isfinite(slope))
 
 
@@ -66,14 +70,14 @@ def test_the_budget_shrinks_as_in_the_table_and_never_below_one():
 def test_the_triangle_peaks_at_the_budget_and_the_band_pays_all_below_it():
     lengths = jnp.array([0.0, 43.5, 87.0, 130.0, 174.0, 500.0])
     budget = jnp.full(6, 87.0)
-    triangle = rewards.target_length(lengths, budget)
+    triangle = target_length(lengths, budget)
     np.testing.assert_allclose(triangle, [0, 0.5, 1, 0.50575, 0, 0], atol=1e-5)
-    band = rewards.target_length(lengths, budget, shape="band", max_reward=2.0)
+    band = target_length(lengths, budget, shape="band", max_reward=2.0)
     np.testing.assert_allclose(band, [2, 2, 2, 1.01149, 0, 0], atol=1e-5)
 
 
 def test_without_a_budget_no_length_is_paid():
-    found = jax.jit(lambda b: rewards.target_length(jnp.array([0, 5, 5]), b))(jnp.array([0.0, 0.0, 5.0], jnp.bfloat16))
+    found = jax.jit(lambda b: target_length(jnp.array([0, 5, 5]), b))(jnp.array([0.0, 0.0, 5.0], jnp.bfloat16))
     assert found.dtype == jnp.float32
     np.testing.assert_array_equal(found, [0, 0, 1])
 
@@ -81,21 +85,21 @@ def test_without_a_budget_no_length_is_paid():
 def test_wrong_arguments_are_named():
     ones = jnp.ones((1, 2))
     with pytest.raises(ValueError, match="history must have the shape of one number per prompt"):
-        rewards.history_length(ones, ones, jnp.ones(2))
+        history_length(ones, ones, jnp.ones(2))
     with pytest.raises(ValueError, match="correct must have the shape of lengths"):
-        rewards.history_length(ones, ones[:, :1], H)
+        history_length(ones, ones[:, :1], H)
     with pytest.raises(ValueError, match=r"lengths must be \[P, G\]"):
-        rewards.history_length(ones[0], ones[0], H)
+        history_length(ones[0], ones[0], H)
     with pytest.raises(ValueError, match="form must be one of"):
-        rewards.history_length(ones, ones, H, form="sine")
+        history_length(ones, ones, H, form="sine")
     with pytest.raises(ValueError, match="floor must be at most 0"):
-        rewards.history_length(ones, ones, H, floor=0.7)
+        history_length(ones, ones, H, floor=0.7)
     with pytest.raises(ValueError, match="tolerance must be at least 0"):
-        rewards.history_length(ones, ones, H, tolerance=-0.1)
+        history_length(ones, ones, H, tolerance=-0.1)
     with pytest.raises(ValueError, match="budget must have the shape of lengths"):
-        rewards.target_length(ones, H)
+        target_length(ones, H)
     with pytest.raises(ValueError, match="shape must be one of triangle, band"):
-        rewards.target_length(ones, ones, shape="flat")
+        target_length(ones, ones, shape="flat")
     for options, message in (({"start": 0}, "start"), ({"decay": 1.5}, "decay"), ({"every": 0}, "every")):
         with pytest.raises(ValueError, match=f"{message} must be"):
             rewards.budget_schedule(0, **options)

@@ -3,17 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_post.rewards.novelty import (
-    RunningMoments,
-    combine_bonuses,
-    count_bonus,
-    elliptical_bonus,
-    elliptical_bonus_of_group,
-    fingerprint,
-    noveld_bonus,
-    rnd_bonus,
-    token_embedding,
-)
+from jaxrl_post.rewards import novelty
+from jaxrl_post.rewards.novelty import RunningMoments, combine_bonuses, count_bonus, noveld_bonus, rnd_bonus
+from tests.rewards.compiled import compiled
+
+elliptical_bonus, fingerprint = compiled(novelty.elliptical_bonus), compiled(novelty.fingerprint)
+elliptical_bonus_of_group = compiled(novelty.elliptical_bonus_of_group)
+token_embedding = compiled(novelty.token_embedding)
 
 
 def _slow_ellipses(phi, done, ridge):
@@ -34,7 +30,7 @@ def test_the_rank_one_update_is_the_inverse_of_every_step_over_several_episodes(
     rng = np.random.default_rng(0)
     phi, done = rng.normal(size=(30, 6)), rng.random(30) < 0.15
     with jax.enable_x64(True):
-        found = np.asarray(jax.jit(elliptical_bonus)(phi, done))
+        found = np.asarray(elliptical_bonus(phi, done))
     np.testing.assert_allclose(found, _slow_ellipses(phi, done, 0.1), rtol=1e-9)
     np.testing.assert_allclose(elliptical_bonus(phi, done), found, rtol=2e-3)  # in float32
 
@@ -43,7 +39,7 @@ def test_in_a_group_each_member_is_held_against_all_others():
     rng = np.random.default_rng(1)
     phi, mask = rng.normal(size=(3, 5, 4)), rng.random((3, 5)) < 0.8
     with jax.enable_x64(True):
-        found = np.asarray(jax.jit(elliptical_bonus_of_group)(phi, mask))
+        found = np.asarray(elliptical_bonus_of_group(phi, mask))
     for p in range(3):
         for g in range(5):
             others = [phi[p, j] for j in range(5) if j != g and mask[p, j]]
@@ -57,7 +53,7 @@ def test_a_group_of_one_earns_all_equal_members_earn_the_same_and_no_gradient_fl
     np.testing.assert_allclose(single, [[10.0]], rtol=1e-5)
     assert elliptical_bonus_of_group(jnp.zeros((1, 3, 2))).tolist() == [[0.0] * 3]
     assert elliptical_bonus_of_group(jnp.ones((1, 2, 2)), jnp.zeros((1, 2))).tolist() == [[0.0, 0.0]]
-    gradient = jax.grad(lambda x: elliptical_bonus_of_group(x).sum() + elliptical_bonus(x[0]).sum())(
+    gradient = jax.jit(jax.grad(lambda x: elliptical_bonus_of_group(x).sum() + elliptical_bonus(x[0]).sum()))(
         jnp.ones((1, 2, 2))
     )
     assert not np.any(np.asarray(gradient))
@@ -73,7 +69,7 @@ def test_a_random_networks_error_is_a_norm_and_a_square_and_noveld_pays_the_gain
     target, prediction = jnp.array([[3.0, 4.0], [1.0, 1.0]]), jnp.array([[0.0, 0.0], [1.0, 1.0]])
     np.testing.assert_allclose(rnd_bonus(target, prediction), [5, 0])
     np.testing.assert_allclose(rnd_bonus(target, prediction, squared=True), [25, 0])
-    gradient = jax.grad(lambda y: rnd_bonus(target, y).sum())(prediction)
+    gradient = jax.jit(jax.grad(lambda y: rnd_bonus(target, y).sum()))(prediction)
     np.testing.assert_allclose(gradient, [[-0.6, -0.8], [0, 0]], rtol=1e-6)
     np.testing.assert_allclose(noveld_bonus(jnp.array([1.0, 0.1]), jnp.array([0.5, 5.0])), [0.95, 0])
     np.testing.assert_allclose(noveld_bonus(jnp.array([1.0]), jnp.array([0.5]), c=0.0), [1])
@@ -118,7 +114,7 @@ def test_hashed_embeddings_approximate_the_cosine_of_counts():
     tokens[20:, :50] = tokens[:20, :50]  # pairs of rows that share half of their tokens
     counts = np.stack([np.bincount(row, minlength=2000) for row in tokens]).astype(float)
     counts /= np.linalg.norm(counts, axis=1, keepdims=True)
-    found = np.asarray(jax.jit(token_embedding, static_argnames="size")(tokens, mask, size=256))
+    found = np.asarray(token_embedding(tokens, mask, size=256))
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
     off = ~np.eye(40, dtype=bool)
     difference = (found @ found.T - counts @ counts.T)[off]

@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_post.rewards import beam_score, bok_value, effective_reward, prover_advantage, prover_quality
+from jaxrl_post import rewards
+from tests.rewards.compiled import compiled
+
+bok_value, prover_advantage = compiled(rewards.bok_value), compiled(rewards.prover_advantage)
+effective_reward, beam_score = compiled(rewards.effective_reward), compiled(rewards.beam_score)
+prover_quality = compiled(rewards.prover_quality)
 
 
 def test_best_of_four_gives_the_papers_numbers():
@@ -35,8 +40,8 @@ def test_rates_outside_of_0_and_1_are_clipped_and_missing_ones_gain_nothing():
 
 def test_progress_is_constant_to_the_gradient_and_keeps_wide_types():
     q = jnp.array([[0.0, 1.0, 0.5]])
-    assert not jnp.any(jax.grad(lambda q: jnp.sum(prover_advantage(q)))(q))
-    assert bool(jnp.all(jnp.isfinite(jax.grad(lambda q: jnp.sum(bok_value(q)))(q))))
+    assert not jnp.any(jax.jit(jax.grad(lambda q: jnp.sum(prover_advantage(q))))(q))
+    assert bool(jnp.all(jnp.isfinite(jax.jit(jax.grad(lambda q: jnp.sum(bok_value(q))))(q))))
     assert bok_value(q.astype(jnp.bfloat16)).dtype == jnp.float32
     with jax.enable_x64(True):
         assert prover_advantage(jnp.asarray([0.1, 0.2], jnp.float64)).dtype == jnp.float64
@@ -46,7 +51,7 @@ def test_beams_are_ranked_by_rate_and_progress_of_their_last_step():
     q = jnp.array([[0.1, 0.2, 0.7], [0.1, 0.2, 0.7], [0.3, 0.9, 0.9], [0.1, 0.1, 0.1]])
     known = jnp.array([[1, 1, 0], [1, 1, 1], [1, 0, 0], [0, 0, 0]])
     second = 0.7 + 0.5 * (0.8**4 - 0.3**4)
-    found = jax.jit(beam_score)(q, known)
+    found = beam_score(q, known)
     np.testing.assert_allclose(found, [0.2 + 0.5 * 0.2465, second, 0.3, 0], atol=1e-5)
     # A step that only keeps a good position ranks below one that improves a less good one.
     kept, made = beam_score(jnp.array([[0.5, 0.5], [0.1, 0.45]]))

@@ -1,14 +1,16 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_post.rewards.relative_length import group_length
+from jaxrl_post.rewards import relative_length
+from tests.rewards.compiled import compiled
+
+group_length = compiled(relative_length.group_length)
 
 
 def test_short_right_answers_gain_and_short_wrong_ones_do_not():
     lengths, correct = jnp.array([[100, 200, 300], [100, 150, 300]]), jnp.array([[1, 1, 0], [0, 1, 1]])
-    given = jax.jit(group_length)(lengths, correct)
+    given = group_length(lengths, correct)
     np.testing.assert_allclose(given, [[0.5, 0, -0.5], [0, 0.25, -0.5]], atol=1e-6)
 
 

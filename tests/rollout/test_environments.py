@@ -36,7 +36,7 @@ def encoded(said, end=False):
 def begun(environment, count=32):
     """States of the first tasks, and their prompts as strings."""
     keys = jax.random.split(KEY, count)
-    states, prompts = jax.jit(jax.vmap(environment.reset))(jnp.arange(count), keys)
+    states, prompts = jax.device_get(jax.jit(jax.vmap(environment.reset))(jnp.arange(count), keys))
     return states, [text(*prompt) for prompt in zip(*prompts, strict=True)]
 
 
@@ -56,8 +56,8 @@ def script(environment):
 
 def played(environment, number, said, end=False):
     state = jax.tree.map(lambda x: x[number], begun(environment)[0])
-    tokens, length, *others = script(environment)(state, encoded(said, end))
-    return [text(*row) for row in zip(tokens, length, strict=True)], *map(np.asarray, others)
+    tokens, length, *others = jax.device_get(script(environment)(state, encoded(said, end)))
+    return [text(*row) for row in zip(tokens, length, strict=True)], *others
 
 
 class Walk:
@@ -105,7 +105,7 @@ def world(size=4, walls=0.3, **options):
     return gridworld(size=size, vocabulary=TOKENIZER, walls=walls, **options)
 
 
-@pytest.mark.parametrize(("size", "walls"), [(4, 0.3), (2, 0.9), (5, 0.7)])
+@pytest.mark.parametrize(("size", "walls"), [pytest.param(4, 0.3, marks=pytest.mark.nightly), (2, 0.9), (5, 0.7)])
 def test_every_goal_is_reached_by_a_shortest_walk_and_not_one_move_earlier(size, walls):
     environment = world(size, walls)
     longest = 0
@@ -217,7 +217,7 @@ def test_any_entry_is_calculated_as_in_plain_python(end):
         *("".join(draw.choice(list("0123456789-+*=-+*= "), draw.integers(1, widest + 1))) for _ in range(300)),
         *(f"{a}{o}{b}" for a, b in draw.integers(-99, 99, (60, 2)) for o in draw.choice(list("-+*"), 1)),
     ]
-    said = [action for action in said if end or action]  # there is no action of no token
+    said = [action if end or action else "0" for action in said]  # there is no action of no token
     target = eval(begun(environment)[1][0].removesuffix(">"))
     observations, rewards, done, shown = played(environment, 0, said, end)
     understood = 0

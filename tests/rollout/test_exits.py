@@ -113,14 +113,13 @@ def test_where_only_answers_are_trained_every_sampled_token_is_trained_once_and_
         assert np.all(found.extras["entropy"][row][~expected] == 0)
 
 
-@pytest.mark.parametrize("top_p", [1.0, 0.7])
+@pytest.mark.parametrize("top_p", [1.0, pytest.param(0.7, marks=pytest.mark.nightly)])
 def test_a_whole_member_begins_with_the_thought_as_it_was_sampled_and_the_text_as_the_policy_gives_it(top_p):
     sampling = SAMPLING._replace(top_p=top_p)
     found, answers = made(EXITS._replace(whole=True), sampling), made(EXITS, sampling)
     np.testing.assert_array_equal(found.tokens, answers.tokens)
-    scored = models.score(POLICY, temperature=sampling.temperature)(
-        params(), jax.tree.map(jnp.asarray, found), frozenset({"logp", "entropy"}), KEY
-    )
+    score = jax.jit(models.score(POLICY, temperature=sampling.temperature), static_argnums=2)
+    scored = score(params(), found, frozenset({"logp", "entropy"}), KEY)
     for row in range(found.mask.shape[0]):
         group, member = divmod(row, M + 1)
         begin, end = int(PROMPTS.length[group]), int(found.length[group, member])

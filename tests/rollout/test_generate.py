@@ -13,6 +13,7 @@ from jaxrl_post.mesh import make_mesh, place, shardings
 from jaxrl_post.rollout import Prompts, SamplingParams, generate
 from jaxrl_post.sampling import row_keys
 from jaxrl_post.types import FINISH_LENGTH, FINISH_STOP, Unembedding
+from tests.rollout.table import markov
 
 V, N, G = 16, 6, 2
 LENGTH = np.array([3, 1, 5, 2])
@@ -27,9 +28,12 @@ STOPPED = SamplingParams(temperature=TAU, stop_tokens=STOPS)
 POLICY = models.decoder(vocab_size=V, width=16, layers=2, heads=4, kv_heads=2, mlp_width=32, init_std=0.4)
 
 
+TABLE = markov(V)
+
+
 @functools.cache
-def params():
-    return jax.jit(POLICY.init)(jax.random.key(0))
+def params(policy=POLICY):
+    return jax.jit(policy.init)(jax.random.key(0))
 
 
 def prompts(rows=(0, 1, 2, 3), *, width=5, group=G, ids=None):
@@ -51,8 +55,8 @@ def compiled(sampling=FREE, new=N, group=G, policy=POLICY):
 
 
 @functools.cache
-def base(sampling=FREE):
-    return compiled(sampling)(params(), prompts(), KEY)
+def base(sampling=FREE, policy=POLICY):
+    return compiled(sampling, policy=policy)(params(policy), prompts(), KEY)
 
 
 @jax.jit
@@ -62,9 +66,10 @@ def model_logits(tokens):
     return models.logits(POLICY.unembed(params()), POLICY.hidden(params(), tokens, positions)[0])
 
 
-def probabilities(tokens, temperature):
+def probabilities(tokens, temperature, policy=POLICY):
     """`[B, T, V]` float64: entry t is the distribution that token t is drawn from; position 0 has none."""
-    z = np.asarray(model_logits(tokens), np.float64)[:, :-1] / temperature
+    logits = model_logits(tokens) if policy is POLICY else params(TABLE)[tokens]
+    z = np.asarray(logits, np.float64)[:, :-1] / temperature
     p = np.exp(z - z.max(-1, keepdims=True))
     return np.pad(p / p.sum(-1, keepdims=True), ((0, 0), (1, 0), (0, 0)))
 
@@ -148,7 +153,13 @@ def test_a_prompt_and_an_id_give_the_same_tokens_in_another_batch(batch):
 
 
 @pytest.mark.parametrize(
-    "sizes", [{}, pytest.param({"fsdp": 8}, marks=pytest.mark.nightly), {"data": 2, "fsdp": 2, "tensor": 2}], ids=str
+    "sizes",
+    [
+        pytest.param({}, marks=pytest.mark.nightly),
+        pytest.param({"fsdp": 8}, marks=pytest.mark.nightly),
+        {"data": 2, "fsdp": 2, "tensor": 2},
+    ],
+    ids=str,
 )
 def test_a_prompt_and_an_id_give_the_same_tokens_on_any_mesh(sizes):
     mesh = make_mesh(**sizes)
@@ -220,10 +231,10 @@ def test_a_stop_token_cuts_the_sequence_that_would_have_been():
     assert np.all(np.asarray(free.finish) == FINISH_LENGTH)
 
 
-@pytest.mark.parametrize("last", [0, 2])
+@pytest.mark.parametrize("last", [pytest.param(0, marks=pytest.mark.nightly), 2])
 def test_the_loop_ends_when_the_last_sequence_has(last):
     # What stands at completion token `last` stops, so that every sequence has ended there at the latest.
-    completions = np.array([tokens for tokens, _ in by_id(base()).values()])
+    completions = np.array([tokens for tokens, _ in by_id(base(policy=TABLE)).values()])
     stops = np.unique(completions[:, last])
     longest = max(np.flatnonzero(np.isin(row, stops))[0] for row in completions) + 1
     assert last == 0 or longest > 1
@@ -231,10 +242,10 @@ def test_the_loop_ends_when_the_last_sequence_has(last):
 
     def decode(*arguments):
         jax.debug.callback(lambda: calls.append(1))
-        return POLICY.decode(*arguments)
+        return TABLE.decode(*arguments)
 
     sampling = SamplingParams(temperature=TAU, stop_tokens=tuple(stops.tolist()))
-    rollouts = compiled(sampling, policy=POLICY._replace(decode=decode))(params(), prompts(), KEY)
+    rollouts = compiled(sampling, policy=TABLE._replace(decode=decode))(params(TABLE), prompts(), KEY)
     jax.effects_barrier()
     assert int(np.max(np.asarray(rollouts.length) - LENGTH[:, None])) == longest < N
     assert len(calls) == longest
@@ -252,11 +263,13 @@ def test_greedy_takes_the_most_probable_token_whatever_the_key_and_temperature()
     assert np.array_equal(pairs[:, 0], pairs[:, 1])
 
 
-@pytest.mark.parametrize("cut", [{"top_p": 0.6}, {"top_k": 4, "top_p": 0.8, "min_p": 0.1}])
+@pytest.mark.parametrize(
+    "cut", [pytest.param({"top_p": 0.6}, marks=pytest.mark.nightly), {"top_k": 4, "top_p": 0.8, "min_p": 0.1}]
+)
 def test_a_truncated_sample_records_both_log_probs(cut):
-    rollouts = base(SamplingParams(temperature=1.4, **cut))
+    rollouts = base(SamplingParams(temperature=1.4, **cut), TABLE)
     inside = np.asarray(rollouts.mask) > 0
-    p = probabilities(rollouts.tokens, 1.4)[inside]
+    p = probabilities(rollouts.tokens, 1.4, TABLE)[inside]
     descending = -np.sort(-p, axis=-1)
     allowed = np.ones_like(p, bool)
     if "top_k" in cut:
@@ -355,21 +368,16 @@ def test_what_cannot_be_sampled_is_refused(changes, options, message):
         generate(POLICY, params(), prompts()._replace(**changes), KEY, **options)
 
 
-@pytest.mark.parametrize("slots", [None, 2])
+@pytest.mark.parametrize("slots", [pytest.param(None, marks=pytest.mark.nightly), 2])
 def test_alternatives_are_the_most_probable_tokens_at_each_place(slots):
-    policy = models.decoder(vocab_size=16, width=16, layers=2, heads=4, kv_heads=2, mlp_width=32, init_std=0.4)
-    params = policy.init(jax.random.key(0))
     prompts = Prompts(jnp.array([[2, 3, 0], [4, 5, 6], [1, 0, 0]]), jnp.array([2, 3, 1]))
     sampling = SamplingParams(temperature=0.7, top_p=0.9, stop_tokens=(3,))
-    sample = functools.partial(generate, policy, max_new_tokens=5, group_size=2, sampling=sampling, slots=slots)
-    plain = jax.jit(sample)(params, prompts, jax.random.key(1))
-    out = jax.jit(functools.partial(sample, alternatives=4))(params, prompts, jax.random.key(1))
+    sample = functools.partial(generate, TABLE, max_new_tokens=5, group_size=2, sampling=sampling, slots=slots)
+    plain = jax.jit(sample)(params(TABLE), prompts, jax.random.key(1))
+    out = jax.jit(functools.partial(sample, alternatives=4))(params(TABLE), prompts, jax.random.key(1))
     np.testing.assert_array_equal(out.tokens, plain.tokens)
-    # By sorting, in float64, what the model says of the whole sequence at once.
-    positions = jnp.broadcast_to(jnp.arange(8), out.tokens.shape)
-    hidden, _ = policy.hidden(params, out.tokens, positions)
-    logits = np.asarray(models.logits(policy.unembed(params), hidden), np.float64)[:, :-1] / 0.7
-    log_probs = np.pad(logits - np.log(np.exp(logits).sum(-1, keepdims=True)), ((0, 0), (1, 0), (0, 0)))
+    # By sorting, in float64, what the model says.
+    log_probs = np.log(np.maximum(probabilities(out.tokens, 0.7, TABLE), 1e-300))
     order, sampled = np.argsort(-log_probs, axis=-1)[..., :4], np.asarray(out.mask) > 0
     tokens, logp = (np.asarray(out.extras[name]) for name in ("alternatives", "alternative_logp"))
     np.testing.assert_array_equal(tokens[sampled], order[sampled])

@@ -20,7 +20,9 @@ MESHES = {
     "data, fsdp, tensor": {"data": 2, "fsdp": 2, "tensor": 2},
     "fsdp, tensor": {"fsdp": 2, "tensor": 4},
 }
-on_every_mesh = pytest.mark.parametrize("axes", MESHES)
+on_every_mesh = pytest.mark.parametrize(
+    "axes", ["data, fsdp, tensor", pytest.param("fsdp, tensor", marks=pytest.mark.nightly)]
+)
 
 # Logits whose vocabulary lies over devices.
 
@@ -177,8 +179,8 @@ def sampled(policy, params, prompts, *, sampling=PLAIN, dtype=None, slots=None):
     ("name", "axes", "options"),
     [
         ("windowed", "data, fsdp, tensor", {"sampling": TRUNCATED, "slots": 3}),
-        ("windowed in float64", "data, fsdp, tensor", {"dtype": "int8"}),
-        ("plain in float64", "fsdp, tensor", {"dtype": "int8"}),
+        pytest.param("windowed in float64", "data, fsdp, tensor", {"dtype": "int8"}, marks=pytest.mark.nightly),
+        pytest.param("plain in float64", "fsdp, tensor", {"dtype": "int8"}, marks=pytest.mark.nightly),
     ],
     ids=["a window in slots that the devices cannot share evenly", "a window in int8", "int8"],
 )

@@ -10,7 +10,8 @@ import pytest
 from jaxrl_post import models
 from jaxrl_post.rollout import Prompts, SamplingParams, generate
 from jaxrl_post.rollout.resume import begin, resume
-from jaxrl_post.types import FINISH_ABORT, FINISH_LENGTH, FINISH_NONE, FINISH_STOP, Policy, Unembedding
+from jaxrl_post.types import FINISH_ABORT, FINISH_LENGTH, FINISH_NONE, FINISH_STOP
+from tests.rollout.table import markov
 
 V, N, G = 16, 7, 2
 LENGTH = np.array([3, 1, 5, 2])
@@ -18,26 +19,7 @@ TOKENS = np.random.default_rng(0).integers(0, V, (len(LENGTH), 5))
 KEY = jax.random.key(5)
 DECODER = models.decoder(vocab_size=V, width=16, layers=2, heads=4, kv_heads=2, mlp_width=32, init_std=0.4)
 STOPPED = SamplingParams(temperature=0.8, stop_tokens=(3, 9, 12))
-
-
-def markov():
-    """A policy that is a table: `params[v]` are the logits of what follows token v."""
-
-    def look_up(params, tokens, positions, cache):
-        return params[tokens], cache
-
-    return Policy(
-        init=lambda key: jax.random.normal(key, (V, V)),
-        hidden=lambda params, tokens, positions, segment_ids=None, *, key=None: (params[tokens], {}),
-        unembed=lambda params: Unembedding(None, bias=jnp.zeros(V)),
-        heads=lambda params, hidden: {},
-        init_cache=lambda batch, capacity, dtype: (),
-        prefill=look_up,
-        decode=look_up,
-    )
-
-
-TABLE = markov()
+TABLE = markov(V)
 
 
 @functools.cache
@@ -92,7 +74,7 @@ def whole(policy, sampling=STOPPED):
     return jitted(generate, policy, sampling=sampling, max_new_tokens=N, group_size=G)(params(policy), prompts(), KEY)
 
 
-@pytest.mark.parametrize("budget", [2, 5])
+@pytest.mark.parametrize("budget", [2, pytest.param(5, marks=pytest.mark.nightly)])
 def test_pieces_of_any_size_are_what_one_generate_samples_and_each_token_has_its_version(budget):
     expected = whole(DECODER)
     assert set(np.asarray(expected.finish).reshape(-1).tolist()) == {FINISH_STOP, FINISH_LENGTH}

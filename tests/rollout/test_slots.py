@@ -10,24 +10,32 @@ import pytest
 from jaxrl_post import models
 from jaxrl_post.rollout import Prompts, SamplingParams, generate
 from jaxrl_post.types import FINISH_ABORT, FINISH_LENGTH, FINISH_STOP
+from tests.rollout.table import markov
 
 V, N = 16, 7
 LENGTH = np.array([3, 1, 5, 2, 4, 1, 3])
 TOKENS = np.random.default_rng(0).integers(0, V, (len(LENGTH), 5))
 KEY = jax.random.key(5)
 POLICY = models.decoder(vocab_size=V, width=16, layers=2, heads=4, kv_heads=2, mlp_width=32, init_std=0.4)
+TABLE = markov(V)
 STOPPED = SamplingParams(stop_tokens=(3, 9, 12))
 
 
 @functools.cache
-def params():
-    return jax.jit(POLICY.init)(jax.random.key(0))
+def params(policy=POLICY):
+    return jax.jit(policy.init)(jax.random.key(0))
 
 
 @functools.cache
 def program(sampling=STOPPED, policy=POLICY, **options):
     options = {"max_new_tokens": N, "group_size": 2} | options
     return jax.jit(functools.partial(generate, policy, sampling=sampling, **options))
+
+
+def by_table(sampling=STOPPED, some=None, *, decode=TABLE.decode, **options):
+    """Samples of a policy that is a table."""
+    run = program(sampling, TABLE._replace(decode=decode), **options)
+    return run(params(TABLE), prompts() if some is None else some, KEY)
 
 
 ALL = (0, 1, 2, 3, 4, 5, 6)
@@ -58,7 +66,14 @@ def same(found, expected):
         np.testing.assert_allclose(found[number][1], logp, atol=1e-5)
 
 
-@pytest.mark.parametrize(("slots", "refill"), [(3, 2), (4, 1), (5, 5)])
+@pytest.mark.parametrize(
+    ("slots", "refill"),
+    [
+        (3, 2),
+        pytest.param(4, 1, marks=pytest.mark.nightly),
+        pytest.param(5, 5, marks=pytest.mark.nightly),
+    ],
+)
 def test_a_queue_through_few_slots_gives_what_all_at_once_give_in_the_order_of_the_prompts(slots, refill):
     # 14 sequences in at most 5 slots: the cache, of 11 columns, is written round more than once.
     at_once = program()(params(), prompts(), KEY)
@@ -88,9 +103,9 @@ def test_a_prompt_is_read_once_however_large_its_group():
 def test_sequences_may_have_limits_of_their_own():
     limits = np.array([[1, 2], [3, 4], [5, 6], [7, 1], [2, 3], [4, 5], [6, 7]])
     free = SamplingParams()
+    whole = completions(by_table(free))
     for options in ({}, {"slots": 3, "refill": 1}):
-        whole = completions(program(free)(params(), prompts(), KEY))
-        cut = program(free, **options)(params(), prompts(max_new_tokens=jnp.asarray(limits)), KEY)
+        cut = by_table(free, prompts(max_new_tokens=jnp.asarray(limits)), **options)
         assert np.array_equal(np.asarray(cut.length) - LENGTH[:, None], limits)
         for number, (tokens, _, finish) in completions(cut).items():
             assert tokens == whole[number][0][: len(tokens)]
@@ -98,7 +113,7 @@ def test_sequences_may_have_limits_of_their_own():
 
 
 def test_what_is_traced_compiles_once_and_does_what_static_values_do():
-    run = jax.jit(functools.partial(generate, POLICY, max_new_tokens=N, group_size=2))
+    run = jax.jit(functools.partial(generate, TABLE, max_new_tokens=N, group_size=2))
     none = jnp.array([-1])
     for sampling in (
         SamplingParams(0.7, 0, 1.0, 0.0, stop_tokens=(3,)),
@@ -108,8 +123,8 @@ def test_what_is_traced_compiles_once_and_does_what_static_values_do():
     ):
         stops = jnp.asarray(sampling.stop_tokens or none)
         numbers = [jnp.asarray(value) for value in sampling[:5]]
-        traced = run(params(), prompts(), KEY, sampling=SamplingParams(*numbers, stop_tokens=stops))
-        same(completions(traced), completions(program(sampling)(params(), prompts(), KEY)))
+        traced = run(params(TABLE), prompts(), KEY, sampling=SamplingParams(*numbers, stop_tokens=stops))
+        same(completions(traced), completions(by_table(sampling)))
     assert run._cache_size() == 1
 
 
@@ -122,17 +137,18 @@ def test_prompts_of_one_batch_may_be_sampled_in_different_ways():
     ]
     rows = (0, 1, 2, 3)
     columns = [jnp.asarray([getattr(way, name) for way in ways]) for name in SamplingParams._fields[:5]]
-    together = completions(program(slots=3)(params(), prompts(rows), KEY, sampling=SamplingParams(*columns)))
+    run = program(policy=TABLE, slots=3)
+    together = completions(run(params(TABLE), prompts(rows), KEY, sampling=SamplingParams(*columns)))
     for row, way in zip(rows, ways, strict=True):
-        alone = completions(program(way)(params(), prompts(rows), KEY))
+        alone = completions(by_table(way, prompts(rows)))
         for number in (10 * row, 10 * row + 1):
             assert together[number][0] == alone[number][0]
 
 
 def test_a_sequence_of_tokens_ends_a_completion_where_it_was_sampled_whole():
-    free = completions(program(SamplingParams())(params(), prompts(), KEY))
+    free = completions(by_table(SamplingParams()))
     ends = [tuple(free[number][0][2:4]) for number in (0, 31)]
-    cut = completions(program(SamplingParams(stop_sequences=(*ends, (99, 98, 97))))(params(), prompts(), KEY))
+    cut = completions(by_table(SamplingParams(stop_sequences=(*ends, (99, 98, 97)))))
     stopped = 0
     for number, (tokens, _, _) in free.items():
         pairs = [index + 2 for index in range(N - 1) if tuple(tokens[index : index + 2]) in ends]
@@ -143,9 +159,9 @@ def test_a_sequence_of_tokens_ends_a_completion_where_it_was_sampled_whole():
 
 
 def test_no_stop_token_comes_before_the_least_number_of_tokens():
-    early = completions(program()(params(), prompts(), KEY))
+    early = completions(by_table())
     assert min(len(tokens) for tokens, _, _ in early.values()) < 4
-    late = program(STOPPED._replace(min_tokens=4))(params(), prompts(), KEY)
+    late = by_table(STOPPED._replace(min_tokens=4))
     found = completions(late)
     assert min(len(tokens) for tokens, _, _ in found.values()) == 5  # four, and the one that stops
     assert "sampler_logp" in late.extras
@@ -155,11 +171,11 @@ def test_no_stop_token_comes_before_the_least_number_of_tokens():
 
 
 def test_a_presence_penalty_that_large_forbids_to_say_anything_twice():
-    found = completions(program(SamplingParams(presence_penalty=1e4), slots=4)(params(), prompts(), KEY))
+    found = completions(by_table(SamplingParams(presence_penalty=1e4), slots=4))
     assert all(len(set(tokens)) == N for tokens, _, _ in found.values())
-    found = completions(program(SamplingParams(repetition_penalty=1e4, greedy=True))(params(), prompts(), KEY))
+    found = completions(by_table(SamplingParams(repetition_penalty=1e4, greedy=True)))
     said = {10 * row + member: set(TOKENS[row, : LENGTH[row]]) for row in range(len(LENGTH)) for member in (0, 1)}
-    free = completions(program(SamplingParams(greedy=True))(params(), prompts(), KEY))
+    free = completions(by_table(SamplingParams(greedy=True)))
     assert any(set(tokens) & said[number] for number, (tokens, _, _) in free.items())
     # Of tokens with a positive logit nearly all is taken, also of those in the prompt.
     assert sum(len(set(tokens) & said[number]) for number, (tokens, _, _) in found.items()) == 0
@@ -169,13 +185,13 @@ def test_logits_that_are_no_numbers_abort_their_sequence_and_no_other():
     bad = 9
 
     def decode(params, tokens, *rest):
-        hidden, cache = POLICY.decode(params, tokens, *rest)
+        hidden, cache = TABLE.decode(params, tokens, *rest)
         return jnp.where((tokens == bad)[..., None], jnp.nan, hidden), cache
 
     free = SamplingParams()
-    whole = completions(program(free)(params(), prompts(), KEY))
+    whole = completions(by_table(free))
     for options in ({}, {"slots": 4, "refill": 2}):
-        rollouts = program(free, policy=POLICY._replace(decode=decode), **options)(params(), prompts(), KEY)
+        rollouts = by_table(free, decode=decode, **options)
         assert np.array_equal(rollouts.valid, np.asarray(rollouts.finish) != FINISH_ABORT)
         aborted = 0
         for number, (tokens, _, finish) in completions(rollouts).items():
@@ -189,9 +205,10 @@ def test_logits_that_are_no_numbers_abort_their_sequence_and_no_other():
 
 def test_a_vocabulary_of_which_nothing_is_allowed_aborts_at_once():
     allowed = jnp.zeros(V, bool)
+    weights, some = params(TABLE), prompts()
     run = jax.jit(
         lambda allowed: generate(
-            POLICY, params(), prompts(), KEY, sampling=SamplingParams(allowed=allowed), max_new_tokens=N, group_size=2
+            TABLE, weights, some, KEY, sampling=SamplingParams(allowed=allowed), max_new_tokens=N, group_size=2
         )
     )
     rollouts = run(allowed)

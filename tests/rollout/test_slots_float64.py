@@ -28,7 +28,7 @@ def model():
 def log_probs(policy, params, rollouts):
     """`[B, T]`, of each token given those before it, by the whole sequences at once."""
     tokens = np.asarray(rollouts.tokens)
-    hidden = policy.hidden(params, tokens, np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape))[0]
+    hidden = jax.jit(policy.hidden)(params, tokens, np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape))[0]
     z = np.asarray(hidden) @ np.asarray(policy.unembed(params).weight).T
     assert z.dtype == np.float64
     logp = z - np.log(np.exp(z).sum(-1, keepdims=True))

@@ -80,9 +80,9 @@ def same(found, expected, atol):
 @pytest.mark.parametrize(
     ("name", "options", "atol"),
     [
-        ("global", {}, 1e-5),
+        pytest.param("global", {}, 1e-5, marks=pytest.mark.nightly),
         ("mixed", {"refill": 2, "cache_dtype": jnp.int8}, 1e-5),
-        ("global", {"cache_dtype": jnp.bfloat16}, 1e-5),
+        pytest.param("global", {"cache_dtype": jnp.bfloat16}, 1e-5, marks=pytest.mark.nightly),
     ],
     ids=["float32", "window and int8", "bfloat16"],
 )

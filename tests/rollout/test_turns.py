@@ -14,6 +14,7 @@ from jaxrl_post.rollout import SamplingParams, generate_turns
 from jaxrl_post.rollout.environments import Environment, Text, Transition, gridworld
 from jaxrl_post.sampling import row_keys
 from jaxrl_post.types import FINISH_ABORT, FINISH_LENGTH, FINISH_STOP, Policy, Unembedding
+from tests.rollout.table import markov
 
 V, A, TURNS, G = 16, 3, 4, 2
 KEY = jax.random.key(5)
@@ -23,9 +24,12 @@ STOPPED = SamplingParams(temperature=0.8, stop_tokens=STOPS)
 POLICY = models.decoder(vocab_size=V, width=16, layers=2, heads=4, kv_heads=2, mlp_width=32, init_std=0.4)
 
 
+TABLE = markov(V)
+
+
 @functools.cache
-def params():
-    return jax.jit(POLICY.init)(jax.random.key(0))
+def params(policy=POLICY):
+    return jax.jit(policy.init)(jax.random.key(0))
 
 
 def sum_up(prompt, action):
@@ -113,8 +117,8 @@ def program(sampling=STOPPED, policy=POLICY, environment=ENVIRONMENT, **options)
 
 
 @functools.cache
-def base():
-    return program()(params(), TASKS, KEY)
+def base(policy=POLICY):
+    return program(policy=policy)(params(policy), TASKS, KEY)
 
 
 def by_id(out):
@@ -160,14 +164,14 @@ def test_what_the_environment_draws_differs_between_sequences_and_turns():
     assert changing > 3
 
 
-@pytest.mark.parametrize("room", [3, 10])
+@pytest.mark.parametrize("room", [pytest.param(3, marks=pytest.mark.nightly), 10])
 def test_an_episode_ends_where_observation_and_answer_do_not_fit(room):
-    out = program(max_new_tokens=room)(params(), TASKS, KEY)
+    out = program(policy=TABLE, max_new_tokens=room)(params(TABLE), TASKS, KEY)
     assert out.tokens.shape == (10, 3 + room)
     rows = [replay(out, row, Counting(int(TASKS[row // G])), room=room) for row in range(10)]
     assert FINISH_LENGTH in rows
-    assert np.max(np.asarray(out.length) - np.asarray(base().length)) <= 0
-    assert not np.array_equal(out.length, base().length)
+    assert np.max(np.asarray(out.length) - np.asarray(base(TABLE).length)) <= 0
+    assert not np.array_equal(out.length, base(TABLE).length)
 
 
 def test_log_probs_are_those_that_scoring_the_whole_transcript_gives():
@@ -190,7 +194,7 @@ def test_every_sampled_token_is_the_draw_of_its_id_and_position_from_the_whole_t
     assert np.array_equal(np.argmax(logits[rows, places - 1] + noise, axis=1), np.asarray(out.tokens)[rows, places])
 
 
-@pytest.mark.parametrize(("slots", "refill"), [(2, 1), (5, 3)])
+@pytest.mark.parametrize(("slots", "refill"), [(2, 1), pytest.param(5, 3, marks=pytest.mark.nightly)])
 def test_a_queue_through_few_slots_gives_what_all_at_once_give(slots, refill):
     out = program(slots=slots, refill=refill)(params(), TASKS, KEY)
     assert np.array_equal(out.id, base().id)
@@ -212,8 +216,8 @@ def test_an_episode_is_the_same_on_a_mesh_and_without_shared_prompts():
 
 def test_other_tasks_and_keys_compile_nothing():
     run = jax.jit(functools.partial(generate_turns, max_turns=2, max_turn_tokens=2), static_argnums=(0, 2))
-    first = run(POLICY, params(), ENVIRONMENT, jnp.array([4, 9]), KEY)
-    other = run(POLICY, params(), ENVIRONMENT, jnp.array([5, 2]), jax.random.key(6))
+    first = run(TABLE, params(TABLE), ENVIRONMENT, jnp.array([4, 9]), KEY)
+    other = run(TABLE, params(TABLE), ENVIRONMENT, jnp.array([5, 2]), jax.random.key(6))
     assert run._cache_size() == 1
     assert not np.array_equal(first.tokens, other.tokens)
     assert other.prompt_id.tolist() == [5, 2]
@@ -232,11 +236,11 @@ def test_logits_that_are_no_numbers_abort_their_episode_and_no_other():
     bad = 5  # stops nothing
 
     def decode(params, tokens, *rest):
-        hidden, cache = POLICY.decode(params, tokens, *rest)
+        hidden, cache = TABLE.decode(params, tokens, *rest)
         return jnp.where((tokens == bad)[..., None], jnp.nan, hidden), cache
 
-    whole, aborted = by_id(base()), 0
-    out = program(policy=POLICY._replace(decode=decode))(params(), TASKS, KEY)
+    whole, aborted = by_id(base(TABLE)), 0
+    out = program(policy=TABLE._replace(decode=decode))(params(TABLE), TASKS, KEY)
     for row, (by_token, by_sequence, _) in by_id(out).items():
         tokens, mask = whole[row][0][:2]
         # The state behind the bad token is one to draw from only where nothing is fed behind it.
@@ -284,7 +288,8 @@ def test_an_environment_that_fails_aborts_its_episode_and_no_other():
 
 
 def test_a_penalty_counts_what_the_policy_says_and_not_what_it_is_told():
-    out = program(SamplingParams(presence_penalty=1e4, stop_tokens=STOPS))(params(), TASKS, KEY)
+    sampling = SamplingParams(presence_penalty=1e4, stop_tokens=STOPS)
+    out = program(sampling, policy=TABLE)(params(TABLE), TASKS, KEY)
     again = 0
     for tokens, mask, step, *_ in (row[0] for row in by_id(out).values()):
         said = [token for token, own in zip(tokens, mask, strict=True) if own]
@@ -341,13 +346,9 @@ def told(tokens):
 )
 def test_a_stop_sequence_is_of_one_action_and_has_nothing_of_what_is_told(stops, told_tokens, expected):
     sampling = SamplingParams(greedy=True, stop_sequences=stops)
-    out = generate_turns(
-        *(scripted(), {}, told(told_tokens), jnp.zeros(1, jnp.int32), KEY),
-        sampling=sampling,
-        max_turns=3,
-        max_turn_tokens=4,
-        max_new_tokens=len(SCRIPT) - 1,
-    )
+    sizes = {"max_turns": 3, "max_turn_tokens": 4, "max_new_tokens": len(SCRIPT) - 1}
+    run = functools.partial(generate_turns, scripted(), {}, told(told_tokens), sampling=sampling, **sizes)
+    out = jax.jit(run)(jnp.zeros(1, jnp.int32), KEY)
     turns = expected.split(" | ")
     words = [(word, turn) for turn, part in enumerate(turns) for word in part.split()]
     assert out.tokens[0, : len(words)].tolist() == [int(word.strip("()")) for word, _ in words]

@@ -23,7 +23,7 @@ def chi_square(tokens, probs):
 
 
 def keys_of_rows(rows):
-    return row_keys(jax.random.key(3), jnp.arange(rows, dtype=jnp.uint32), jnp.full(rows, 5))
+    return jax.jit(row_keys)(jax.random.key(3), jnp.arange(rows, dtype=jnp.uint32), jnp.full(rows, 5))
 
 
 @pytest.mark.parametrize("keys", ["one key", "a key for each row"])
@@ -104,6 +104,6 @@ def test_raw_keys_do_what_typed_ones_do():
 
 def test_sixteen_bit_logits_do_not_make_the_noise_coarse():
     # With 16-bit noise nearly every draw over 20000 equal tokens would be a tie, which the smallest id wins.
-    tokens = sample(keys_of_rows(64), jnp.zeros((64, 20_000), jnp.bfloat16))
+    tokens = jax.jit(sample)(keys_of_rows(64), jnp.zeros((64, 20_000), jnp.bfloat16))
     assert tokens.dtype == jnp.int32
     assert 6_000 < np.mean(np.asarray(tokens)) < 14_000

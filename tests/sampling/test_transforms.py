@@ -9,11 +9,14 @@ import pytest
 
 from jaxrl_post.sampling import SamplingParams, SamplingState, is_truncating, transform
 
+# One program for all values of the same options, and one for each value, which is a constant of it.
+traced = jax.jit(transform)
+static = jax.jit(transform, static_argnames=("temperature", "top_k", "top_p", "min_p"))
 LOGITS = jnp.log(jnp.array([0.5, 0.25, 0.125, 0.0625, 0.0625]))  # exact in binary, so that boundaries are too
 
 
 def kept(logits, **options):
-    return np.flatnonzero(np.isfinite(np.asarray(transform(jnp.asarray(logits), **options)))).tolist()
+    return np.flatnonzero(np.isfinite(np.asarray(traced(jnp.asarray(logits), **options)))).tolist()
 
 
 def oracle(logits, temperature, top_k, top_p, min_p):
@@ -85,7 +88,9 @@ def test_each_row_and_any_order_of_tokens_agrees_with_a_float64_oracle():
     decided = 0
     for temperature, top_k, top_p, min_p in itertools.product([0.6, 1.7], [0, 1, 4], [0.3, 0.9, 1.0], [0.0, 0.05, 0.6]):
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        out = np.asarray(transform(jnp.asarray(logits), **options))
+        out = np.asarray(traced(logits, **options))
+        if temperature > 1 and top_k != 1 and top_p < 1 and min_p != 0.6:
+            np.testing.assert_allclose(static(logits, **options), out, rtol=1e-6)
         for row, cut in zip(logits, out, strict=True):
             keep = oracle(row, **options)
             if keep is None:
@@ -107,9 +112,9 @@ def test_the_best_token_survives_even_a_traced_value_out_of_range(value):
 
 
 def test_traced_values_do_what_static_ones_do():
-    traced = jax.jit(lambda t, p, m: transform(LOGITS, temperature=t, top_p=p, min_p=m))
     for t, p, m in [(1.0, 1.0, 0.0), (0.5, 0.8, 0.0), (2.0, 1.0, 0.3), (1.0, 0.75, 0.2)]:
-        np.testing.assert_allclose(traced(t, p, m), transform(LOGITS, temperature=t, top_p=p, min_p=m), rtol=1e-6)
+        options = {"temperature": t, "top_p": p, "min_p": m}
+        np.testing.assert_allclose(traced(LOGITS, **options), static(LOGITS, **options), rtol=1e-6)
 
 
 def test_numbers_of_each_row_do_what_they_do_alone():
@@ -121,9 +126,9 @@ def test_numbers_of_each_row_do_what_they_do_alone():
         "top_p": [0.9, 1.0, 0.5, 0.8, 1.0, 0.3],
         "min_p": [0.0, 0.0, 0.1, 0.0, 0.4, 0.0],
     }
-    together = jax.jit(transform)(logits, **{name: jnp.asarray(values) for name, values in columns.items()})
+    together = traced(logits, **{name: jnp.asarray(values) for name, values in columns.items()})
     for row in range(6):
-        alone = transform(logits[row], **{name: values[row] for name, values in columns.items()})
+        alone = traced(logits[row], **{name: values[row] for name, values in columns.items()})
         np.testing.assert_allclose(together[row], alone, rtol=1e-6)
 
 
@@ -134,7 +139,7 @@ def test_a_nucleus_of_many_tokens_is_the_one_that_sorting_finds():
         p = np.exp(logits.astype(np.float64))
         p /= p.sum(-1, keepdims=True)
         for mass in (0.1, 0.95):
-            found = np.isfinite(np.asarray(transform(jnp.asarray(logits), top_p=mass)))
+            found = np.isfinite(np.asarray(traced(logits, top_p=mass)))
             for row in range(3):
                 inside = np.cumsum(np.sort(p[row])[::-1])
                 assert abs(found[row].sum() - (np.searchsorted(inside, mass) + 1)) <= 1 + 1e-5 * 5000
@@ -155,12 +160,11 @@ def awkward():
     return normal
 
 
-@pytest.mark.parametrize("traced", [False, True])
-def test_top_k_keeps_what_sorting_keeps_at_any_magnitude_and_with_ties(traced):
+@pytest.mark.parametrize("transformed", [static, traced], ids=["static", "traced"])
+def test_top_k_keeps_what_sorting_keeps_at_any_magnitude_and_with_ties(transformed):
     logits = awkward()
-    transformed = jax.jit(transform) if traced else transform
     for k in (1, 40, 2000):
-        found = np.asarray(transformed(jnp.asarray(logits), top_k=jnp.asarray(k) if traced else k))
+        found = np.asarray(transformed(logits, top_k=k))
         least = np.sort(logits, axis=-1)[:, -k, None]
         np.testing.assert_array_equal(np.isfinite(found), (logits >= least) & np.isfinite(logits))
 
@@ -170,7 +174,7 @@ def test_top_p_keeps_whole_ties_and_the_fewest_tokens_at_any_magnitude():
     p = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     for mass in (0.2, 0.9, 0.999):
-        found = np.isfinite(np.asarray(jax.jit(lambda z, mass=mass: transform(z, top_p=mass))(jnp.asarray(logits))))
+        found = np.isfinite(np.asarray(traced(logits, top_p=mass)))
         for row in range(len(logits)):
             inside = found[row]
             least = logits[row][inside].min()
@@ -189,9 +193,7 @@ def test_truncations_are_those_of_transformers():
         ({"top_k": 50}, transformers.TopKLogitsWarper(50)),
         ({"min_p": 0.02}, transformers.MinPLogitsWarper(0.02)),
     ):
-        np.testing.assert_array_equal(
-            transform(jnp.asarray(logits), **ours), theirs(None, torch.tensor(logits)).numpy()
-        )
+        np.testing.assert_array_equal(static(logits, **ours), theirs(None, torch.tensor(logits)).numpy())
 
 
 def test_a_bias_is_added_and_a_ban_is_kept():
@@ -234,7 +236,8 @@ def test_stop_tokens_are_banned_until_there_are_enough_tokens():
 def test_sixteen_bit_logits_are_raised_and_float64_stays():
     assert transform(LOGITS.astype(jnp.bfloat16), temperature=0.7).dtype == jnp.float32
     with jax.enable_x64(True):
-        assert transform(jnp.zeros(3, jnp.float64), top_p=0.5).dtype == jnp.float64
+        found = jax.eval_shape(lambda z: transform(z, top_p=0.5), jax.ShapeDtypeStruct((3,), jnp.float64))
+        assert found.dtype == jnp.float64
 
 
 def test_only_cuts_truncate():
@@ -269,5 +272,5 @@ def test_what_is_kept_has_the_gradient_of_a_choice(options):
     left = kept(LOGITS, **options)
     p = np.exp(np.asarray(LOGITS, np.float64)) * np.isin(np.arange(5), left)
     p /= p.sum()
-    slope = jax.grad(lambda z: jax.nn.log_softmax(transform(z, **options))[0])(LOGITS)
+    slope = jax.jit(jax.grad(lambda z: jax.nn.log_softmax(transform(z, **options))[0]))(LOGITS)
     np.testing.assert_allclose(slope, np.eye(5)[0] - p, atol=1e-6)
