@@ -6,16 +6,21 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_post import losses
-from jaxrl_post.types import Array, Method
+from jaxrl_post.types import Array, Method, Rollouts
 from tests.claims import lab
 
 
-def estimates(task: lab.Task, method: Method, params: Array, key: Array, *, group_size: int, batches: int) -> Array:
+def estimates(
+    task: lab.Task, method: Method | lab.Either, params: Array, key: Array, *, group_size: int, batches: int
+) -> Array:
     """`[batches, D]`: the direction of steepest descent of the method's loss on as many batches."""
-    fields = method.needs["policy"]
 
     def one(key: Array) -> Array:
         rollouts = lab.sample(task, params, key, group_size)
+        return lab.pick(method, lambda method: direction(method, rollouts, key))
+
+    def direction(method: Method, rollouts: Rollouts, key: Array) -> Array:
+        fields = method.needs["policy"]
         stats = {"policy": lab.score(params, rollouts, fields, key)}
         targets, _ = method.targets(method.init(rollouts, task.prompts), rollouts, stats, key)
 

@@ -26,6 +26,9 @@ Judge = Callable[[Rollouts, Array], Rollouts]
 """`(rollouts, key) -> rollouts` with `reward` (and `rewards`, `extras`, `valid`, ...) filled in."""
 
 
+Optimizer = optax.GradientTransformation | dict[str, optax.GradientTransformation] | float | Array
+
+
 class Task(NamedTuple):
     """Prompts, each with the same tree of sequences: `length` tokens out of `vocab`.
 
@@ -71,19 +74,20 @@ def by_sequence(values: Any, noise: float = 0.0) -> Judge:
 def sequence_index(rollouts: Rollouts, vocab: int) -> Array:
     """`[P, G]` int: the completion's tokens as digits to the base `vocab`."""
     tokens = rollouts.tokens[:, 1:]
-    index = jnp.zeros(tokens.shape[0], jnp.int32)
-    for place in range(tokens.shape[1]):
-        index = index * vocab + tokens[:, place]
-    return index.reshape(rollouts.reward.shape)
+    powers = vocab ** np.arange(tokens.shape[1], dtype=np.int32)[::-1]
+    return (tokens @ powers).reshape(rollouts.reward.shape)
 
 
 def _nodes(tokens: Array, vocab: int) -> Array:
     """`[B, L]`: the row of the table in which each token `[B, L]` was chosen."""
-    code, first, nodes = jnp.zeros(tokens.shape[0], jnp.int32), 0, []
-    for level in range(tokens.shape[1]):
-        nodes.append(first + code)
-        first, code = first + vocab**level, code * vocab + tokens[:, level]
-    return jnp.stack(nodes, axis=1)
+    first = _firsts(tokens.shape[1], vocab)
+    power = np.arange(first.size) - 1 - np.arange(first.size)[:, None]
+    return first + tokens @ np.where(power >= 0, vocab ** np.maximum(power, 0), 0).astype(np.int32)
+
+
+def _firsts(length: int, vocab: int) -> np.ndarray:
+    """`[L]`: the first row of the table of each level."""
+    return np.cumsum([0, *(vocab**level for level in range(length - 1))], dtype=np.int32)
 
 
 def score(params: Array, rollouts: Rollouts, fields: frozenset[str], key: Array) -> TokenStats:
@@ -115,20 +119,23 @@ def sample(task: Task, params: Array, key: Array, group_size: int, *, temperatur
     """`group_size` sequences of every prompt, judged. Column 0 of `tokens` stands for the prompt."""
     sample_key, judge_key = jax.random.split(key)
     prompt = jnp.repeat(jnp.arange(task.prompts), group_size)
-    tokens = jnp.zeros((prompt.size, 0), jnp.int32)
-    logps = []
-    for level in range(task.length):
-        node = _nodes(jnp.pad(tokens, ((0, 0), (0, 1))), task.vocab)[:, level]
-        log_p = jax.nn.log_softmax(params[prompt, node] / temperature)
-        chosen = jax.random.categorical(jax.random.fold_in(sample_key, level), log_p)
-        tokens = jnp.concatenate([tokens, chosen[:, None].astype(jnp.int32)], axis=1)
-        logps.append(jnp.take_along_axis(log_p, chosen[:, None], axis=1)[:, 0])
-    batch, shape = prompt.size, (task.prompts, group_size)
-    length = task.length + 1
+    batch, shape, length = prompt.size, (task.prompts, group_size), task.length + 1
+
+    def choose(code, level):
+        first, noise = level
+        log_p = jax.nn.log_softmax(params[prompt, first + code] / temperature)
+        chosen = jnp.argmax(log_p + noise, axis=-1).astype(jnp.int32)
+        return code * task.vocab + chosen, (chosen, jnp.take_along_axis(log_p, chosen[:, None], axis=1)[:, 0])
+
+    # The noise of all levels at once, in one program of random numbers, which are most of what there is to compile.
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(sample_key, jnp.arange(task.length))
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (batch, task.vocab)))(keys)
+    levels = jnp.asarray(_firsts(task.length, task.vocab)), noise
+    _, (tokens, logps) = jax.lax.scan(choose, jnp.zeros(batch, jnp.int32), levels)
     rollouts = Rollouts(
-        tokens=jnp.pad(tokens, ((0, 0), (1, 0))),
+        tokens=jnp.pad(tokens.T, ((0, 0), (1, 0))),
         mask=jnp.pad(jnp.ones((batch, task.length)), ((0, 0), (1, 0))),
-        logp=jnp.pad(jnp.stack(logps, axis=1), ((0, 0), (1, 0))),
+        logp=jnp.pad(logps.T, ((0, 0), (1, 0))),
         step=jnp.pad(jnp.zeros((batch, task.length), jnp.int32), ((0, 0), (1, 0)), constant_values=-1),
         version=jnp.pad(jnp.zeros((batch, task.length), jnp.int32), ((0, 0), (1, 0)), constant_values=-1),
         reward=jnp.zeros(shape),
@@ -142,6 +149,20 @@ def sample(task: Task, params: Array, key: Array, group_size: int, *, temperatur
     return task.judge(rollouts, judge_key)
 
 
+class Either(NamedTuple):
+    """One of several methods or functions, which a traced number picks: what is alike for all is compiled once."""
+
+    options: tuple[Any, ...]
+    which: Array
+
+
+def pick(choice: Any, function: Callable[[Any], Any]) -> Any:
+    """`function(choice)`, of an `Either` of the option that it is."""
+    if not isinstance(choice, Either):
+        return function(choice)
+    return jax.lax.switch(choice.which, [functools.partial(function, option) for option in choice.options])
+
+
 class Trained(NamedTuple):
     """`params` of the policy after training, and what `observe` gave after each step, stacked."""
 
@@ -151,12 +172,12 @@ class Trained(NamedTuple):
 
 def train(
     task: Task,
-    method: Method,
+    method: Method | Either,
     key: Array,
     *,
     steps: int,
     group_size: int,
-    optimizer: optax.GradientTransformation | float = 0.5,
+    optimizer: Optimizer | Callable[[Method], Optimizer] = 0.5,
     reuse: int = 1,
     epochs: int = 1,
     temperature: float = 1.0,
@@ -174,7 +195,7 @@ def train(
         key: of the seed.
         steps: updates (times `epochs`).
         group_size: `G`.
-        optimizer: a transformation, or the learning rate of plain gradient descent.
+        optimizer: a transformation, or the learning rate of plain gradient descent, or either by method.
         reuse: steps that are made on a batch before the next one is sampled: more than 1 makes it stale.
         epochs: updates within a step, whose targets are computed once.
         temperature: of sampling only; the score is at temperature 1.
@@ -184,32 +205,57 @@ def train(
         observe: `params -> anything`, after each step.
         score: of all roles, e.g. one that also reads a method's probes.
     """
-    optimizer = optax.sgd(optimizer) if isinstance(optimizer, float | int) else optimizer
-    start = task.params()
+    options, which = method if isinstance(method, Either) else ((method,), 0)
+    chosen = [optimizer(option) if callable(optimizer) else optimizer for option in options]
+    optimizers = [optax.sgd(x) if isinstance(x, float | int | Array) else x for x in chosen]
+    steppers = [training.make_step(score, *both, epochs=epochs) for both in zip(options, optimizers, strict=True)]
+
+    def of_seed(x: Array) -> Array:
+        """The same: vmap traces a loop again for what only becomes different between seeds within it."""
+        return x + (0 * jax.random.key_data(key)[0]).astype(x.dtype)
+
+    def policy(states: tuple[training.TrainState, ...]) -> Array:
+        return jax.lax.switch(which, [lambda s, i=i: s[i].params["policy"] for i in range(len(options))], states)
+
+    @jax.jit
+    def fresh(params: Array, number: Array, keys: Array) -> Rollouts:
+        draw, noise, prepare_key = keys
+        source = params if sampler is None else sampler(params, noise)
+        made = sample(task, source, draw, group_size, temperature=temperature)
+        made = made.replace(version=jnp.where(made.mask > 0, number, -1))
+        return made if prepare is None else prepare(made, prepare_key)
+
+    def update(states: tuple[training.TrainState, ...], rollouts: Rollouts) -> tuple[training.TrainState, ...]:
+        def stepped(i: int) -> tuple[training.TrainState, ...]:
+            return (*states[:i], steppers[i](states[i], rollouts)[0], *states[i + 1 :])
+
+        return jax.lax.switch(which, [functools.partial(stepped, i) for i in range(len(options))])
+
+    def one(carry, given):
+        (states, rollouts), (number, keys) = carry, given
+        if reuse == 1:
+            batch = fresh(policy(states), number, keys)
+        else:
+            again = number % reuse != 0
+            batch = rollouts = jax.lax.cond(again, lambda: rollouts, lambda: fresh(policy(states), number, keys))
+        states = update(states, batch)
+        return (states, rollouts), None if observe is None else observe(policy(states))
+
+    numbers = jnp.arange(steps)
+    keys = jax.vmap(lambda number: jax.random.split(jax.random.fold_in(key, number), 3))(numbers)
+    start = of_seed(task.params())
     given = {"policy": start} | (roles(start) if roles else {})
-    by_role = {role: given.get(role, start) for role in method.roles | {"policy"}}
-    shapes = jax.eval_shape(lambda: sample(task, start, jax.random.key(0), group_size))
-    state = training.init(by_role, method, optimizer, key, rollouts=shapes, num_prompts=task.prompts)
-    step = training.make_step(score, method, optimizer, epochs=epochs)
+    shapes = jax.eval_shape(fresh, start, numbers[0], keys[0])
 
-    def one(carry, number):
-        state, rollouts = carry
-        draw, noise, prepare_key = jax.random.split(jax.random.fold_in(key, number), 3)
+    def begun(method: Method, optimizer: Optimizer) -> training.TrainState:
+        by_role = {role: given.get(role, start) for role in method.roles | {"policy"}}
+        state = training.init(by_role, method, optimizer, key, rollouts=shapes, num_prompts=task.prompts)
+        opt_state, method_state = jax.tree.map(of_seed, (state.opt_state, state.method_state))
+        return state.replace(opt_state=opt_state, method_state=method_state)
 
-        def fresh(_):
-            source = state.params["policy"] if sampler is None else sampler(state.params["policy"], noise)
-            made = sample(task, source, draw, group_size, temperature=temperature)
-            made = made.replace(version=jnp.where(made.mask > 0, state.step, -1))
-            return made if prepare is None else prepare(made, prepare_key)
-
-        rollouts = fresh(None) if reuse == 1 else jax.lax.cond(number % reuse == 0, fresh, lambda _: rollouts, None)
-        state, _ = step(state, rollouts)
-        return (state, rollouts), None if observe is None else observe(state.params["policy"])
-
-    first = sample(task, start, jax.random.key(0), group_size)
-    first = first if prepare is None else prepare(first, key)
-    (state, _), trace = jax.lax.scan(one, (state, first), jnp.arange(steps))
-    return Trained(state.params["policy"], trace)
+    nothing = None if reuse == 1 else jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (states, _), trace = jax.lax.scan(one, (tuple(map(begun, options, optimizers)), nothing), (numbers, keys))
+    return Trained(policy(states), trace)
 
 
 def probabilities(params: Array, length: int) -> Array:
@@ -251,20 +297,54 @@ Outcome = Callable[[Any, Array], Array]
 """`(method or whatever is compared, key) -> scalar`, more is better."""
 
 
+def _alike(one: Any, other: Any) -> bool:
+    """Whether the two may be options of one program."""
+    if _is_option(one) or _is_option(other):
+        return _is_option(one) and _is_option(other)
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return all(isinstance(x, float | np.ndarray | jax.Array) for x in (one, other))
+
+
+def _is_option(x: Any) -> bool:
+    return isinstance(x, Method) or callable(x)
+
+
+def _either(options: tuple[Any, ...], which: Array) -> Any:
+    if _is_option(options[0]):
+        return Either(options, which)
+    if isinstance(options[0], tuple):
+        return tuple(_either(parts, which) for parts in zip(*options, strict=True))
+    return jnp.stack([jnp.asarray(option) for option in options])[which]
+
+
 def compare(outcome: Outcome, method: Any, baseline: Any, seeds: int) -> tuple[Comparison, Comparison]:
     """Outcomes of both in one program, vmapped over seeds, and the baseline in the method's place.
 
-    The second comparison is of the baseline with itself, under other random numbers.
+    The second comparison is of the baseline with itself, under other random numbers. Where method and baseline are
+    `Method`s or functions, floats or arrays of one shape, or tuples of these, the outcome is traced once, with an
+    `Either` (which `train` takes, and `pick` tells apart) or a traced number for both; otherwise once for each.
     """
+    keys = jax.random.split(jax.random.key(2026), seeds)
+    others = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
 
     @jax.jit
-    def both(keys: Array) -> tuple[Array, Array]:
-        others = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-        one = jax.vmap(functools.partial(outcome, method))(keys)
-        return one, jax.vmap(functools.partial(outcome, baseline))(jnp.concatenate([keys, others]))
+    def once(runs: tuple[Array, Array]) -> Array:
+        return jax.lax.map(
+            lambda run: jax.vmap(functools.partial(outcome, _either((method, baseline), run[0])))(run[1]), runs
+        )
 
-    of_method, of_baseline = (np.asarray(x, np.float64) for x in both(jax.random.split(jax.random.key(2026), seeds)))
-    plain, again = of_baseline[:seeds], of_baseline[seeds:]
+    @jax.jit
+    def each(keys: Array, others: Array) -> tuple[Array, Array, Array]:
+        one = jax.vmap(functools.partial(outcome, method))(keys)
+        two = jax.vmap(functools.partial(outcome, baseline))(jnp.concatenate([keys, others]))
+        return one, two[:seeds], two[seeds:]
+
+    if _alike(method, baseline):
+        found = once((jnp.array([0, 1, 1]), jnp.stack([keys, keys, others])))
+    else:
+        found = each(keys, others)
+    of_method, plain, again = (np.asarray(x, np.float64) for x in found)
     return Comparison(of_method, plain), Comparison(plain, again)
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from jaxrl_post import advantages, methods, rewards
 from tests.claims import lab
@@ -55,6 +56,7 @@ def test_the_fifth_of_the_tokens_with_highest_entropy_learns_what_the_other_four
     assert found.method.mean() > float(jnp.mean(every)) - 0.05  # little is lost by leaving the others out
 
 
+@pytest.mark.nightly
 def test_rapo_finds_an_answer_that_the_reference_hardly_ever_gives():
     # One arm of fifty is right, with a probability of 1e-4 under the reference.
     prompts, vocab = 8, 50
@@ -77,6 +79,7 @@ def test_rapo_finds_an_answer_that_the_reference_hardly_ever_gives():
     assert found.method.mean() > 1 - (1 - 1e-4) ** 256  # what the reference has
 
 
+@pytest.mark.nightly
 def test_with_egpo_the_reasoning_keeps_more_entropy_on_the_way_to_the_same_accuracy():
     # Two tokens of reasoning (the first path leads on to one continuation only), its end, a function and an argument.
     vocab, length, end = 4, 5, 3
@@ -163,6 +166,7 @@ def _explored(bonus, fresh, key):
     return jnp.mean(reached[-10:])
 
 
+@pytest.mark.nightly
 def test_the_product_of_bonuses_explores_where_episodic_novelty_fails_and_where_global_novelty_does():
     def outcome(names, key):
         """The worse of the two families, for the better of the bonuses."""

@@ -1,5 +1,7 @@
 """Claims of baselines and scales of one advantage per sequence."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -30,11 +32,11 @@ def test_reinforce_is_right_on_average_where_normalising_by_the_groups_spread_is
     params = jnp.linspace(-3, 3, 6)[:, None, None] * jnp.eye(4)[0]
     truth = gradients.exact(task, params, rewards)
 
-    def outcome(advantage, key):
-        found = gradients.estimates(task, _estimator(advantage), params, key, group_size=8, batches=192)
+    def outcome(method, key):
+        found = gradients.estimates(task, method, params, key, group_size=8, batches=192)
         return gradients.cosine(jnp.mean(found, axis=0, keepdims=True), truth)
 
-    lab.check("reinforce", outcome, method="reinforce", baseline="grpo")
+    lab.check("reinforce", outcome, method=_estimator("reinforce"), baseline=_estimator("grpo"))
 
 
 def test_grpo_tells_good_answers_from_better_ones_where_online_rejection_sampling_does_not():
@@ -119,12 +121,12 @@ def test_the_length_weighted_baseline_has_less_variance_than_the_groups_mean():
 
     task = lab.Task(1, 3, length, judge)
 
-    def outcome(advantage, key):
+    def outcome(method, key):
         params = 0.5 * jax.random.normal(key, task.params().shape)
-        found = gradients.estimates(task, _estimator(advantage), params, key, group_size=8, batches=32)
+        found = gradients.estimates(task, method, params, key, group_size=8, batches=32)
         return -gradients.variance(found)
 
-    lab.check("opo", outcome, method="opo", baseline="dr_grpo")
+    lab.check("opo", outcome, method=_estimator("opo"), baseline=_estimator("dr_grpo"))
 
 
 def test_training_the_best_of_k_prefers_the_arm_that_sometimes_wins():
@@ -213,21 +215,21 @@ def test_the_batchs_standard_deviation_does_not_blow_up_prompts_that_are_almost_
     rewards = jnp.eye(4)[jnp.zeros(16, int)]
     task = lab.Task(16, 4, 1, lab.by_sequence(rewards), initial)
 
-    def outcome(advantage, key):
-        found = gradients.estimates(task, _estimator(advantage), initial, key, group_size=8, batches=32)
+    def outcome(method, key):
+        found = gradients.estimates(task, method, initial, key, group_size=8, batches=32)
         return gradients.cosine(found, gradients.exact(task, initial, rewards))
 
-    method = {"name": "grpo", "std_level": "batch"}
-    lab.check("batch-std", outcome, method=method, baseline="grpo")
+    method = _estimator({"name": "grpo", "std_level": "batch"})
+    lab.check("batch-std", outcome, method=method, baseline=_estimator("grpo"))
 
 
 def test_the_median_of_a_few_heavy_tailed_rewards_gets_more_signs_right_than_the_mean():
     def outcome(estimator, key):
         rewards = jax.random.t(key, 1.5, (512, 3))  # expectation 0: the right sign is that of the reward
-        if estimator == "mc_grpo":
-            found, keep = advantages.mc_grpo(rewards, max_abs=5.0)
-        else:
-            found, keep = advantages.grpo(rewards), jnp.ones(rewards.shape, bool)
+        found, keep = lab.pick(estimator, lambda estimator: estimator(rewards))
         return jnp.sum(keep & (jnp.sign(found) == jnp.sign(rewards))) / jnp.sum(keep)
 
-    lab.check("mc-grpo", outcome, method="mc_grpo", baseline="grpo")
+    def mean(rewards):
+        return advantages.grpo(rewards), jnp.ones(rewards.shape, bool)
+
+    lab.check("mc-grpo", outcome, method=functools.partial(advantages.mc_grpo, max_abs=5.0), baseline=mean)

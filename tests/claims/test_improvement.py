@@ -47,4 +47,4 @@ def test_salsas_average_of_two_supervised_models_is_the_better_reference():
         trained = lab.train(task, method, key, steps=60, group_size=8, optimizer=0.5, roles=roles)
         return jnp.mean(jnp.sum(lab.probabilities(trained.params, length) * right, axis=1))
 
-    lab.check("salsa", outcome, method=(0.5, 0.5), baseline=(1.0, 0.0))
+    lab.check("salsa", outcome, method=[0.5, 0.5], baseline=[1.0, 0.0])

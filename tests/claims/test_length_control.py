@@ -82,7 +82,7 @@ def test_hapo_shortens_right_answers_by_difficulty_at_equal_accuracy_where_one_b
         method, budget = compared
         return solved_shortly(method, *chain(0.9, 0.0, lambda right, length: right * (length <= budget)), key)
 
-    own, shared = (methods.hapo(beta=0.0), TOKENS), (methods.grpo(beta=0.0), 4)
+    own, shared = (methods.hapo(beta=0.0), float(TOKENS)), (methods.grpo(beta=0.0), 4.0)
     found = lab.check("hapo", outcome, method=own, baseline=shared, seeds=16, margin=0.05)
     # No shorter answer is ever right, so that of every problem nine in ten right answers have the length it needs, or
     # one more.

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxrl_post import curation, methods, rewards
 from tests.claims import lab
@@ -23,6 +24,7 @@ def _weights(count):
     return jnp.stack([first, 1 - first], axis=1)
 
 
+@pytest.mark.nightly
 def test_c_morl_covers_more_of_a_front_than_a_grid_of_fixed_preferences_with_as_many_steps():
     rounds, each = 3, 4
     total = rounds * each
@@ -85,7 +87,7 @@ def test_gradient_weighting_reaches_a_front_in_fewer_steps_than_fixed_weights():
 
     # Inner products of gradients are about 0.03 here, so that the weights move by about a third a step. Much later,
     # when fixed weights have converged to different ends of the front, the union of theirs is the larger one.
-    lab.check("dynamic-reward-weighting", outcome, method=10.0, baseline=0.0)
+    lab.check("dynamic-reward-weighting", outcome, method=10, baseline=0)
 
 
 def test_gui_g1s_reward_keeps_boxes_in_shape_where_hits_alone_do_not():

@@ -61,6 +61,9 @@ def test_copo_trains_on_groups_whose_rewards_agree():
 
     def outcome(method, key):
         rollouts = lab.sample(task, initial, key, 6)
+        return lab.pick(method, lambda method: share_of_moved_tokens(method, rollouts, key))
+
+    def share_of_moved_tokens(method, rollouts, key):
         stats = {"policy": lab.score(initial, rollouts, method.needs["policy"], key)}
         targets, _ = method.targets(method.init(rollouts, 16), rollouts, stats, key)
 

@@ -151,10 +151,12 @@ def chain_optimizers(task):
 def test_a_reward_model_learned_from_outcomes_finds_the_decisive_step_in_fewer_episodes():
     task = chain_task(0.3)
     solved = (jnp.arange(2**CHAIN) >> (CHAIN - 1 - DECISIVE)) & 1
-    optimizer = chain_optimizers(task)
+    optimizers = chain_optimizers(task)
+
+    def given(method):
+        return optimizers if "prm" in method.trains else optimizers["policy"]
 
     def outcome(method, key):
-        given = optimizer if "prm" in method.trains else optimizer["policy"]
         trained = lab.train(task, method, key, steps=24, group_size=8, optimizer=given)
         return _expected(trained.params, solved, CHAIN)
 

@@ -62,6 +62,9 @@ def sample(params, key, budgets):
 
 def trained(method, start, budgets, judge, key, *, steps, optimizer):
     """Parameters after training; `judge(rollouts, key) -> rollouts`."""
+    if isinstance(method, lab.Either):
+        options = {"steps": steps, "optimizer": optimizer}
+        return lab.pick(method, lambda method: trained(method, start, budgets, judge, key, **options))
 
     def batch(params, key):
         draw, judged = jax.random.split(key)

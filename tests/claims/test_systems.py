@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from jaxrl_post import data, methods, models, training
 from jaxrl_post.types import FINISH_NONE, FINISH_STOP, TokenStats
@@ -137,6 +138,7 @@ def _decode_steps_to_success(spec, key, *, budget=2400):
     return jnp.min(jnp.where(success >= 0.9, spent, budget))
 
 
+@pytest.mark.nightly
 def test_truncated_ppo_needs_fewer_decode_steps_than_ppo_that_waits_for_the_longest_response():
     def outcome(spec, key):
         return -_decode_steps_to_success(spec, key).astype(jnp.float32)

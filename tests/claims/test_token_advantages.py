@@ -31,7 +31,8 @@ def test_a_critic_with_its_own_lambda_learns_the_value_of_the_beginning_of_long_
         def step(values, key):
             reward = jax.random.bernoulli(key, 0.5, (16, 1)).astype(jnp.float32)
             rewards = jnp.zeros((16, length)).at[:, -1:].set(reward)
-            _, returns = estimate(rewards, jnp.broadcast_to(values, (16, length)), jnp.ones((16, length)))
+            given = rewards, jnp.broadcast_to(values, (16, length)), jnp.ones((16, length))
+            _, returns = lab.pick(estimate, lambda estimate: estimate(*given))
             return values + rate * (jnp.mean(returns, axis=0) - values), None
 
         values, _ = jax.lax.scan(step, jnp.full(length, -1.0), jax.random.split(key, 20))
@@ -60,14 +61,18 @@ def _reinforce(advantage):
     return methods.policy_gradient(advantage=advantage, loss="reinforce", aggregation="seq_mean_token_sum")
 
 
+def _steadiness(task):
+    def outcome(method, key):
+        found = gradients.estimates(task, method, _peaked(key, task), key, group_size=4, batches=64)
+        return -gradients.variance(found)
+
+    return outcome
+
+
 def test_the_optimal_token_baseline_has_less_variance_than_the_groups_mean():
     task = _token_task()
 
-    def outcome(advantage, key):
-        found = gradients.estimates(task, _reinforce(advantage), _peaked(key, task), key, group_size=4, batches=64)
-        return -gradients.variance(found)
-
-    lab.check("otb", outcome, method="otb", baseline="dr_grpo")
+    lab.check("otb", _steadiness(task), method=_reinforce("otb"), baseline=_reinforce("dr_grpo"))
 
 
 def test_the_token_baseline_keeps_its_lower_variance_when_tool_output_stands_between_the_turns():
@@ -91,11 +96,7 @@ def test_the_token_baseline_keeps_its_lower_variance_when_tool_output_stands_bet
         lambda state, s: (with_tools(s), state), needs={"policy": frozenset({"logp", "sum_p_squared"})}, min_group=2
     )
 
-    def outcome(advantage, key):
-        found = gradients.estimates(task, _reinforce(advantage), _peaked(key, task), key, group_size=4, batches=64)
-        return -gradients.variance(found)
-
-    lab.check("tir-otb", outcome, method=multi_turn, baseline="dr_grpo")
+    lab.check("tir-otb", _steadiness(task), method=_reinforce(multi_turn), baseline=_reinforce("dr_grpo"))
 
 
 def test_credit_for_each_token_brings_the_policy_to_the_teacher_sooner_than_credit_for_the_sequence():

@@ -55,17 +55,34 @@ def assert_equal(got, expected):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("names", [("data", "tensor"), ("x", "y")])
+def placed_on(mesh, given):
+    name = mesh.axis_names[0]
+    over = P(name), P(), P(name), P(name)
+    return [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(given, over, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        *((function, ("data", "tensor")) for function in FUNCTIONS),
+        (scored, ("x", "y")),
+        *(pytest.param(function, ("x", "y"), marks=pytest.mark.nightly) for function in FUNCTIONS[1:]),
+    ],
+)
 def test_a_mesh_with_typed_shardings(function, names, given, without_a_mesh):
     mesh = jax.make_mesh((4, 2), names)
-    over = P(names[0]), P(), P(names[0]), P(names[0])
-    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(given, over, strict=True)]
+    placed = placed_on(mesh, given)
     with jax.set_mesh(mesh):
         got = jax.jit(jax.value_and_grad(function, (0, 1, 3)))(*placed)
-        stats = token_logprob(*placed[:3], chunk_bytes=CHUNK_BYTES)
     assert_equal(got, without_a_mesh(function))
-    assert stats.logp.sharding.spec == P(names[0])
+
+
+def test_log_probs_have_the_typed_sharding_of_their_tokens(given):
+    mesh = jax.make_mesh((4, 2), ("x", "y"))
+    hidden, weight, targets, _ = placed_on(mesh, given)
+    with jax.set_mesh(mesh):
+        stats = token_logprob(hidden, weight, targets, chunk_bytes=CHUNK_BYTES)
+    assert stats.logp.sharding.spec == P("x")
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

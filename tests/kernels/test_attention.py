@@ -248,7 +248,7 @@ def test_the_tile_is_the_largest_that_adds_at_most_an_eighth():
     assert [padded_length(length) for length in lengths] == [*expected, (10240, 512)]
 
 
-@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.nightly), "dots"])
 def test_a_decoder_gives_the_same_states_and_gradients_through_splash(monkeypatch, remat):
     policy = models.decoder(vocab_size=11, width=16, layers=2, heads=4, kv_heads=2, remat=remat, init_std=0.3)
     params = policy.init(jax.random.key(0))
@@ -267,8 +267,12 @@ def test_a_decoder_gives_the_same_states_and_gradients_through_splash(monkeypatc
             return jnp.where(ids[..., None] >= 0, out, 0)
 
         assert bool(calls(states, params)) == (implementation == "splash")
-        value, pullback = jax.jit(lambda p: jax.vjp(states, p))(params)
-        results.append((value, jax.jit(pullback)(jnp.cos(jnp.arange(value.size)).reshape(value.shape))))
+
+        def both(params, states=states):
+            value, pullback = jax.vjp(states, params)
+            return value, pullback(jnp.cos(jnp.arange(value.size)).reshape(value.shape))
+
+        results.append(jax.jit(both)(params))
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4), *results)
 
 
@@ -289,15 +293,12 @@ def test_a_decoder_gives_the_same_states_and_gradients_through_splash(monkeypatc
 def test_splash_across_devices_equals_one_device(sizes, heads, kv_heads, batch):
     inputs = problem(batch=batch, heads=heads, kv_heads=kv_heads)
     options = {"segment_ids": jnp.asarray(np.tile(packed(130)[1:], (batch, 1))), "softcap": 2.0}
-    alone = run(*inputs, implementation="xla", **options)
-    with jax.set_mesh(make_mesh(**sizes)):
-        across = run(*inputs, implementation="splash", **options)
     real = np.arange(130) >= 7
-    np.testing.assert_allclose(across[0][:, real], alone[0][:, real], atol=1e-5)
     cotangent = inputs[3] * real[:, None, None]
     alone = run(*inputs[:3], cotangent, implementation="xla", **options)
     with jax.set_mesh(make_mesh(**sizes)):
         across = run(*inputs[:3], cotangent, implementation="splash", **options)
+    np.testing.assert_allclose(across[0][:, real], alone[0][:, real], atol=1e-5)
     for one, many in zip(alone[1:], across[1:], strict=True):
         np.testing.assert_allclose(many, one, atol=1e-5)
 

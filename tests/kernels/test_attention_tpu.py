@@ -38,7 +38,9 @@ def compiled(batch, length, heads, kv_heads, head_dim, dtype=jnp.bfloat16, mesh=
     return lowered.compile()
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(
+    "chip", [pytest.param(chip, marks=() if chip == "v5e" else pytest.mark.nightly) for chip in CHIPS]
+)
 def test_a_packed_row_with_a_shared_prefix_compiles_for_every_tpu_without_an_array_of_scores(chip):
     with one_chip(chip):
         memory = compiled(1, 3072, 16, 4, 128, completion_starts=(1024, 1536, 2048, 2560)).memory_analysis()
@@ -62,7 +64,7 @@ def test_eight_long_completions_of_one_prompt_compile_for_every_tpu(chip):
         compiled(1, 2048 + 8 * 8192, 16, 4, 128, completion_starts=tuple(range(2048, 2048 + 8 * 8192, 8192)))
 
 
-@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize("kv_heads", [pytest.param(8, marks=pytest.mark.nightly), 2])
 def test_on_a_pod_every_device_works_on_the_heads_and_rows_that_it_holds(kv_heads):
     with pod("v5e:2x4", fsdp=2, tensor=4) as mesh:
         text = compiled(4, 2048, 16, kv_heads, 128, mesh=mesh).as_text()

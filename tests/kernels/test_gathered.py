@@ -32,9 +32,9 @@ def agree(left, right):
         np.testing.assert_allclose(other, one, atol=1e-5 * float(jnp.max(jnp.abs(one))), rtol=0)
 
 
-@pytest.mark.parametrize(("vocabulary", "rows"), [(48, 6), (46, 8)])  # 23 rows a device: 8, 8 and 7
+@pytest.mark.parametrize(("vocabulary", "rows"), [pytest.param(48, 6, marks=pytest.mark.nightly), (46, 8)])
 def test_pieces_give_the_values_and_gradients_of_the_whole(vocabulary, rows, monkeypatch):
-    given = problem(60, vocabulary, 16)
+    given = problem(60, vocabulary, 16)  # of 46, 23 rows a device: 8, 8 and 7
     outputs = ("logp", "entropy", "mean_logp", "sum_p_squared", "max_prob", "argmax")
     differentiated = ("logp", "entropy", "mean_logp", "sum_p_squared", "max_prob")
     expected = program(differentiated, implementation="chunked")(*given)

@@ -108,10 +108,10 @@ CAPPED = {"softcap": 3.0, "teacher_softcap": 4.0, "teacher_temperature": 1.3}
 @pytest.mark.parametrize(
     ("kind", "beta", "rows", "keywords"),
     [
-        ("forward_kl", None, None, {}),
+        pytest.param("forward_kl", None, None, {}, marks=pytest.mark.nightly),
         ("forward_kl", None, 1, CAPPED),
         ("reverse_kl", None, 4, CAPPED),
-        ("jsd", None, 2, {}),
+        pytest.param("jsd", None, 2, {}, marks=pytest.mark.nightly),
         ("jsd", 0.9, 4, CAPPED),
     ],
 )
@@ -124,7 +124,7 @@ def test_values_and_gradients_agree_with_the_plain_formula_in_float64(kind, beta
         close(got[name], gradients[name], 1e-5)
 
 
-@pytest.mark.parametrize(("kind", "beta"), KINDS[1:3])
+@pytest.mark.parametrize(("kind", "beta"), [pytest.param(*KINDS[1], marks=pytest.mark.nightly), KINDS[2]])
 def test_bfloat16_inputs_give_float32_values_and_gradients_within_their_rounding(kind, beta):
     x = as_dtype(problem(1), jnp.bfloat16)
     rounded = {name: np.asarray(leaf, np.float64) for name, leaf in x.items()}
@@ -147,7 +147,10 @@ def test_the_teacher_is_a_constant_and_takes_the_student_s_temperature_unless_it
     assert np.max(np.abs(values - values_of("jsd", teacher_temperature=1.0)(x))) > 0.01
 
 
-@pytest.mark.parametrize(("kind", "max_tokens"), [("forward_kl", None), ("reverse_kl", 4), ("jsd", 6), ("jsd", 2 * N)])
+@pytest.mark.parametrize(
+    ("kind", "max_tokens"),
+    [("forward_kl", None), ("reverse_kl", 4), pytest.param("jsd", 6, marks=pytest.mark.nightly), ("jsd", 2 * N)],
+)
 def test_masked_tokens_give_zero_and_no_gradient_whatever_stands_there(kind, max_tokens):
     inputs = problem(3)
     values, gradients = truth(inputs, kind, keep=MASK)
@@ -298,7 +301,10 @@ def test_tokens_by_vocabulary_are_never_held():
 # 50 tokens and a vocabulary of 37 are split by no mesh axis without remainder, nor is a width of 6 over 4.
 @pytest.mark.parametrize(
     ("sizes", "tokens", "vocabulary", "kind"),
-    [({"data": 2, "fsdp": 2, "tensor": 2}, 64, 48, "jsd"), ({"fsdp": 4, "tensor": 2}, 50, 37, "forward_kl")],
+    [
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, 64, 48, "jsd", marks=pytest.mark.nightly),
+        ({"fsdp": 4, "tensor": 2}, 50, 37, "forward_kl"),
+    ],
 )
 def test_eight_devices_agree_with_one(sizes, tokens, vocabulary, kind):
     x = as_dtype(problem(10, tokens, vocabulary, 16, 6))
