@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from jaxrl_post import advantages
+from tests.advantages.compiled import all_compiled
+
+advantages = all_compiled(advantages)
 
 BY_KEY = jax.jit(advantages.grpo_by_key, static_argnames=("normalize_std", "ddof", "eps"))
 
@@ -46,7 +49,7 @@ def test_equal_rewards_but_for_rounding_by_key_are_no_signal_and_gradients_are_f
     rewards = np.float32([0.3, 0.3, np.nextafter(np.float32(0.3), np.float32(1)), 5.0])
     key = np.array([0, 0, 0, 1])
     assert not np.asarray(BY_KEY(rewards, key, eps=0.0)).any()
-    gradient = jax.grad(lambda r: jnp.sum(jnp.arange(4) * BY_KEY(r, key)))(jnp.asarray(rewards))
+    gradient = jax.jit(jax.grad(lambda r: jnp.sum(jnp.arange(4) * BY_KEY(r, key))))(jnp.asarray(rewards))
     assert np.isfinite(gradient).all()
     assert BY_KEY(jnp.ones(4, jnp.bfloat16), key).dtype == jnp.float32
 

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from jaxrl_post import advantages
+from tests.advantages.compiled import all_compiled
+
+advantages = all_compiled(advantages)
 
 
 @pytest.mark.parametrize(("right", "weight"), [(3, 0.8698), (2, 0.7431), (1, 0.4932), (0, 1.0), (4, 1.0)])
@@ -51,7 +54,7 @@ def test_neither_factor_acts_where_a_group_has_no_contrast_or_a_row_is_invalid()
         alone = jax.jit(function)(jnp.ones((2, 1)), jnp.ones((2, 1), jnp.bfloat16))
         assert alone.dtype == jnp.float32
         np.testing.assert_array_equal(alone, np.ones((2, 1)))
-        slope = jax.grad(lambda x, f=function: f(jnp.array([[1, 0, 0]]), x, valid).sum())(lengths)
+        slope = jax.jit(jax.grad(lambda x, f=function: f(jnp.array([[1, 0, 0]]), x, valid).sum()))(lengths)
         assert np.all(np.isfinite(slope))
 
 

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from jaxrl_post import advantages
+from tests.advantages.compiled import all_compiled
+
+advantages = all_compiled(advantages)
 
 LENGTHS = np.random.default_rng(7).integers(1, 50, (6, 5)).astype(np.float32)
 GREEDY = np.random.default_rng(8).normal(size=6).astype(np.float32)

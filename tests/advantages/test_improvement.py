@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from jaxrl_post.advantages.improvement import attribution, improvement_signal
+from tests.advantages.compiled import compiled
+
+attribution, improvement_signal = map(compiled, (attribution, improvement_signal))
 
 HISTORY = jnp.array([0.40, 0.42, 0.44, 0.46])
 
@@ -40,7 +43,7 @@ def test_both_are_finite_under_jit_and_in_bfloat16():
     found = attribution(jnp.array([[0.0, 0.0], [1.0, -1.0]], jnp.bfloat16), jnp.zeros((2, 2), bool))
     assert found.dtype == jnp.float32
     assert found.tolist() == [[0, 0], [0, 0]]
-    slope = jax.grad(lambda x: attribution(x).sum())(jnp.zeros((1, 3)))
+    slope = jax.jit(jax.grad(lambda x: attribution(x).sum()))(jnp.zeros((1, 3)))
     assert bool(jnp.all(jnp.isfinite(slope)))
 
 

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from jaxrl_post import advantages
+from tests.advantages.compiled import all_compiled
+
+advantages = all_compiled(advantages)
 
 
 def test_as_groups_and_per_token_agree_on_prompt_major_rows():

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from jaxrl_post import advantages
+from tests.advantages.compiled import all_compiled
+
+advantages = all_compiled(advantages)
 
 GDPO = jax.jit(advantages.gdpo, static_argnames=("leave_one_out", "normalize_batch", "ddof", "eps"))
 TAMED = jax.jit(advantages.log_tamed, static_argnames=("threshold",))
@@ -81,7 +84,7 @@ def test_log_tamed_leaves_out_what_was_not_scored_and_is_finite_below_minus_one(
     # h: std 1 of 1, 3 over mean 2 is 0.5; 0 for the other. Their mean is 0.25, so only the first is tamed.
     np.testing.assert_allclose(TAMED(rewards, valid), [[np.log(2), np.log(4) + 2, 0, 0]], rtol=1e-5)
     low = jnp.array([[[-5.0, 1.0], [8.0, 1.0]]])
-    value, gradient = jax.value_and_grad(lambda r: jnp.sum(TAMED(r)))(low)
+    value, gradient = jax.jit(jax.value_and_grad(lambda r: jnp.sum(TAMED(r))))(low)
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
     negative = jnp.array([[[-5.0, 1.0], [-1.0, 2.0]]])  # a negative mean has no coefficient of variation
@@ -91,7 +94,9 @@ def test_log_tamed_leaves_out_what_was_not_scored_and_is_finite_below_minus_one(
 @pytest.mark.parametrize("function", [GDPO, TAMED])
 def test_gradients_are_finite_and_dtypes_wide(function):
     rewards, valid, _ = _random()
-    gradient = jax.grad(lambda r: jnp.sum(jnp.arange(20.0).reshape(5, 4) * function(r, valid)))(jnp.asarray(rewards))
+    gradient = jax.jit(jax.grad(lambda r: jnp.sum(jnp.arange(20.0).reshape(5, 4) * function(r, valid))))(
+        jnp.asarray(rewards)
+    )
     assert np.isfinite(gradient).all()
     assert jax.eval_shape(function, jnp.ones((2, 3, 2), jnp.bfloat16)).dtype == jnp.float32
     with jax.enable_x64(True):

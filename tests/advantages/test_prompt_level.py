@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from jaxrl_post import advantages
+from tests.advantages.compiled import all_compiled
+
+advantages = all_compiled(advantages)
 
 
 def test_the_global_advantage_gives_the_papers_numbers():
@@ -51,7 +54,7 @@ def test_groups_with_one_outcome_have_no_weight_of_their_own():
 
 def test_gradients_are_finite_and_dtypes_wide():
     for rewards in (jnp.zeros((3, 2)), jnp.ones((1, 1))):
-        assert np.isfinite(jax.grad(lambda r: jnp.sum(advantages.global_advantage(r)))(rewards)).all()
+        assert np.isfinite(jax.jit(jax.grad(lambda r: jnp.sum(advantages.global_advantage(r))))(rewards)).all()
     for function in (advantages.global_advantage, advantages.uniform_weight, advantages.copo_weight):
         assert jax.eval_shape(function, jnp.ones((3, 2), jnp.bfloat16)).dtype == jnp.float32
 

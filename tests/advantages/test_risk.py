@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from jaxrl_post import advantages
+from tests.advantages.compiled import all_compiled
 
-RISKPO = jax.jit(advantages.riskpo, static_argnames=("bundle_size", "normalize_std", "credit", "natural_baseline"))
+advantages = all_compiled(advantages)
 
 
 def test_the_mixed_value_at_risk_gives_the_papers_numbers():
@@ -60,26 +61,26 @@ def _judged():
 def test_each_mode_of_credit_gives_members_their_part():
     judged = np.repeat(_judged(), 2, axis=0)
     options = {"bundle_size": 2, "normalize_std": False}
-    given, quantiles = RISKPO(REWARDS, QUANTILES, credit="uniform", **options)
+    given, quantiles = advantages.riskpo(REWARDS, QUANTILES, credit="uniform", **options)
     np.testing.assert_allclose(given, judged, rtol=1e-5)
     # Shares of the 8 scores below 0.5 and 1.5: 2/8 and 6/8.
     np.testing.assert_allclose(quantiles, [0.5 + 0.1 * (0.2 - 0.25), 1.5 + 0.1 * (0.8 - 0.75)], rtol=1e-6)
-    score, _ = RISKPO(REWARDS, QUANTILES, credit="score", **options)
+    score, _ = advantages.riskpo(REWARDS, QUANTILES, credit="score", **options)
     np.testing.assert_allclose(score, judged * np.where(REWARDS <= 0, 1.5, 0.5), rtol=1e-5)
-    std, _ = RISKPO(REWARDS, QUANTILES, credit="std", **options)
+    std, _ = advantages.riskpo(REWARDS, QUANTILES, credit="std", **options)
     np.testing.assert_allclose(std, judged / REWARDS.std(axis=1, ddof=1, keepdims=True), rtol=1e-5)
     difference = REWARDS - REWARDS.mean(axis=1, keepdims=True)
     total = np.repeat(difference.reshape(2, 2, 4).sum(axis=1), 2, axis=0)
     share = np.where(abs(total) > 1e-6, difference / np.where(abs(total) > 1e-6, total, 1), 0.5)
-    parts, _ = RISKPO(REWARDS, QUANTILES, credit="sum_mean", **options)
+    parts, _ = advantages.riskpo(REWARDS, QUANTILES, credit="sum_mean", **options)
     np.testing.assert_allclose(parts, judged * share, rtol=1e-4, atol=1e-6)
 
 
 def test_normalized_advantages_are_divided_by_the_spread_of_the_bundles_scores():
-    given, _ = RISKPO(REWARDS, QUANTILES, bundle_size=2, credit="uniform", normalize_std=True)
+    given, _ = advantages.riskpo(REWARDS, QUANTILES, bundle_size=2, credit="uniform", normalize_std=True)
     expected = _judged() / SCORES.std(axis=1, ddof=1, keepdims=True)
     np.testing.assert_allclose(given, np.repeat(expected, 2, axis=0), rtol=1e-4)
-    equal, _ = RISKPO(jnp.ones((4, 3)), QUANTILES, bundle_size=2)
+    equal, _ = advantages.riskpo(jnp.ones((4, 3)), QUANTILES, bundle_size=2)
     assert not np.asarray(equal).any()
 
 
@@ -88,11 +89,11 @@ def test_a_score_with_an_invalid_member_is_unknown_and_a_last_bundle_may_be_smal
     valid = np.ones((5, 4), bool)
     valid[0, 1] = False
     options = {"bundle_size": 2, "normalize_std": False, "credit": "uniform"}
-    given, quantiles = RISKPO(np.where(valid, rewards, np.nan), QUANTILES, valid, **options)
+    given, quantiles = advantages.riskpo(np.where(valid, rewards, np.nan), QUANTILES, valid, **options)
     expected = np.repeat(_judged(), 2, axis=0)
     expected[:2, 1] = 0
     np.testing.assert_allclose(given[:4], expected, rtol=1e-5)
-    alone, _ = RISKPO(rewards[4:], QUANTILES, **options)
+    alone, _ = advantages.riskpo(rewards[4:], QUANTILES, **options)
     np.testing.assert_allclose(given[4:], alone, rtol=1e-6)
     # Eleven scores are known; 2 + 2 of them are 0, and 7 + 2 below 1.5 less the invalid one.
     known = np.concatenate([SCORES[0, [0, 2, 3]], SCORES[1], rewards[4]])
@@ -102,11 +103,12 @@ def test_a_score_with_an_invalid_member_is_unknown_and_a_last_bundle_may_be_smal
 
 @pytest.mark.parametrize("credit", ["uniform", "std", "sum_mean", "score"])
 def test_values_and_gradients_are_finite_in_every_mode(credit):
-    for rewards in (jnp.zeros((3, 2)), jnp.ones((1, 1)), jnp.asarray(REWARDS, jnp.bfloat16)):
-        function = lambda r: jnp.sum(RISKPO(r, QUANTILES, bundle_size=2, credit=credit)[0])  # noqa: E731
-        assert np.isfinite(function(rewards))
-        assert np.isfinite(np.asarray(jax.grad(function)(rewards), np.float32)).all()
-    assert jax.eval_shape(RISKPO, jnp.ones((4, 3), jnp.bfloat16), jnp.zeros(2))[0].dtype == jnp.float32
+    several = (jnp.zeros((3, 2)), jnp.ones((1, 1)), jnp.asarray(REWARDS, jnp.bfloat16))
+    total = lambda r: jnp.sum(advantages.riskpo(r, QUANTILES, bundle_size=2, credit=credit)[0])  # noqa: E731
+    for value, gradient in jax.jit(lambda *x: [jax.value_and_grad(total)(r) for r in x])(*several):
+        assert np.isfinite(value)
+        assert np.isfinite(np.asarray(gradient, np.float32)).all()
+    assert jax.eval_shape(advantages.riskpo, jnp.ones((4, 3), jnp.bfloat16), jnp.zeros(2))[0].dtype == jnp.float32
 
 
 def test_impossible_arguments_are_refused():

@@ -6,6 +6,11 @@ import numpy as np
 import pytest
 
 from jaxrl_post.advantages.selection import effective_positive_share, red_drop, signed, within_sigma
+from tests.advantages.compiled import compiled
+
+effective_positive_share, red_drop, signed, within_sigma = map(
+    compiled, (effective_positive_share, red_drop, signed, within_sigma)
+)
 
 
 def test_right_and_wrong_answers_have_constant_advantages():
@@ -31,7 +36,7 @@ def test_a_group_without_wrong_answers_gives_nothing_to_learn_from_failures():
 def test_the_step_of_a_failure_spreads_its_probability_in_proportion():
     # Of the table: pi = [.7, .2, .1], token 0 sampled and wrong: the logits move by -.3, +.2, +.1.
     logits, (advantages, _) = jnp.log(jnp.array([0.7, 0.2, 0.1])), signed(jnp.zeros((1, 1)), sign="negative")
-    step = -jax.grad(lambda z: -advantages[0, 0] * jax.nn.log_softmax(z)[0])(logits)
+    step = -jax.jit(jax.grad(lambda z: -advantages[0, 0] * jax.nn.log_softmax(z)[0]))(logits)
     np.testing.assert_allclose(step, [-0.3, 0.2, 0.1], rtol=1e-5)
 
 

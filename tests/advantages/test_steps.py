@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from jaxrl_post import advantages
+from tests.advantages.compiled import all_compiled
+
+advantages = all_compiled(advantages)
 
 
 def test_a_delimiter_of_several_tokens_ends_a_step_also_across_what_a_tool_wrote():

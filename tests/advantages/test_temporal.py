@@ -5,6 +5,9 @@ import pytest
 from jax.test_util import check_grads
 
 from jaxrl_post import advantages
+from tests.advantages.compiled import all_compiled
+
+advantages = all_compiled(advantages)
 
 # One compilation per shape, whatever the discounts.
 GAE = jax.jit(advantages.gae, static_argnames="whiten")
@@ -267,7 +270,7 @@ def test_distillation_advantage_is_the_clipped_log_ratio_without_gradient():
     mask = jnp.array([[1, 1, 0]])
     assert advantages.opd(teacher, logp, mask).tolist() == [[2, -8, 0]]
     assert advantages.opd(teacher, logp, mask, clip=5.0).tolist() == [[2, -5, 0]]
-    assert not np.asarray(jax.grad(lambda x: jnp.sum(advantages.opd(teacher, x, mask)))(logp)).any()
+    assert not np.asarray(jax.jit(jax.grad(lambda x: jnp.sum(advantages.opd(teacher, x, mask))))(logp)).any()
 
 
 def test_reinforce_on_the_distillation_advantage_follows_the_reverse_kl():
@@ -275,8 +278,8 @@ def test_reinforce_on_the_distillation_advantage_follows_the_reverse_kl():
     logits, teacher = jnp.array([0.3, -0.2, 0.5]), jax.nn.log_softmax(jnp.array([1.0, 0.0, -1.0]))
     logp = jax.nn.log_softmax(logits)
     a = advantages.opd(teacher[:, None], logp[:, None], jnp.ones((3, 1)))[:, 0]
-    surrogate = jax.grad(lambda z: jnp.sum(jnp.exp(logp) * a * jax.nn.log_softmax(z)))(logits)
-    kl = jax.grad(lambda z: jnp.sum(jax.nn.softmax(z) * (jax.nn.log_softmax(z) - teacher)))(logits)
+    surrogate = jax.jit(jax.grad(lambda z: jnp.sum(jnp.exp(logp) * a * jax.nn.log_softmax(z))))(logits)
+    kl = jax.jit(jax.grad(lambda z: jnp.sum(jax.nn.softmax(z) * (jax.nn.log_softmax(z) - teacher))))(logits)
     np.testing.assert_allclose(surrogate, -kl, atol=1e-6)
 
 

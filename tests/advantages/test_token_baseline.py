@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from jaxrl_post import advantages
+from tests.advantages.compiled import all_compiled
+
+advantages = all_compiled(advantages)
 
 OTB = jax.jit(advantages.otb, static_argnames=("group_size", "handle_zero_tail"))
 
@@ -87,7 +90,7 @@ def test_single_and_empty_rollouts_equal_returns_and_certain_tokens_are_finite()
     function = functools.partial(OTB, group_size=4)
     given = np.asarray(function(np.where(mask, rewards, np.nan), mask, logp, squares))
     np.testing.assert_allclose(given[mask & (np.cumsum(mask, 1) == 1)], 0, atol=0)
-    gradient = jax.grad(lambda x: jnp.sum(function(rewards, mask, x, squares)))(jnp.asarray(logp))
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(function(rewards, mask, x, squares))))(jnp.asarray(logp))
     assert np.isfinite(gradient).all()
     assert not np.asarray(function(rewards, np.zeros_like(mask), logp, squares)).any()
 

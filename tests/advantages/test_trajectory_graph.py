@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from jaxrl_post import advantages
+from tests.advantages.compiled import all_compiled
+
+advantages = all_compiled(advantages)
 
 SALT = jax.jit(advantages.salt, static_argnames="history")
 MEAN = jax.jit(advantages.mean_by_key)

@@ -7,6 +7,11 @@ import pytest
 
 from jaxrl_post.curation import informative, select_groups, spread_first, take_groups
 from jaxrl_post.types import Rollouts
+from tests.advantages.compiled import compiled
+
+informative, select_groups, spread_first, take_groups = map(
+    compiled, (informative, select_groups, spread_first, take_groups)
+)
 
 REWARD = jnp.array([[1.0, 1.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.5, 0.5, 1.0], [2.0, 2.0, 2.0]])
 VALID = jnp.ones((5, 3), bool)

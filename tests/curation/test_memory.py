@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from jaxrl_post import curation
+from tests.advantages.compiled import all_compiled
+
+curation = all_compiled(curation)
 
 JOIN = {"last": lambda old, new: new, "min": min, "max": max, "sum": lambda old, new: old + new}
 

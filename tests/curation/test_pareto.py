@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from jaxrl_post.curation import pareto
+from tests.advantages.compiled import all_compiled
+
+pareto = all_compiled(pareto)
 
 FRONT = jnp.array([[0.0, 4.0], [1.0, 3.5], [3.0, 1.0], [4.0, 0.0]])
 

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from jaxrl_post.curation import success_rate
+from tests.advantages.compiled import all_compiled
+
+success_rate = all_compiled(success_rate)
 
 
 def test_priority_is_the_share_of_failures():

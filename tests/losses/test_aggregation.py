@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from jaxrl_post import losses
+from tests.advantages.compiled import all_compiled
+
+losses = all_compiled(losses)
 
 MODES = ("token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "seq_mean_token_sum_norm")
 MEANS = MODES[:3]

@@ -7,6 +7,10 @@ import pytest
 
 from jaxrl_post import advantages, masked
 from jaxrl_post.losses import consistency
+from tests.advantages.compiled import all_compiled
+
+advantages = all_compiled(advantages)
+consistency = all_compiled(consistency)
 
 ONES = np.ones((5, 4))
 
@@ -86,11 +90,13 @@ def test_losses_agree_with_a_float64_loop_and_never_read_invalid_rows(name):
 def test_gradients_are_finite_differences_and_flow_into_the_trained_policy_alone(name):
     logp, other, rewards, valid = _random(1)
     with jax.enable_x64(True):
-        gradients = jax.grad(lambda *x: jnp.sum(LOSSES[name](*x, valid)), argnums=(0, 1, 2))(logp, other, rewards)
+        gradients = jax.jit(jax.grad(lambda *x: jnp.sum(LOSSES[name](*x, valid)), argnums=(0, 1, 2)))(
+            logp, other, rewards
+        )
         direction = np.random.default_rng(2).normal(size=logp.shape)
         # The importance weight of flowrl is a constant of the gradient: it is 1 for every answer here.
         at = other if name == "flowrl" else logp
-        gradient = jax.grad(lambda x: jnp.sum(LOSSES[name](x, other, rewards, valid)))(at)
+        gradient = jax.jit(jax.grad(lambda x: jnp.sum(LOSSES[name](x, other, rewards, valid))))(at)
         numeric = np.zeros(())
         if name != "flowrl":
             up, down = (jnp.sum(LOSSES[name](at + s * 1e-5 * direction, other, rewards, valid)) for s in (1, -1))
@@ -125,9 +131,9 @@ def test_vmap_over_seeds_equals_single_calls():
 def test_copg_gives_the_papers_pair():
     # Delta = 1 - 0.5 * 0.6 = 0.7; loss 0.7^2 / (2 * 0.5); gradient -+ Delta.
     logp, rewards = jnp.array([[0.4, -0.2]]), jnp.array([[1.0, 0.0]])
-    value, gradient = jax.value_and_grad(lambda x: consistency.copg(x, jnp.zeros((1, 2)), rewards, beta=0.5).sum())(
-        logp
-    )
+    value, gradient = jax.jit(
+        jax.value_and_grad(lambda x: consistency.copg(x, jnp.zeros((1, 2)), rewards, beta=0.5).sum())
+    )(logp)
     np.testing.assert_allclose(value, 0.49, rtol=1e-6)
     np.testing.assert_allclose(gradient, [[-0.7, 0.7]], rtol=1e-6)
 
@@ -137,7 +143,7 @@ def test_copg_on_policy_has_twice_the_gradient_of_rloo_on_the_regularised_reward
     rng = np.random.default_rng(3)
     logp, ref, rewards = (rng.normal(size=(3, group_size)) for _ in range(3))
     with jax.enable_x64(True):
-        gradient = jax.grad(lambda x: consistency.copg(x, ref, rewards, beta=0.2).sum())(logp)
+        gradient = jax.jit(jax.grad(lambda x: consistency.copg(x, ref, rewards, beta=0.2).sum()))(logp)
         expected = -2 / group_size * advantages.rloo(rewards - 0.2 * (logp - ref))
         np.testing.assert_allclose(gradient, expected, rtol=1e-9)
 
@@ -161,7 +167,7 @@ def test_the_two_forms_of_copg_and_gvpo_differ_by_constants():
 def test_gvpo_has_the_papers_weights_on_the_log_probs():
     logp, old, rewards, _ = _random(6)
     with jax.enable_x64(True):
-        gradient = jax.grad(lambda x: consistency.gvpo(x, old, rewards, beta=0.3).sum())(logp)
+        gradient = jax.jit(jax.grad(lambda x: consistency.gvpo(x, old, rewards, beta=0.3).sum()))(logp)
     d = logp - old
     weights = (rewards - rewards.mean(1, keepdims=True)) - 0.3 * (d - d.mean(1, keepdims=True))
     np.testing.assert_allclose(gradient, -0.3 * weights / 3, rtol=1e-9)
@@ -177,9 +183,9 @@ def test_a_shift_of_a_prompts_rewards_changes_nothing(name):
 
 
 def test_opmd_gives_the_papers_coefficients():
-    gradient = jax.grad(lambda x: consistency.opmd(x, jnp.zeros((1, 2)), jnp.array([[1.0, 0.0]]), tau=0.1).sum())(
-        jnp.array([[0.1, -0.1]])
-    )
+    gradient = jax.jit(
+        jax.grad(lambda x: consistency.opmd(x, jnp.zeros((1, 2)), jnp.array([[1.0, 0.0]]), tau=0.1).sum())
+    )(jnp.array([[0.1, -0.1]]))
     np.testing.assert_allclose(gradient, [[-0.49, 0.49]], rtol=1e-5)
 
 
@@ -191,9 +197,11 @@ def test_opmd_of_a_single_answer_is_its_quadratic_term():
 def test_opmd_is_the_squared_consistency_up_to_scale_and_a_constant():
     logp, old, rewards, _ = _random(8)
     with jax.enable_x64(True):
-        given = jax.grad(lambda x: consistency.opmd(x, old, rewards, tau=0.2, baseline="log_mean_exp").sum())(logp)
+        given = jax.jit(jax.grad(lambda x: consistency.opmd(x, old, rewards, tau=0.2, baseline="log_mean_exp").sum()))(
+            logp
+        )
         log_z = 0.2 * np.log(np.mean(np.exp(rewards / 0.2), 1, keepdims=True))
-        square = jax.grad(lambda x: jnp.sum((rewards - log_z - 0.2 * (x - old)) ** 2) / 0.4)(logp)
+        square = jax.jit(jax.grad(lambda x: jnp.sum((rewards - log_z - 0.2 * (x - old)) ** 2) / 0.4))(logp)
         np.testing.assert_allclose(given, square, rtol=1e-9)
 
 
@@ -208,7 +216,7 @@ def test_the_regularised_optimum_is_stationary_wherever_the_answers_come_from(na
         if "opmd" in name:  # its baseline is the mean over samples of the reference, here uniform
             ref, best = np.full((5, 4), -np.log(4)), jax.nn.log_softmax(jnp.asarray(rewards / strength))
         logits = jnp.asarray(best)
-        gradient = jax.grad(lambda x: jnp.sum(LOSSES[name](jax.nn.log_softmax(x), ref, rewards)))(logits)
+        gradient = jax.jit(jax.grad(lambda x: jnp.sum(LOSSES[name](jax.nn.log_softmax(x), ref, rewards))))(logits)
         np.testing.assert_allclose(gradient, np.zeros((5, 4)), atol=1e-12)
 
 
@@ -241,7 +249,7 @@ def test_flowrl_is_zero_where_the_policy_is_the_tilted_reference_and_clips_its_w
         far = flow(ref + 9, ref, ref, rewards, log_z=log_z)
         inside = flow(ref + 9, ref + 9, ref, rewards, log_z=log_z)
     np.testing.assert_allclose(far, 10 * np.asarray(inside), rtol=1e-9)
-    gradient = jax.grad(lambda z: flow(ref, ref, ref, rewards, log_z=z).sum())(jnp.asarray(log_z, jnp.float32))
+    gradient = jax.jit(jax.grad(lambda z: flow(ref, ref, ref, rewards, log_z=z).sum()))(jnp.asarray(log_z, jnp.float32))
     np.testing.assert_allclose(gradient, 2 * (log_z[:, None] - 5 * rewards).sum(1), rtol=1e-4)
 
 

@@ -13,7 +13,13 @@ from jaxrl_post.losses.covariance import (
     kl_cov_tokens,
     token_covariance,
 )
+from tests.advantages.compiled import all_compiled, compiled
 from tests.methods.peer_fixtures import aggregated, assert_close, both, case, stored, valid_mask
+
+losses = all_compiled(losses)
+clip_cov, clip_cov_tokens, entropy_change, fit_entropy_law, kl_cov, kl_cov_tokens, token_covariance = map(
+    compiled, (clip_cov, clip_cov_tokens, entropy_change, fit_entropy_law, kl_cov, kl_cov_tokens, token_covariance)
+)
 
 
 def test_the_covariance_of_four_tokens_is_worked_out_by_hand():
@@ -36,9 +42,9 @@ def test_the_covariances_mean_is_numpys_population_covariance():
 def test_a_single_token_and_an_empty_mask_have_no_covariance_and_no_gradient():
     logp, advantages = jnp.array([[-1.0, -2.0]]), jnp.array([[3.0, 4.0]])
     for mask in ([[1, 0]], [[0, 0]]):
-        value, gradient = jax.value_and_grad(lambda x, m=mask: token_covariance(x, advantages, jnp.array(m)).sum())(
-            logp
-        )
+        value, gradient = jax.jit(
+            jax.value_and_grad(lambda x, m=mask: token_covariance(x, advantages, jnp.array(m)).sum())
+        )(logp)
         assert float(value) == 0
         assert gradient.tolist() == [[0.0, 0.0]]
 
@@ -118,17 +124,17 @@ def test_clip_cov_is_ppo_but_for_the_selected_tokens_which_have_no_gradient():
 def test_the_penalty_of_kl_cov_pulls_the_selected_tokens_back_and_is_silent_where_nothing_has_moved():
     logp, advantages = jnp.log(jnp.array([[0.6, 0.4, 0.5, 0.6]])), jnp.zeros((1, 4))
     old, selected = jnp.log(jnp.full((1, 4), 0.5)), jnp.array([[1, 1, 1, 0]])
-    gradient = jax.grad(lambda x: kl_cov(x, old, advantages, selected, kl_coef=0.5).sum())(logp)
+    gradient = jax.jit(jax.grad(lambda x: kl_cov(x, old, advantages, selected, kl_coef=0.5).sum()))(logp)
     assert gradient.tolist() == [[0.5, -0.5, 0.0, 0.0]]
     # Without clipping the surrogate pulls at any ratio.
-    far = jax.grad(lambda x: kl_cov(x, old - 2, jnp.ones((1, 4)), jnp.zeros((1, 4))).sum())(logp)
+    far = jax.jit(jax.grad(lambda x: kl_cov(x, old - 2, jnp.ones((1, 4)), jnp.zeros((1, 4))).sum()))(logp)
     np.testing.assert_allclose(far, -jnp.exp(logp - old + 2), rtol=1e-6)
 
 
 def test_no_gradient_flows_into_what_is_constant_and_16_bits_are_raised():
     a = jnp.full((1, 2), -0.5)
     for function in (clip_cov, kl_cov):
-        gradient = jax.grad(lambda *x: function(a + 0.1, *x).sum(), argnums=(0, 1, 2))(a, a, jnp.ones((1, 2)))  # noqa: B023
+        gradient = jax.jit(jax.grad(lambda *x: function(a + 0.1, *x).sum(), argnums=(0, 1, 2)))(a, a, jnp.ones((1, 2)))  # noqa: B023
         assert all(not np.any(np.asarray(g)) for g in gradient)
         assert function(*[a.astype(jnp.bfloat16)] * 4).dtype == jnp.float32
 
@@ -145,7 +151,7 @@ def test_clip_cov_with_every_token_of_the_band_is_verls(number):
             covariance, mask, jax.random.key(0), fraction=1.0, low=0.2, high=1.5, clipped=clipped
         )
         loss = aggregated(lambda logp: clip_cov(logp, old, advantages, selected), mask)
-        value, grad = jax.value_and_grad(loss)(jnp.asarray(x["logp"]))
+        value, grad = jax.jit(jax.value_and_grad(loss))(jnp.asarray(x["logp"]))
     assert 0 < np.asarray(selected).sum() < mask.sum()
     assert_close(value, stored("verl")[f"{number}/loss/clip_cov/value"])
     assert_close(grad, stored("verl")[f"{number}/loss/clip_cov/grad"])
@@ -159,7 +165,7 @@ def test_kl_cov_is_verls(number):
         old, advantages = x["old"], x["token_advantages"]
         selected = kl_cov_tokens(token_covariance(x["logp"], advantages, mask), mask, fraction=0.1)
         loss = aggregated(lambda logp: kl_cov(logp, old, advantages, selected, kl_coef=0.1), mask)
-        value, grad = jax.value_and_grad(loss)(jnp.asarray(x["logp"]))
+        value, grad = jax.jit(jax.value_and_grad(loss))(jnp.asarray(x["logp"]))
     assert_close(value, stored("verl")[f"{number}/loss/kl_cov/value"])
     assert_close(grad, stored("verl")[f"{number}/loss/kl_cov/grad"])
 
@@ -196,7 +202,7 @@ def test_an_impossible_action_leaves_the_prediction_finite():
     found = entropy_change(log_probs, jnp.array([[1.0, 5.0], [1.0, -1.0]]))
     assert found.shape == (2,)
     assert float(found[0]) == 0
-    gradient = jax.grad(lambda a: entropy_change(log_probs, a).sum())(jnp.ones((2, 2)))
+    gradient = jax.jit(jax.grad(lambda a: entropy_change(log_probs, a).sum()))(jnp.ones((2, 2)))
     assert bool(jnp.all(jnp.isfinite(gradient)))
 
 

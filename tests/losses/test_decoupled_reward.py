@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from jaxrl_post import losses
+from tests.advantages.compiled import all_compiled
+
+losses = all_compiled(losses)
 
 SCORES = jnp.array([[-0.5, -0.4, -0.6, -0.8]])
 LENGTHS = jnp.array([[100, 300, 200, 400]])
@@ -22,7 +25,7 @@ def test_weights_and_objective_are_the_tables_numbers():
     weights = losses.length_weights(LENGTHS, CORRECT, max_length=1000)
     np.testing.assert_allclose(weights, [[0.880797, 0.119203, 0, 0]], atol=1e-6)
     np.testing.assert_allclose(losses.drpo(SCORES, LENGTHS, CORRECT, max_length=1000), [-0.211420], atol=2e-6)
-    gradient = jax.grad(lambda s: losses.drpo(s, LENGTHS, CORRECT, max_length=1000).sum())(SCORES)
+    gradient = jax.jit(jax.grad(lambda s: losses.drpo(s, LENGTHS, CORRECT, max_length=1000).sum()))(SCORES)
     np.testing.assert_allclose(gradient, [[-0.880797, -0.119203, 0.505, 0.495]], atol=1e-5)
 
 
@@ -58,7 +61,9 @@ def test_without_a_preference_it_is_disco_and_with_the_strongest_the_shortest_ri
 
 def test_no_right_answer_is_ever_pushed_down_whatever_its_length():
     scores, lengths, correct, valid = _random(2)
-    gradient = jax.grad(lambda s: losses.drpo(s, lengths, correct, valid, max_length=100).sum())(jnp.asarray(scores))
+    gradient = jax.jit(jax.grad(lambda s: losses.drpo(s, lengths, correct, valid, max_length=100).sum()))(
+        jnp.asarray(scores)
+    )
     right = valid & correct
     assert np.all(np.asarray(gradient)[right] <= 0)
     assert not np.asarray(gradient)[~valid].any()
@@ -81,7 +86,9 @@ def test_one_sided_groups_groups_of_one_and_invalid_rows_give_zero_and_finite_gr
     scores = jnp.array([[1.0, 2.0, jnp.nan], [1.0, 2.0, jnp.nan], [jnp.nan] * 3])
     correct, valid = jnp.array([[1, 1, 0], [0, 0, 1], [1, 0, 1]]), jnp.array([[1, 1, 0], [1, 1, 0], [0, 0, 0]])
     lengths = jnp.full((3, 3), 10.0).at[:, 2].set(jnp.nan)
-    value, gradient = jax.value_and_grad(lambda s: losses.drpo(s, lengths, correct, valid, max_length=9).sum())(scores)
+    value, gradient = jax.jit(
+        jax.value_and_grad(lambda s: losses.drpo(s, lengths, correct, valid, max_length=9).sum())
+    )(scores)
     assert value == 0
     np.testing.assert_array_equal(gradient, np.zeros((3, 3)))
     one = losses.drpo(jnp.ones((2, 1)), jnp.ones((2, 1)), jnp.array([[1], [0]]), max_length=9)
@@ -99,7 +106,7 @@ def test_a_centred_reward_less_a_length_penalty_does_give_long_right_answers_a_n
     assert abs((rewards[2] - rewards.mean()) / rewards.std(ddof=1) + 0.3176) < 5e-5
     scores, lengths = jnp.zeros((1, 6)), jnp.array([[0, 100, 800, 500, 500, 500]])
     correct = jnp.array([[1, 1, 1, 0, 0, 0]])
-    gradient = jax.grad(lambda s: losses.drpo(s, lengths, correct, max_length=1000).sum())(scores)
+    gradient = jax.jit(jax.grad(lambda s: losses.drpo(s, lengths, correct, max_length=1000).sum()))(scores)
     assert float(gradient[0, 2]) < 0  # descent raises its score
 
 
@@ -113,8 +120,8 @@ def test_the_hinge_has_a_second_estimator_that_is_never_negative():
 
     with jax.enable_x64(True):
         hinge = {"beta": 7.0, "delta": 0.001, "estimator": "k3"}
-        given = jax.grad(lambda x: jnp.sum(losses.kl_hinge(x, old, mask, **hinge)) / mask.sum())(logp)
-        expected = jax.grad(lambda x: 3.5 * jnp.maximum(k3(x) - 0.001, 0.0) ** 2)(jnp.asarray(logp))
+        given = jax.jit(jax.grad(lambda x: jnp.sum(losses.kl_hinge(x, old, mask, **hinge)) / mask.sum()))(logp)
+        expected = jax.jit(jax.grad(lambda x: 3.5 * jnp.maximum(k3(x) - 0.001, 0.0) ** 2))(jnp.asarray(logp))
         np.testing.assert_allclose(given, expected, rtol=1e-9)
         upwards = losses.kl_hinge(old + 0.5, old, mask, estimator="k3")
         assert np.all(np.asarray(upwards)[mask] > 0)  # where k1 is -0.5 and the hinge sees nothing

@@ -7,6 +7,10 @@ import pytest
 
 from jaxrl_post import advantages
 from jaxrl_post.losses import discriminative
+from tests.advantages.compiled import all_compiled
+
+advantages = all_compiled(advantages)
+discriminative = all_compiled(discriminative)
 
 SCORES = jnp.array([[-0.3, -0.5, -0.2, -1.0]])
 CORRECT = jnp.array([[1, 1, 0, 0]])
@@ -18,7 +22,7 @@ def test_disco_gives_the_papers_numbers(tau, expected):
 
 
 def test_disco_weighs_wrong_answers_by_their_softmax():
-    gradient = jax.grad(lambda s: discriminative.disco(s, CORRECT, tau=1.0).sum())(SCORES)
+    gradient = jax.jit(jax.grad(lambda s: discriminative.disco(s, CORRECT, tau=1.0).sum()))(SCORES)
     np.testing.assert_allclose(gradient, [[-0.5, -0.5, 0.68997, 0.31003]], atol=1e-5)
 
 
@@ -41,7 +45,7 @@ def test_one_sided_prompts_and_invalid_rows_carry_no_gradient(tau):
     valid = jnp.array([[1, 1, 0], [1, 1, 0], [1, 1, 0], [0, 0, 0]])
     loss = jax.jit(lambda s: discriminative.disco(s, correct, valid, tau=tau))
     np.testing.assert_allclose(loss(scores), [0, 0, 1, 0], atol=1e-6)
-    gradient = jax.grad(lambda s: loss(s).sum())(scores)
+    gradient = jax.jit(jax.grad(lambda s: loss(s).sum()))(scores)
     np.testing.assert_allclose(gradient, [[0, 0, 0], [0, 0, 0], [-1, 1, 0], [0, 0, 0]], atol=1e-6)
 
 
@@ -69,7 +73,7 @@ def test_scores_are_means_over_trained_tokens():
         lambda x: discriminative.log_likelihood_score(x, mask),
         lambda x: discriminative.likelihood_ratio_score(x, old, mask),
     ):
-        gradient = jax.grad(lambda x, score=score: score(x).sum())(logp)
+        gradient = jax.jit(jax.grad(lambda x, score=score: score(x).sum()))(logp)
         assert np.all(np.isfinite(gradient))
         assert not np.asarray(gradient)[mask == 0].any()
 
@@ -83,10 +87,10 @@ def test_the_mean_of_the_hinge_has_the_gradient_of_half_its_square():
         def mean(x):
             return jnp.sum(jnp.where(mask, old - x, 0.0)) / mask.sum()
 
-        given = jax.grad(lambda x: jnp.sum(discriminative.kl_hinge(x, old, mask, beta=7.0, delta=0.01)) / mask.sum())(
-            logp
-        )
-        expected = jax.grad(lambda x: 3.5 * jnp.maximum(mean(x) - 0.01, 0.0) ** 2)(logp)
+        given = jax.jit(
+            jax.grad(lambda x: jnp.sum(discriminative.kl_hinge(x, old, mask, beta=7.0, delta=0.01)) / mask.sum())
+        )(logp)
+        expected = jax.jit(jax.grad(lambda x: 3.5 * jnp.maximum(mean(x) - 0.01, 0.0) ** 2))(logp)
         np.testing.assert_allclose(given, expected, rtol=1e-9)
         # Inside the region, or with the level of a batch that is inside, there is no pull.
         assert not np.asarray(discriminative.kl_hinge(logp, old, mask, delta=1.0)).any()

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from jaxrl_post.losses import divergence_policy_gradient as dpg
+from tests.advantages.compiled import all_compiled
+
+dpg = all_compiled(dpg)
 
 # D_f(pi || p) in float64 from its definition, and the numbers of the table at t = 2.
 DIVERGENCES = {
@@ -30,7 +33,7 @@ def test_the_enumerated_gradient_is_that_of_the_divergence(divergence):
     rng = np.random.default_rng(0)
     logits, target, proposal = rng.normal(size=5), rng.dirichlet(np.ones(5)), rng.dirichlet(np.ones(5))
     with jax.enable_x64(True):
-        exact = jax.grad(lambda x: DIVERGENCES[divergence][0](jax.nn.softmax(x), target))(jnp.asarray(logits))
+        exact = jax.jit(jax.grad(lambda x: DIVERGENCES[divergence][0](jax.nn.softmax(x), target)))(jnp.asarray(logits))
 
         def enumerated(x):
             # The target is handed over unnormalised, 7 times too large, with its normaliser.
@@ -39,7 +42,7 @@ def test_the_enumerated_gradient_is_that_of_the_divergence(divergence):
             loss = dpg.f_dpg(logp, jnp.log(proposal)[None], score, log_z, divergence=divergence, baseline=0.3)
             return jnp.sum(proposal * loss[0])
 
-        np.testing.assert_allclose(jax.grad(enumerated)(jnp.asarray(logits)), exact, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(jax.jit(jax.grad(enumerated))(jnp.asarray(logits)), exact, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +62,7 @@ def test_losses_are_finite_outside_the_support_far_away_and_in_rows_that_do_not_
     log_z = dpg.log_partition(score, logp, valid)
     assert log_z[1] == -jnp.inf
     loss = jax.jit(lambda x: dpg.f_dpg(x, logp, score, log_z, valid, divergence=divergence))
-    value, gradient = loss(logp), jax.grad(lambda x: loss(x).sum())(logp)
+    value, gradient = loss(logp), jax.jit(jax.grad(lambda x: loss(x).sum()))(logp)
     assert value.dtype == jnp.float32
     assert np.all(np.isfinite(value))
     assert np.all(np.isfinite(np.asarray(gradient, np.float32)))
@@ -87,10 +90,12 @@ def test_reverse_kl_of_a_tilted_reference_is_the_regularised_policy_gradient():
     rng = np.random.default_rng(2)
     logp, ref, rewards = (rng.normal(size=(2, 3)) for _ in range(3))
     with jax.enable_x64(True):
-        gradient = jax.grad(
-            lambda x: dpg.f_dpg(
-                x, logp, ref + rewards / 0.5, jnp.zeros(2), divergence="reverse_kl", baseline=-1.0
-            ).sum()
+        gradient = jax.jit(
+            jax.grad(
+                lambda x: dpg.f_dpg(
+                    x, logp, ref + rewards / 0.5, jnp.zeros(2), divergence="reverse_kl", baseline=-1.0
+                ).sum()
+            )
         )(logp)
         np.testing.assert_allclose(gradient, -(rewards - 0.5 * (logp - ref)) / 0.5, rtol=1e-9)
 

@@ -9,6 +9,11 @@ from jaxrl_post.losses.entropy import (
     entropy_overlap,
     top_entropy_mask,
 )
+from tests.advantages.compiled import compiled
+
+adaptive_entropy_coefficient, entropy_change_by_percentile, entropy_overlap, top_entropy_mask = map(
+    compiled, (adaptive_entropy_coefficient, entropy_change_by_percentile, entropy_overlap, top_entropy_mask)
+)
 
 
 def test_the_tokens_of_highest_entropy_are_kept_over_the_whole_batch():
@@ -80,7 +85,7 @@ def test_equal_entropies_keep_every_token_and_an_empty_mask_none():
 def test_the_indicator_has_no_gradient_and_is_float32_or_wider():
     entropy, mask = jnp.array([[0.1, 0.9]], jnp.bfloat16), jnp.ones((1, 2))
     assert top_entropy_mask(entropy, mask).dtype == jnp.float32
-    gradient = jax.grad(lambda h: top_entropy_mask(h, mask).sum())(entropy.astype(jnp.float32))
+    gradient = jax.jit(jax.grad(lambda h: top_entropy_mask(h, mask).sum()))(entropy.astype(jnp.float32))
     assert gradient.tolist() == [[0.0, 0.0]]
 
 
@@ -114,7 +119,7 @@ def test_the_entropy_coefficient_moves_by_a_step_and_acts_at_or_below_its_target
 
 
 def test_the_coefficient_is_a_constant_and_its_arguments_are_checked():
-    gradient = jax.grad(lambda h: sum(adaptive_entropy_coefficient(0.1, h, target=0.2)))(0.1)
+    gradient = jax.jit(jax.grad(lambda h: sum(adaptive_entropy_coefficient(0.1, h, target=0.2))))(0.1)
     assert float(gradient) == 0
     with jax.enable_x64(True):
         assert adaptive_entropy_coefficient(jnp.float64(0.1), jnp.float64(0.1), target=0.2)[0].dtype == jnp.float64

@@ -4,6 +4,10 @@ import pytest
 
 from jaxrl_post import losses
 from jaxrl_post.losses.first_token import first_token_weights
+from tests.advantages.compiled import all_compiled, compiled
+
+losses = all_compiled(losses)
+first_token_weights = compiled(first_token_weights)
 
 
 def test_the_first_token_has_its_share_of_the_mean_whatever_the_length():

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from jaxrl_post.losses.forward_kl import forward_kl, reweighted_logp
+from tests.advantages.compiled import compiled
+
+forward_kl, reweighted_logp = map(compiled, (forward_kl, reweighted_logp))
 
 
 def test_the_estimate_has_the_numbers_of_three_ratios():
@@ -42,7 +45,7 @@ def test_its_mean_gradient_is_that_of_half_the_squared_log_ratio_under_the_targe
 def test_far_from_the_target_values_and_gradients_are_finite_and_nothing_flows_into_it():
     logp, target = jnp.array([-90.0, 0.0, -1.0]), jnp.array([0.0, -90.0, -1.0])
     for dtype in (jnp.float32, jnp.bfloat16):
-        value, slope = jax.value_and_grad(lambda x, y: forward_kl(x, y).sum(), argnums=(0, 1))(
+        value, slope = jax.jit(jax.value_and_grad(lambda x, y: forward_kl(x, y).sum(), argnums=(0, 1)))(
             logp.astype(dtype), target.astype(dtype)
         )
         assert value.dtype == jnp.float32

@@ -8,6 +8,9 @@ import pytest
 from jax.test_util import check_grads
 
 from jaxrl_post import losses
+from tests.advantages.compiled import all_compiled
+
+losses = all_compiled(losses)
 
 ESTIMATORS = get_args(losses.KLEstimator)
 STRAIGHT_THROUGH = ("k1+", "k3+", "abs+")  # their derivative is declared, not that of their value
@@ -127,7 +130,7 @@ def test_weighted_estimators_are_exact_for_tokens_of_another_policy_and_the_othe
 
             return jax.value_and_grad(mean)(logits)
 
-        exact, gradient = jax.value_and_grad(lambda x: _divergence(jax.nn.log_softmax(x), ref_logp))(logits)
+        exact, gradient = jax.jit(jax.value_and_grad(lambda x: _divergence(jax.nn.log_softmax(x), ref_logp)))(logits)
         found = mean_and_gradient(logits, estimator, old_logp=old_logp)
         np.testing.assert_allclose(found[0], exact, rtol=1e-12)
         np.testing.assert_allclose(found[1], gradient, atol=1e-14)
@@ -139,9 +142,9 @@ def test_weighted_estimators_give_hand_worked_numbers():
     # pi = 1/2, ref = 1/4, old = 1/8: r = 4, x = log 2; r x = 2.772589, r k3 = 4 * 0.193147; slope of r x is r (x + 1).
     logp, ref_logp, old_logp = jnp.log(jnp.array([[0.5]])), jnp.log(jnp.array([[0.25]])), jnp.log(jnp.array([[0.125]]))
     for estimator, value, slope in (("k1_weighted", 2.772589, 6.772589), ("k3_weighted", 0.772589, 2.772589)):
-        found = jax.value_and_grad(lambda x, name=estimator: losses.kl(x, ref_logp, name, old_logp=old_logp)[0, 0])(
-            logp
-        )
+        found = jax.jit(
+            jax.value_and_grad(lambda x, name=estimator: losses.kl(x, ref_logp, name, old_logp=old_logp)[0, 0])
+        )(logp)
         np.testing.assert_allclose(found[0], value, rtol=1e-5)
         np.testing.assert_allclose(found[1], [[slope]], rtol=1e-5)
 
@@ -186,7 +189,7 @@ def test_log_probs_of_the_sampler_are_refused_where_no_ratio_is_taken_and_are_co
     logp = jnp.full((1, 2), -1.0)
     with pytest.raises(ValueError, match="old_logp does not apply to estimator 'k3'"):
         losses.kl(logp, logp, "k3", old_logp=logp)
-    gradient = jax.grad(lambda x: losses.kl(logp, logp - 0.5, "k1_weighted", old_logp=x).sum())(logp)
+    gradient = jax.jit(jax.grad(lambda x: losses.kl(logp, logp - 0.5, "k1_weighted", old_logp=x).sum()))(logp)
     assert np.all(np.asarray(gradient) == 0)
 
 

@@ -12,6 +12,11 @@ from jaxrl_post.losses.mismatch import (
     off_policy_sequence_mask,
     rejection_mask,
 )
+from tests.advantages.compiled import compiled
+
+effective_sample_size, importance_weights, mismatch_metrics, off_policy_sequence_mask, rejection_mask = map(
+    compiled, (effective_sample_size, importance_weights, mismatch_metrics, off_policy_sequence_mask, rejection_mask)
+)
 
 # Ratios 3, 1/2 | 1.2, 1.2: products 1.5 and 1.44, geometric means 1.2247 and 1.2.
 RATIO = np.array([[3.0, 0.5, 9.0], [1.2, 1.2, 9.0]])
@@ -251,11 +256,16 @@ def test_empty_rows_and_masked_nonsense_give_finite_constants_in_float32_or_wide
     assert result.dtype == jnp.float32
     assert np.all(np.isfinite(result))
     assert np.all(np.asarray(result)[np.asarray(mask) == 0] == 0)
-    assert function(old, sampler, jnp.zeros((3, 3))).tolist() == [[0.0] * 3] * 3
+    assert function(old, sampler, 0 * mask).tolist() == [[0.0] * 3] * 3
     ones = jnp.full((2, 2), -1.0)
-    assert function(ones, ones, jnp.ones((2, 2))).tolist() == [[1.0, 1.0], [1.0, 1.0]]  # no mismatch, no correction
-    gradient = jax.grad(lambda x: function(x, ones - 0.3, jnp.ones((2, 2))).sum())(ones)
-    assert gradient.tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+    def total(old, sampler):
+        weights = EVERYTHING[name](old, sampler, jnp.ones((2, 2)))
+        return weights.sum(), weights
+
+    slope = jax.jit(jax.value_and_grad(total, has_aux=True))
+    assert slope(ones, ones)[0][1].tolist() == [[1.0, 1.0], [1.0, 1.0]]  # no mismatch, no correction
+    assert slope(ones, ones - 0.3)[1].tolist() == [[0.0, 0.0], [0.0, 0.0]]
     with jax.enable_x64(True):
         assert jax.eval_shape(function, *[jnp.ones((2, 2), jnp.float64)] * 3).dtype == jnp.float64
 

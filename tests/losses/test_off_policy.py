@@ -7,6 +7,10 @@ import pytest
 
 from jaxrl_post import losses
 from jaxrl_post.losses.off_policy import dro, rec, rec_mask, topr
+from tests.advantages.compiled import all_compiled, compiled
+
+losses = all_compiled(losses)
+dro, rec, rec_mask, topr = map(compiled, (dro, rec, rec_mask, topr))
 
 
 def _random(seed, rows=6, length=8, spread=0.5):
@@ -87,7 +91,9 @@ def test_the_masks_of_rec_are_those_of_the_table(rho, advantage, clip, kept):
 def test_rec_one_sided_with_weights_has_the_gradient_of_ppo():
     logp, old_logp, advantages, mask = map(jnp.asarray, _random(2))
     weighted = _gradient(rec, logp, old_logp, advantages, mask, importance_weight=True, clip_low=0.1, clip_high=0.3)
-    clipped = jax.grad(lambda x: (losses.ppo(x, old_logp, advantages, clip_low=0.1, clip_high=0.3) * mask).sum())(logp)
+    clipped = jax.jit(
+        jax.grad(lambda x: (losses.ppo(x, old_logp, advantages, clip_low=0.1, clip_high=0.3) * mask).sum())
+    )(logp)
     np.testing.assert_allclose(weighted, clipped, rtol=1e-5)
 
 

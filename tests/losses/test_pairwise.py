@@ -7,6 +7,10 @@ import pytest
 
 from jaxrl_post import advantages
 from jaxrl_post.losses import pairwise
+from tests.advantages.compiled import all_compiled
+
+advantages = all_compiled(advantages)
+pairwise = all_compiled(pairwise)
 
 LOSSES = {
     "ppg": lambda logp, old, *rest: pairwise.ppg(logp, *rest),

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from jaxrl_post import losses
+from tests.advantages.compiled import all_compiled
+
+losses = all_compiled(losses)
 
 
 def test_weights_run_from_one_to_alpha_over_the_places_that_have_a_token():
@@ -24,7 +27,9 @@ def test_equal_divergences_an_empty_mask_and_alpha_one_give_one():
 
 
 def test_weights_are_constants_of_float32_or_wider():
-    gradient = jax.grad(lambda d: jnp.sum(losses.position_weights(d, jnp.ones((1, 3)))))(jnp.array([[0.0, 1.0, 2.0]]))
+    gradient = jax.jit(jax.grad(lambda d: jnp.sum(losses.position_weights(d, jnp.ones((1, 3))))))(
+        jnp.array([[0.0, 1.0, 2.0]])
+    )
     assert np.all(np.asarray(gradient) == 0)
     assert losses.position_weights(jnp.ones((1, 2), jnp.bfloat16), jnp.ones((1, 2))).dtype == jnp.float32
     with jax.enable_x64(True):

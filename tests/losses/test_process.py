@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from jaxrl_post import losses
+from tests.advantages.compiled import all_compiled
+
+losses = all_compiled(losses)
 
 
 def test_the_loss_is_the_cross_entropy_with_the_counted_success_rate():
@@ -17,7 +20,7 @@ def test_the_loss_is_the_cross_entropy_with_the_counted_success_rate():
 
 def test_its_gradient_is_the_error_of_the_rate_and_none_reaches_the_counts():
     z, q = jnp.array([[-80.0, -1.0, 0.5, 80.0]]), jnp.array([[0.5, 0.2, 1.0, 0.5]])
-    of_logits, of_rates = jax.grad(lambda z, q: jnp.sum(losses.success_bce(z, q)), argnums=(0, 1))(z, q)
+    of_logits, of_rates = jax.jit(jax.grad(lambda z, q: jnp.sum(losses.success_bce(z, q)), argnums=(0, 1)))(z, q)
     np.testing.assert_allclose(of_logits, jax.nn.sigmoid(z) - q, atol=1e-6)
     assert not jnp.any(of_rates)
     assert losses.success_bce(z.astype(jnp.bfloat16), q).dtype == jnp.float32

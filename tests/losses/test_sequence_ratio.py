@@ -7,6 +7,12 @@ import pytest
 
 from jaxrl_post import losses
 from jaxrl_post.losses.sequence_ratio import gmpo, gspo, sequence_log_ratio, vespo, vespo_weight
+from tests.advantages.compiled import all_compiled, compiled
+
+losses = all_compiled(losses)
+gmpo, gspo, sequence_log_ratio, vespo, vespo_weight = map(
+    compiled, (gmpo, gspo, sequence_log_ratio, vespo, vespo_weight)
+)
 
 
 def _random(seed, rows=8, length=7, spread=0.3):
@@ -97,9 +103,9 @@ def test_gspo_with_advantages_of_tokens_weighs_each_by_its_own():
     logp, old_logp, _, mask = _random(3)
     advantages = np.random.default_rng(3).normal(size=logp.shape)
     with jax.enable_x64(True):
-        gradient = jax.grad(lambda x: jnp.sum(gspo(x, old_logp, advantages, mask, clip_low=9.0, clip_high=9.0) * mask))(
-            jnp.asarray(logp)
-        )
+        gradient = jax.jit(
+            jax.grad(lambda x: jnp.sum(gspo(x, old_logp, advantages, mask, clip_low=9.0, clip_high=9.0) * mask))
+        )(jnp.asarray(logp))
         s = np.exp(np.sum((logp - old_logp) * mask, axis=1) / mask.sum(axis=1))
         np.testing.assert_allclose(gradient, -s[:, None] * advantages * mask, rtol=1e-10)
 
@@ -108,7 +114,9 @@ def test_sequences_that_gspo_clips_are_those_whose_ratio_is_outside():
     logp, old_logp, advantages, mask = map(jnp.asarray, _random(4, rows=40))
     ratio = sequence_log_ratio(logp, old_logp, mask)
     clipped = losses.clipped_region(ratio, jnp.zeros(40), advantages[:, 0], clip_low=0.05, clip_high=0.05)
-    gradient = jax.grad(lambda x: gspo(x, old_logp, advantages, mask, clip_low=0.05, clip_high=0.05).sum())(logp)
+    gradient = jax.jit(jax.grad(lambda x: gspo(x, old_logp, advantages, mask, clip_low=0.05, clip_high=0.05).sum()))(
+        logp
+    )
     np.testing.assert_array_equal(np.asarray(clipped) == 1, np.all(np.asarray(gradient) == 0, axis=1))
     assert 0 < clipped.sum() < 40
 
@@ -138,7 +146,7 @@ def test_gmpo_has_value_and_gradient_of_the_geometric_mean_of_clipped_ratios():
 def test_a_token_that_gmpo_clips_loses_its_own_gradient_and_no_others():
     logp = jnp.array([[0.1, 3.0]])
     ones = jnp.ones((1, 2))
-    gradient = jax.grad(lambda x: gmpo(x, jnp.zeros((1, 2)), ones, ones).sum())(logp)
+    gradient = jax.jit(jax.grad(lambda x: gmpo(x, jnp.zeros((1, 2)), ones, ones).sum()))(logp)
     np.testing.assert_allclose(gradient, [[-np.exp((0.1 + 0.4) / 2), 0.0]], rtol=1e-6)
 
 
@@ -187,7 +195,7 @@ def test_a_token_without_trust_does_not_take_the_sequence_of_vespo_with_it():
 
 def test_vespo_is_the_policy_gradient_times_its_weight():
     logp, old_logp, advantages, mask = map(jnp.asarray, _random(7))
-    gradient = jax.grad(lambda x: (vespo(x, old_logp, advantages, mask) * mask).sum())(logp)
+    gradient = jax.jit(jax.grad(lambda x: (vespo(x, old_logp, advantages, mask) * mask).sum()))(logp)
     weight = vespo_weight(logp, old_logp, advantages, mask)
     np.testing.assert_allclose(gradient, -weight * advantages * mask, rtol=1e-6)
 

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from jaxrl_post import losses
+from tests.advantages.compiled import all_compiled
+
+losses = all_compiled(losses)
 
 STEP = np.array([[-1, 0, 0, -1, 1, 1, 1, 3], [-1, 2, 2, 2, 2, 2, 2, 2]])
 MASK = np.array([[0, 1, 1, 0, 1, 1, 0, 1], [0, 1, 1, 1, 1, 0, 0, 0]])

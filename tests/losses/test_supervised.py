@@ -4,6 +4,10 @@ import pytest
 
 from jaxrl_post import losses
 from jaxrl_post.losses.supervised import positive_mask
+from tests.advantages.compiled import all_compiled, compiled
+
+losses = all_compiled(losses)
+positive_mask = compiled(positive_mask)
 
 
 def test_nll_is_the_negated_log_prob_in_float32_or_wider():
@@ -30,7 +34,7 @@ def test_a_batch_without_right_sequences_has_no_positive_nll_and_no_gradient():
     def loss(logp, rewards):
         return losses.aggregate(losses.nll(logp), positive_mask(rewards, mask), "token_mean")
 
-    value, gradient = jax.value_and_grad(loss)(logp, jnp.array([[0.0, -1.0]]))
+    value, gradient = jax.jit(jax.value_and_grad(loss))(logp, jnp.array([[0.0, -1.0]]))
     assert float(value) == 0
     assert gradient.tolist() == [[0.0, 0.0], [0.0, 0.0]]
 

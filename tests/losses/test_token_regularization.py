@@ -5,6 +5,9 @@ import pytest
 from jax.test_util import check_grads
 
 from jaxrl_post import losses
+from tests.advantages.compiled import all_compiled
+
+losses = all_compiled(losses)
 
 
 def test_a_log_ratio_of_one_gives_0_23106_and_none_gives_0():
@@ -16,7 +19,7 @@ def test_a_log_ratio_of_one_gives_0_23106_and_none_gives_0():
 def test_a_token_reward_is_bounded_and_a_constant():
     far = losses.token_reward(jnp.array([[0.0, -1e4]]), jnp.array([[-1e4, 0.0]]), jnp.ones((1, 2)))
     np.testing.assert_allclose(far, [[0.5, -0.5]], rtol=1e-6)
-    gradients = jax.grad(lambda a, b: jnp.sum(losses.token_reward(a, b, jnp.ones((1, 2)))), argnums=(0, 1))(
+    gradients = jax.jit(jax.grad(lambda a, b: jnp.sum(losses.token_reward(a, b, jnp.ones((1, 2)))), argnums=(0, 1)))(
         jnp.array([[-1.0, -2.0]]), jnp.array([[-2.0, -1.0]])
     )
     assert all(np.all(np.asarray(gradient) == 0) for gradient in gradients)
@@ -39,7 +42,7 @@ def test_the_weight_is_that_of_the_pairs_own_gradient_and_fades_as_the_pair_is_l
     found = losses.t_reg(jnp.asarray(margins), jnp.ones(4), jnp.zeros(4))
     np.testing.assert_allclose(found, own, rtol=1e-5)
     np.testing.assert_allclose(found, 1 / (1 + np.exp(margins)), rtol=1e-5)
-    gradient = jax.grad(lambda h: jnp.sum(losses.t_reg(h, jnp.ones(4), jnp.ones(4))))(jnp.asarray(margins))
+    gradient = jax.jit(jax.grad(lambda h: jnp.sum(losses.t_reg(h, jnp.ones(4), jnp.ones(4)))))(jnp.asarray(margins))
     assert np.all(np.asarray(gradient) == 0)
 
 
@@ -48,7 +51,9 @@ def test_the_gradient_is_minus_beta_times_the_token_reward_and_zero_where_masked
         rng = np.random.default_rng(0)
         logp, rewards = -rng.random((3, 5)), rng.uniform(-0.5, 0.5, (3, 5))
         mask = (np.arange(5) < np.array([[5], [2], [0]])).astype(float)
-        gradient = jax.grad(lambda x: losses.token_regularization(x, rewards, mask, beta=0.2).sum())(jnp.asarray(logp))
+        gradient = jax.jit(jax.grad(lambda x: losses.token_regularization(x, rewards, mask, beta=0.2).sum()))(
+            jnp.asarray(logp)
+        )
         np.testing.assert_allclose(gradient, -0.2 * rewards * mask, rtol=1e-12)
         for normalize_length in (False, True):
             check_grads(
@@ -77,7 +82,7 @@ def test_simpo_has_the_gradient_of_finite_differences_and_is_finite_far_out():
         rng = np.random.default_rng(1)
         check_grads(losses.simpo, (-rng.random(4), -rng.random(4)), order=1, modes=["rev"])
         assert losses.simpo(-rng.random(4), -rng.random(4)).dtype == jnp.float64
-    value, gradient = jax.value_and_grad(lambda x: losses.simpo(x, jnp.zeros(1)).sum())(jnp.array([-1e6]))
+    value, gradient = jax.jit(jax.value_and_grad(lambda x: losses.simpo(x, jnp.zeros(1)).sum()))(jnp.array([-1e6]))
     assert np.isfinite(value)
     assert np.all(np.isfinite(gradient))
     assert losses.simpo(jnp.zeros(1, jnp.bfloat16), jnp.zeros(1, jnp.bfloat16)).dtype == jnp.float32

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from jaxrl_post import losses
+from tests.advantages.compiled import all_compiled
+
+losses = all_compiled(losses)
 
 DPO = jax.jit(losses.trajectory_dpo, static_argnames=("beta", "pairs"))
 
@@ -38,7 +41,9 @@ def test_equal_outcomes_make_no_pair_and_no_gradient():
         logp = jnp.full(rewards.shape, -2.0)
         for pairs in ("all", "extremes"):
             assert not bool(losses.preference_pairs(rewards, valid, pairs=pairs).any())
-            value, gradient = jax.value_and_grad(lambda x, r=rewards, v=valid: jnp.sum(DPO(x, 0 * x, r, v)))(logp)
+            value, gradient = jax.jit(jax.value_and_grad(lambda x, r=rewards, v=valid: jnp.sum(DPO(x, 0 * x, r, v))))(
+                logp
+            )
             assert float(value) == 0
             assert bool(jnp.all(gradient == 0))
 

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from jaxrl_post.losses import value_consistency as vc
+from tests.advantages.compiled import all_compiled
+
+vc = all_compiled(vc)
 
 
 def test_rover_gives_hand_worked_numbers():
@@ -57,11 +60,11 @@ def test_rover_regresses_the_trained_policy_alone():
     rng = np.random.default_rng(1)
     logp, old, target = (rng.normal(size=(3, 4)) for _ in range(3))
     with jax.enable_x64(True):
-        gradients = jax.grad(lambda *x: vc.rover(*x, rho=0.7).sum(), argnums=(0, 1, 2))(logp, old, target)
+        gradients = jax.jit(jax.grad(lambda *x: vc.rover(*x, rho=0.7).sum(), argnums=(0, 1, 2)))(logp, old, target)
         np.testing.assert_allclose(gradients[0], 1.4 * (0.7 * (logp - old) - target), rtol=1e-9)
         assert not np.asarray(gradients[1]).any()
         assert not np.asarray(gradients[2]).any()
-        through = jax.grad(lambda m: vc.rover_target(target, m, old, np.ones((3, 4))).sum())(logp)
+        through = jax.jit(jax.grad(lambda m: vc.rover_target(target, m, old, np.ones((3, 4))).sum()))(logp)
         assert not np.asarray(through).any()
 
 
@@ -69,7 +72,7 @@ def test_the_clip_of_rover_stops_only_what_moves_further_out():
     # Ratio 1.5 or 0.5 against a bound of 0.2; the target further out, between, and on the other side.
     logp = jnp.log(jnp.array([[1.5, 1.5, 1.5, 0.5, 0.5, 1.1]]))
     target = jnp.array([[1.0, 0.3, -1.0, -1.0, 0.5, 1.0]])
-    gradient = jax.grad(lambda x: vc.rover(x, jnp.zeros((1, 6)), target, clip_eps=0.2).sum())(logp)
+    gradient = jax.jit(jax.grad(lambda x: vc.rover(x, jnp.zeros((1, 6)), target, clip_eps=0.2).sum()))(logp)
     expected = np.where([[False, True, True, False, True, True]], 2 * (np.asarray(logp) - target), 0)
     np.testing.assert_allclose(gradient, expected, rtol=1e-5)
 

@@ -7,7 +7,8 @@ import pytest
 
 from jaxrl_post import data, methods
 from jaxrl_post.types import TokenStats
-from tests import tiny
+from tests.advantages.compiled import compiled
+from tests.methods import tabular
 
 
 def rollouts(rewards, valid=None):
@@ -22,7 +23,7 @@ def rollouts(rewards, valid=None):
 
 def targets(method, batch, **stats):
     every = {role: TokenStats(logp=jnp.zeros(batch.tokens.shape)) for role in method.needs}
-    return method.targets(method.init(batch, 1), batch, every | stats, jax.random.key(0))[0]
+    return compiled(method.targets)(method.init(batch, 1), batch, every | stats, jax.random.key(0))[0]
 
 
 def test_grpo_gives_each_token_its_sequence_s_standardised_reward():
@@ -101,15 +102,17 @@ def test_a_keyword_without_meaning_is_an_error_where_the_method_is_made(make, me
 
 def test_dpo_refuses_groups_that_are_not_pairs():
     with pytest.raises(ValueError, match="group of two, got groups of 3"):
-        tiny.one_step(methods.dpo(), rollouts([1.0, 2.0, 3.0]))
+        tabular.one_step(methods.dpo(), rollouts([1.0, 2.0, 3.0]))
 
 
 def test_an_alias_takes_a_presets_keywords_and_what_the_user_says_goes_over_them():
     def slope(method, ratio):
-        batch = tiny.batch()
-        stats = {"policy": TokenStats(logp=batch.logp + np.log(ratio))}
-        targets, _ = method.targets(method.init(batch, 1), batch, {"policy": TokenStats(logp=batch.logp)}, None)
-        return method.loss(stats, batch, targets)["policy"].value
+        def value(batch):
+            stats = {"policy": TokenStats(logp=batch.logp + np.log(ratio))}
+            targets, _ = method.targets(method.init(batch, 1), batch, {"policy": TokenStats(logp=batch.logp)}, None)
+            return method.loss(stats, batch, targets)["policy"].value
+
+        return jax.jit(value)(tabular.batch())
 
     by_name = methods.policy_gradient(loss="cispo", preset="trl")
     np.testing.assert_array_equal(slope(methods.cispo(preset="trl"), 7.0), slope(by_name, 7.0))

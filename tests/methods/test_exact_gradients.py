@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxrl_post import losses, methods
+from tests.advantages.compiled import compiled
 from tests.claims import lab
 
 V, L, G = 3, 2, 2
@@ -37,8 +38,8 @@ def group(sequences):
 def expected_gradient(method, group_size=G, old=LOGITS):
     """Sum over all groups of their probability under `old` times the gradient of the method's loss on them."""
     every = jnp.array(list(itertools.product(range(V**L), repeat=group_size)))
-    p = lab.probabilities(jnp.asarray(old), L)[0]
-    chance = jnp.prod(p[every], axis=1)
+    p = np.asarray(compiled(lab.probabilities)(jnp.asarray(old), L))[0]
+    chance = np.prod(p[np.asarray(every)], axis=1)
 
     def loss(logits, sequences):
         rollouts = group(sequences)
@@ -51,11 +52,11 @@ def expected_gradient(method, group_size=G, old=LOGITS):
         return sum(t.weight * losses.aggregate(t.value, t.mask, t.mode, horizon=t.horizon) for t in terms)
 
     gradients = jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0)))(jnp.asarray(LOGITS), every)
-    return np.asarray(jnp.einsum("n,n...->...", chance, gradients))
+    return np.einsum("n,n...->...", chance, np.asarray(gradients))
 
 
 def exact(objective):
-    return np.asarray(jax.grad(objective)(jnp.asarray(LOGITS)))
+    return np.asarray(jax.jit(jax.grad(objective))(jnp.asarray(LOGITS)))
 
 
 def expected_reward(logits):

@@ -7,8 +7,11 @@ import optax
 import pytest
 
 from jaxrl_post import advantages, losses, methods, rewards, training
+from tests.advantages.compiled import all_compiled, compiled
 from tests.claims import lab
 from tests.methods.test_method_configs import with_extras
+
+advantages, losses, rewards = all_compiled(advantages), all_compiled(losses), all_compiled(rewards)
 
 TASK = lab.Task(prompts=3, vocab=3, length=4, judge=lambda rollouts, key: rollouts)
 
@@ -19,7 +22,7 @@ def table(seed):
 
 @pytest.fixture(scope="module")
 def batch():
-    made = with_extras(lab.sample(TASK, table(0), jax.random.key(1), 4))
+    made = compiled(with_extras)(compiled(lab.sample)(TASK, table(0), jax.random.key(1), 4))
     mask = made.mask.at[::3, -1].set(0).at[1::4, 2].set(0)
     return made.replace(mask=mask, valid=made.valid.at[2, 1].set(False))
 
@@ -27,11 +30,11 @@ def batch():
 def started(method, batch):
     """Targets, and the stats they were made from, of a policy that has moved on since it sampled."""
     stats = {
-        role: lab.score(table(7 if role == "policy" else 8), batch, fields, jax.random.key(0))
+        role: compiled(lab.score)(table(7 if role == "policy" else 8), batch, fields, jax.random.key(0))
         for role, fields in method.needs.items()
     }
     shapes = jax.eval_shape(lambda: batch)
-    targets, _ = method.targets(method.init(shapes, 3), batch, stats, jax.random.key(2))
+    targets, _ = compiled(method.targets)(method.init(shapes, 3), batch, stats, jax.random.key(2))
     return targets, stats
 
 
@@ -199,7 +202,7 @@ def test_the_novelty_bonus_is_the_product_over_its_running_deviation_and_its_sta
     for shift in (0, 1):
         tokens = (batch.tokens + shift * (jnp.arange(batch.batch_size)[:, None] % 2)) % 3
         now = batch.replace(tokens=tokens)
-        targets, state = method.targets(state, now, {}, jax.random.key(0))
+        targets, state = compiled(method.targets)(state, now, {}, jax.random.key(0))
         rows = [tuple(t[m > 0].tolist()) for t, m in zip(np.asarray(tokens), np.asarray(now.mask), strict=True)]
         valid = np.asarray(now.valid).reshape(-1)
         for row in (row for row, good in zip(rows, valid, strict=True) if good):
@@ -217,8 +220,8 @@ def test_the_novelty_bonus_is_the_product_over_its_running_deviation_and_its_sta
 def test_the_novelty_bonus_takes_an_embedding_that_the_rollouts_bring(batch):
     ours = methods.novelty_bonus(bonus="episodic", coef=1.0)
     brought = batch.replace(extras={**batch.extras, "embedding": jax.random.normal(jax.random.key(0), (12, 5))})
-    one, _ = ours.targets(ours.init(None, 3), batch, {}, jax.random.key(0))
-    other, _ = ours.targets(ours.init(None, 3), brought, {}, jax.random.key(0))
+    one, _ = compiled(ours.targets)(ours.init(None, 3), batch, {}, jax.random.key(0))
+    other, _ = compiled(ours.targets)(ours.init(None, 3), brought, {}, jax.random.key(0))
     assert not np.allclose(one.advantages, other.advantages, atol=1e-2)
 
 
@@ -226,7 +229,7 @@ def test_completions_that_are_all_alike_get_no_bonus(batch):
     alike = batch.replace(tokens=jnp.ones_like(batch.tokens), mask=batch.mask.at[:, 1:].set(1.0))
     method = methods.novelty_bonus()
     alike = alike.replace(valid=jnp.ones_like(alike.valid))
-    targets, _ = method.targets(method.init(None, 3), alike, {}, jax.random.key(0))
+    targets, _ = compiled(method.targets)(method.init(None, 3), alike, {}, jax.random.key(0))
     np.testing.assert_allclose(targets.advantages, grpo_tokens(alike), atol=1e-5)
 
 
@@ -234,7 +237,7 @@ def test_completions_whose_tokens_agree_in_their_low_bits_are_counted_apart(batc
     method = methods.novelty_bonus(bonus="global")
     tokens = jnp.full(batch.tokens.shape, 5).at[:, -2].add(65_536 * jnp.arange(batch.batch_size))
     whole = batch.replace(tokens=tokens, mask=batch.mask.at[:, 1:].set(1.0), valid=jnp.ones_like(batch.valid))
-    _, state = method.targets(method.init(None, 3), whole, {}, jax.random.key(0))
+    _, state = compiled(method.targets)(method.init(None, 3), whole, {}, jax.random.key(0))
     assert int((state["advantage"].counts == 1).sum()) == batch.batch_size
 
 

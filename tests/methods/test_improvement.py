@@ -6,21 +6,16 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_post import methods, training
+from jaxrl_post import methods
 from jaxrl_post.methods.improvement import pipo, policy_improvement
-from tests import tiny
+from tests.methods import tabular
 
 
 def batch(mean, seed):
     """Rollouts whose mean reward over valid rows is `mean`."""
-    made = tiny.batch(seed=seed)
+    made = tabular.batch(seed)
     reward = made.reward - jnp.sum(made.reward * made.valid) / jnp.sum(made.valid) + mean
     return made.replace(reward=reward)
-
-
-def start(method, optimizer):
-    shapes = jax.eval_shape(lambda: batch(0.0, 0))
-    return training.init(tiny.params_for(method), method, optimizer, jax.random.key(5), rollouts=shapes)
 
 
 def assert_same(left, right, tolerance=1e-6):
@@ -28,8 +23,8 @@ def assert_same(left, right, tolerance=1e-6):
 
 
 def run(method, means, optimizer):
-    state = start(method, optimizer)
-    step = training.make_step(tiny.scores_for(method), method, optimizer)
+    state = tabular.start(method, optimizer)
+    step = tabular.make_step(method, optimizer)
     for seed, mean in enumerate(means):
         state, metrics = step(state, batch(mean, seed))
     return state, metrics
@@ -50,7 +45,7 @@ def test_until_the_window_is_full_it_is_grpo():
 
 def test_an_improvement_reinforces_the_batch_before_with_the_table_s_signal():
     """The second update alone, against the clipped surrogate of hand-made advantages on that batch."""
-    optimizer = optax.sgd(0.1)
+    optimizer = optax.sgd(1.0)
     method = policy_improvement(window=4, aggregation="seq_mean_token_mean")
     found, metrics = run(method, [*MEANS, 0.47], optimizer)
     assert float(metrics["updates"]) == 1
@@ -64,16 +59,16 @@ def test_an_improvement_reinforces_the_batch_before_with_the_table_s_signal():
         return jnp.asarray(a * 1.549193, jnp.float32)
 
     expected = methods.policy_gradient(advantage=given, aggregation="seq_mean_token_mean")
-    state = start(expected, optimizer)
-    state, _ = training.make_step(tiny.scores_for(expected), expected, optimizer)(state, before)
+    state = tabular.start(expected, optimizer)
+    state, _ = tabular.make_step(expected, optimizer)(state, before)
     assert_same(found.params, state.params, 2e-5)
-    moved = jax.tree.map(lambda p, q: float(jnp.max(jnp.abs(p - q))), found.params, tiny.params_for(method))
+    moved = jax.tree.map(lambda p, q: float(jnp.max(jnp.abs(p - q))), found.params, tabular.params_for(method))
     assert max(jax.tree.leaves(moved)) > 1e-4
 
 
 def test_a_decline_takes_back_a_tenth_and_with_penalty_zero_nothing():
-    optimizer = optax.sgd(0.1)
-    initial = tiny.params_for(policy_improvement())
+    optimizer = optax.sgd(1.0)
+    initial = tabular.params_for(policy_improvement())
 
     def change(penalty, last):
         state, _ = run(policy_improvement(window=4, penalty=penalty), [*MEANS, last], optimizer)
@@ -89,7 +84,7 @@ def test_a_decline_takes_back_a_tenth_and_with_penalty_zero_nothing():
 
 def test_a_batch_without_valid_sequences_is_not_a_mean_reward_of_zero():
     method = policy_improvement(window=2)
-    state = start(method, optax.sgd(0.1))
+    state = tabular.start(method)
     nothing = batch(5.0, 0)
     nothing = nothing.replace(valid=jnp.zeros_like(nothing.valid))
     _, after = method.batch(state.method_state, nothing)
@@ -107,4 +102,4 @@ def test_keywords_without_meaning_are_errors():
     with pytest.raises(ValueError, match="the shapes of the rollouts"):
         pipo().init(None, 4)
     with pytest.raises(ValueError, match=r"advantage must give \[P, G\]"):
-        run(pipo(advantage="reinforce_plus_plus", window=2), MEANS, optax.sgd(0.1))
+        run(pipo(advantage="reinforce_plus_plus", window=2), MEANS, optax.sgd(1.0))

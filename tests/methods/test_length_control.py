@@ -10,7 +10,10 @@ import pytest
 from jaxrl_post import losses, methods
 from jaxrl_post.training import checkpoint
 from jaxrl_post.types import TokenStats
-from tests import tiny
+from tests.advantages.compiled import all_compiled, compiled
+from tests.methods import tabular
+
+losses = all_compiled(losses)
 
 LENGTHS = np.array([[4, 2, 3, 1], [1, 2, 3, 4], [2, 2, 2, 2]])
 RIGHT = np.array([[1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 1, 0]])
@@ -18,7 +21,7 @@ VALID = np.array([[1, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]], bool)  # the short 
 
 
 def rollouts(lengths=LENGTHS, right=RIGHT, prompt_id=(7, 3, 1), extras=None, rewards=None):
-    made = tiny.batch(count=3)
+    made = tabular.batch(prompts=3)
     place = np.cumsum(np.ones((12, made.mask.shape[1])), axis=1)
     return made.replace(
         mask=jnp.asarray((place > 1) & (place <= 1 + lengths.reshape(-1, 1)), jnp.float32),
@@ -55,8 +58,8 @@ def test_drpo_without_a_preference_is_disco_and_with_one_the_weights_are_those_o
     stats = stats_of(batch)
 
     def terms(method):
-        targets, _ = method.targets((), batch, stats, jax.random.key(0))
-        moved = {"policy": TokenStats(logp=batch.logp + 0.1 * jnp.cos(jnp.arange(84.0)).reshape(12, 7))}
+        targets, _ = compiled(method.targets)((), batch, stats, jax.random.key(0))
+        moved = {"policy": TokenStats(logp=batch.logp + 0.1 * jnp.cos(jnp.arange(60.0)).reshape(12, 5))}
         return {name: term.value for name, term in method.loss(moved, batch, targets).items()}, targets.extras
 
     plain, _ = terms(methods.disco())
@@ -149,7 +152,7 @@ def test_asymmetric_po_weighs_the_kl_of_right_answers_to_hard_prompts_and_the_ad
     stats = stats_of(batch)
     both = methods.asymmetric_po(base=1.1, beta=0.01)
     neither = methods.asymmetric_po(dads=False, stcr=False, beta=0.01)
-    targets, plain = (m.targets((), batch, stats, jax.random.key(0))[0] for m in (both, neither))
+    targets, plain = (compiled(m.targets)((), batch, stats, jax.random.key(0))[0] for m in (both, neither))
     hit = np.ones((3, 4))
     hit[0, 1:] = 2 - 1.1 ** -np.array([1.0, 2.0, 3.0])
     np.testing.assert_allclose(targets.advantages, plain.advantages * hit.reshape(-1, 1), rtol=1e-5, atol=1e-7)

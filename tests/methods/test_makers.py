@@ -7,6 +7,9 @@ import pytest
 
 from jaxrl_post import advantages, data, methods
 from jaxrl_post.types import TokenStats
+from tests.advantages.compiled import all_compiled, compiled
+
+advantages = all_compiled(advantages)
 
 PROMPTS, GROUP, LENGTH = 2, 4, 7
 
@@ -31,7 +34,7 @@ def _targets(method, batch, state=None):
         role: TokenStats(logp=logp - 0.5 * (role == "teacher"), sum_p_squared=batch.mask / 2) for role in method.needs
     }
     state = method.init(jax.eval_shape(lambda: batch), 9) if state is None else state
-    return method.targets(state, batch, stats, jax.random.key(0))
+    return compiled(method.targets)(state, batch, stats, jax.random.key(0))
 
 
 def test_dr_mas_compares_each_turn_with_those_of_its_agent(batch):

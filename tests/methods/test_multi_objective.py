@@ -5,10 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from jaxrl_post import methods, training
+from jaxrl_post import methods
 from jaxrl_post.methods.constrained import c_morl
 from jaxrl_post.methods.grounding import gui_g1
 from jaxrl_post.methods.multi_objective import (
@@ -17,33 +16,26 @@ from jaxrl_post.methods.multi_objective import (
     hypervolume_weighting,
     objective_means,
 )
-from tests import tiny
+from tests.methods import tabular
 
 BOTH = ("first", "second")
 
 
 def batch(seed=0, scale=1.0):
-    made = tiny.batch(seed=seed)
+    made = tabular.batch(seed)
     noise = jax.random.normal(jax.random.key(seed + 7), made.reward.shape)
     return made.replace(rewards={"first": made.reward + 3, "second": scale * noise + 3, "third": made.mask * 0.5})
 
 
-def stepper(method, **options):
-    return training.make_step(tiny.scores_for(method), method, optax.sgd(0.1), **options)
-
-
 def step_once(method, rollouts, step=None, **options):
-    state = training.init(
-        tiny.params_for(method), method, optax.sgd(0.1), jax.random.key(5), rollouts=jax.eval_shape(lambda: rollouts)
-    )
-    return (step or stepper(method, **options))(state, rollouts)
+    return (step or tabular.make_step(method, **options))(tabular.start(method, rollouts=rollouts), rollouts)
 
 
 @functools.cache
 def leave_one_out():
     """The method without weights, and its step."""
     method = methods.policy_gradient(advantage="rloo", beta=0.1)
-    return method, stepper(method)
+    return method, tabular.make_step(method)
 
 
 def assert_same(left, right, tolerance=1e-6):
@@ -100,7 +92,7 @@ def test_the_first_factor_is_one_and_then_follows_the_volume_that_a_batch_adds()
         return rollouts.replace(reward=factor * (0.25 * rollouts.rewards["first"] + 0.75 * rollouts.rewards["second"]))
 
     plain = methods.policy_gradient(advantage="rloo")
-    step, plain_step = stepper(method), stepper(plain)
+    step, plain_step = tabular.make_step(method), tabular.make_step(plain)
     state, metrics = step_once(method, first, step)
     expected, _ = step_once(plain, mixed(first), plain_step)
     assert_same(state.params, expected.params)
@@ -133,7 +125,7 @@ def test_c_morl_remembers_where_it_started_or_is_told():
     means = objective_means(batch(), ("second", "third"))
     np.testing.assert_allclose(metrics["constraint_slack"], min(means[0] - 1.8, means[1] - 0.9), rtol=1e-5)
     fresh = c_morl(objective="first", constraints=("second",))
-    step = stepper(fresh)
+    step = tabular.make_step(fresh)
     state, _ = step_once(fresh, batch(0), step)
     begun = np.array(state.method_state["advantage"].returns)
     state, _ = step(state, batch(1))
@@ -156,20 +148,20 @@ def test_components_of_tokens_are_summed_over_their_sequence():
 
 
 def test_gui_g1_weighs_prompts_of_dr_grpo():
-    rollouts = tiny.batch()
+    rollouts = tabular.batch()
     weight = jnp.array([2.0, 0.0, 0.5, 1.5])
     rollouts = rollouts.replace(extras={**rollouts.extras, "prompt_weight": weight})
     found, _ = step_once(gui_g1(horizon=4), rollouts)
     dr_grpo = methods.grpo(normalize_std=False, beta=0.0, aggregation="seq_mean_token_sum_norm", horizon=4)
     scaled = rollouts.replace(reward=rollouts.reward * weight[:, None])
-    step = stepper(dr_grpo)
+    step = tabular.make_step(dr_grpo)
     expected, _ = step_once(dr_grpo, scaled, step)
     assert_same(found.params, expected.params)
     unweighted, _ = step_once(gui_g1(horizon=4, prompt_weight=None), rollouts)
     plain, _ = step_once(dr_grpo, rollouts, step)
     assert_same(unweighted.params, plain.params)
     with pytest.raises(ValueError, match="column of that name"):
-        step_once(gui_g1(), tiny.batch())
+        step_once(gui_g1(), tabular.batch())
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,9 @@ import pytest
 from jaxrl_post import advantages, data, methods
 from jaxrl_post.methods.progress import bounded_steps, with_observations
 from jaxrl_post.types import FINISH_STOP, TokenStats
+from tests.advantages.compiled import all_compiled, compiled
+
+advantages = all_compiled(advantages)
 
 GROUP, LENGTH, STEPS = 3, 9, 2
 ANSWERS = [[8, 6], [7]]
@@ -54,13 +57,17 @@ def score(rollouts):
     return TokenStats(logp=jnp.asarray(logp, jnp.float32) * rollouts.mask)
 
 
+def texts_of(method):
+    return jax.jit(lambda rollouts: {name: texts for name, (texts, _) in method.probes(rollouts).items()})
+
+
 def targets(method, rollouts, **stats):
-    asked = method.probes(rollouts) if method.probes is not None else {}
+    asked = {} if method.probes is None else texts_of(method)(rollouts)
     assert {f"probe/{name}" for name in asked} == {name for name in method.needs if "/" in name}
-    found = {f"probe/{name}": score(texts) for name, (texts, _) in asked.items()}
+    found = {f"probe/{name}": score(texts) for name, texts in asked.items()}
     found |= {"policy": score(rollouts), "reference": score(rollouts)} | stats
     state = method.init(jax.eval_shape(lambda: rollouts), 4)
-    return method.targets(state, rollouts, found, jax.random.key(0))[0]
+    return compiled(method.targets)(state, rollouts, found, jax.random.key(0))[0]
 
 
 def beliefs(batch, last_step=STEPS - 1):
@@ -197,13 +204,13 @@ def test_everything_is_finite_in_an_empty_batch_and_for_impossible_answers(batch
     options = {"steps": "turns", "num_steps": STEPS, "prefix": PREFIX}
     for method in (methods.igpo(**options), methods.grpo_vps(**options), methods.pav(**options)):
         assert not jnp.any(targets(method, empty).advantages)
-        texts = method.probes(batch)["answer"][0]
+        texts = texts_of(method)(batch)["answer"]
         stats = {
             "probe/answer": TokenStats(logp=jnp.where(texts.mask > 0, -jnp.inf, 0.0)),
             "policy": score(batch),
             "reference": score(batch),
         }
-        found, _ = method.targets(method.init(batch, 4), batch, stats, jax.random.key(0))
+        found, _ = compiled(method.targets)(method.init(batch, 4), batch, stats, jax.random.key(0))
         assert bool(jnp.all(jnp.isfinite(found.advantages)))
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from jaxrl_post import losses, methods
 from jaxrl_post.types import TokenStats
+from tests.advantages.compiled import compiled
 from tests.claims import lab
 
 TASK = lab.Task(2, 3, 2, lab.by_sequence(np.linspace(0, 1, 9), noise=0.3))
@@ -14,7 +15,7 @@ KEY = jax.random.key(0)
 
 
 def _rollouts(seed=0, group_size=4, invalid=()):
-    made = lab.sample(TASK, TASK.params(), jax.random.key(seed), group_size)
+    made = compiled(lab.sample)(TASK, TASK.params(), jax.random.key(seed), group_size)
     for place in invalid:
         made = made.replace(valid=made.valid.at[place].set(False))
     return made
@@ -33,10 +34,13 @@ def _stats(rollouts, seed, spread=0.3):
 
 
 def _loss(method, rollouts, stats, state=(), start=None):
-    targets, state = method.targets(state, rollouts, stats if start is None else start, KEY)
-    terms = method.loss(stats, rollouts, targets)
-    reduced = {k: t.weight * losses.aggregate(t.value, t.mask, t.mode, horizon=t.horizon) for k, t in terms.items()}
-    return reduced, targets, state
+    def run(state, rollouts, stats, start):
+        targets, state = method.targets(state, rollouts, start, KEY)
+        terms = method.loss(stats, rollouts, targets)
+        reduced = {k: t.weight * losses.aggregate(t.value, t.mask, t.mode, horizon=t.horizon) for k, t in terms.items()}
+        return reduced, targets, state
+
+    return jax.jit(run)(state, rollouts, stats, stats if start is None else start)
 
 
 def _sums(x, rollouts):
@@ -100,7 +104,7 @@ def test_flowrl_reads_the_partition_function_where_the_first_token_is_chosen():
     def loss(value):
         return _loss(method, rollouts, stats | {"critic": stats["critic"].replace(value=value)})[0]["flow"]
 
-    gradient = np.asarray(jax.grad(loss)(stats["critic"].value))
+    gradient = np.asarray(jax.jit(jax.grad(loss))(stats["critic"].value))
     assert gradient[:, 1].all()
     assert not gradient[:, [0, 2]].any()
 

@@ -9,7 +9,10 @@ import pytest
 from jaxrl_post import advantages, data, losses, methods, rewards, training
 from jaxrl_post.methods import credit
 from jaxrl_post.types import TokenStats
+from tests.advantages.compiled import all_compiled, compiled
 from tests.claims import lab
+
+advantages, losses = all_compiled(advantages), all_compiled(losses)
 
 PROMPTS, GROUP, LENGTH = 2, 4, 8
 
@@ -107,7 +110,7 @@ def test_with_the_prefix_as_state_only_equal_beginnings_are_shared(batch):
 def test_the_reward_models_loss_is_dpo_of_the_groups_against_the_policy_that_sampled(batch):
     stage = methods.trajectory_preference(beta=0.5)
     stats = _stats(batch)
-    targets, _ = stage.targets((), batch, stats, None)
+    targets, _ = compiled(stage.targets)((), batch, stats, None)
     term = stage.loss(stats, batch, targets)["preference"]
     np.testing.assert_array_equal(term.mask, [1, 0])  # the second prompt's valid outcomes are equal
     gap = np.asarray((stats["prm"].logp - batch.logp) * batch.mask).sum(1)[:4] * 0.5
@@ -118,7 +121,7 @@ def test_the_reward_models_loss_is_dpo_of_the_groups_against_the_policy_that_sam
     assert float(found["prm/pairs"].result()) == 4
     assert float(found["prm/accuracy"].result()) == np.mean([gap[i] > gap[j] for i, j in pairs])
     averaged = methods.trajectory_preference(beta=0.5, over_steps="mean")
-    halved = averaged.loss(stats, batch, averaged.targets((), batch, stats, None)[0])["preference"].value[0]
+    halved = averaged.loss(stats, batch, compiled(averaged.targets)((), batch, stats, None)[0])["preference"].value[0]
     np.testing.assert_allclose(halved, np.mean([np.log1p(np.exp((gap[j] - gap[i]) / 2)) for i, j in pairs]), rtol=1e-5)
 
 
@@ -146,7 +149,7 @@ def test_a_batch_without_a_pair_is_a_skipped_update_of_the_reward_model_and_the_
     start = {"policy": task.params(), "prm": table}
     state = training.init(start, method, optax.sgd(0.1), jax.random.key(0))
     step = training.make_step(lab.score, method, optax.sgd(0.1))
-    state, metrics = step(state, lab.sample(task, task.params(), jax.random.key(2), 4))
+    state, metrics = step(state, compiled(lab.sample)(task, task.params(), jax.random.key(2), 4))
     assert int(metrics["prm/empty_updates"]) == 1
     assert int(metrics["policy/empty_updates"]) == 0
     np.testing.assert_array_equal(state.params["prm"], table)
@@ -182,7 +185,7 @@ def test_the_reward_models_steps_have_an_optimizer_of_their_own_and_peak_at_the_
         state, _ = step(state, sample(jax.random.key(number)))
     assert not np.asarray(state.params["policy"]).any()
     rollouts = sample(jax.random.key(99))
-    learned = lab.score(state.params["prm"], rollouts, frozenset({"logp"}), None).logp - rollouts.logp
+    learned = compiled(lab.score)(state.params["prm"], rollouts, frozenset({"logp"}), None).logp - rollouts.logp
     right = np.asarray(rollouts.tokens[:, 3] == 1)
     size = np.abs(np.asarray(learned)[:, 1:]).mean(0)
     assert size[2] > 2 * np.delete(size, 2).max()

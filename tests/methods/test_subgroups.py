@@ -7,15 +7,16 @@ import pytest
 
 from jaxrl_post import methods
 from jaxrl_post.types import TokenStats
-from tests import tiny
+from tests.advantages.compiled import compiled
+from tests.methods import tabular
 
 
 def batch(reward, lengths, **extras):
     """Two groups of four: rewards and completion lengths `[4]` of the first, which the second repeats."""
-    made = tiny.batch(group_size=4, count=2)
+    made = tabular.batch(prompts=2)
     size = jnp.asarray([lengths, lengths]).reshape(-1, 1)
     place = jnp.arange(made.mask.shape[1])
-    mask = ((place >= tiny.PROMPT) & (place < tiny.PROMPT + size)).astype(jnp.float32)
+    mask = ((place >= 1) & (place < 1 + size)).astype(jnp.float32)
     return made.replace(
         reward=jnp.asarray([reward, reward], jnp.float32),
         valid=jnp.ones((2, 4), bool),
@@ -27,7 +28,7 @@ def batch(reward, lengths, **extras):
 def advantages_of(method, rollouts):
     """`[4]`: the advantage of each member of the first group, the same on all of its tokens."""
     stats = {"policy": TokenStats(logp=rollouts.logp)}
-    targets, _ = method.targets((), rollouts, stats, jax.random.key(0))
+    targets, _ = compiled(method.targets)((), rollouts, stats, jax.random.key(0))
     found, mask = np.asarray(targets.advantages)[:4], np.asarray(rollouts.mask)[:4] > 0
     for row, on in zip(found, mask, strict=True):
         assert np.all(row[~on] == 0)
@@ -82,9 +83,9 @@ def test_s_grpo_of_exits_that_are_all_right_still_prefers_the_earliest():
 def test_s_grpo_changes_nothing_where_no_exit_is_right():
     rollouts = batch([0.0] * 4, [1, 1, 1, 4], exit=[1, 2, 3, 4])
     np.testing.assert_array_equal(advantages_of(methods.s_grpo(), rollouts), np.zeros(4))
-    state, metrics = tiny.one_step(methods.s_grpo(), rollouts)
+    state, metrics = tabular.one_step(methods.s_grpo(), rollouts)
     assert int(metrics["nonfinite_updates"]) == 0
-    before = tiny.params_for(methods.s_grpo())["policy"]
+    before = tabular.params_for(methods.s_grpo())["policy"]
     for one, other in zip(jax.tree.leaves(state.params["policy"]), jax.tree.leaves(before), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -94,7 +95,7 @@ def test_rollouts_without_sub_groups_are_an_error_that_says_where_they_come_from
     with pytest.raises(ValueError, match=where):
         advantages_of(getattr(methods, name)(), batch([1.0] * 4, [1] * 4))
     with pytest.raises(ValueError, match=where):
-        tiny.one_step(getattr(methods, name)(), batch([1.0] * 4, [1] * 4))
+        tabular.one_step(getattr(methods, name)(), batch([1.0] * 4, [1] * 4))
 
 
 @pytest.mark.parametrize(

@@ -9,23 +9,30 @@ import pytest
 
 from jaxrl_post import losses, methods
 from jaxrl_post.types import TokenStats
+from tests.advantages.compiled import all_compiled, compiled
 from tests.claims import lab
 
+losses = all_compiled(losses)
+
 REWARDS = np.array([1.0, 0.0, 1.0, 0.5, 0.25, 0.0, 0.0, 1.0])
+TASK = lab.Task(2, 2, 3, lab.by_sequence(REWARDS))
 
 
 def _rollouts(noise=0.0):
-    task = lab.Task(2, 2, 3, lab.by_sequence(REWARDS))
-    rollouts = lab.sample(task, task.params(), jax.random.key(0), 6)
+    rollouts = compiled(lab.sample)(TASK, TASK.params(), jax.random.key(0), 6)
     return rollouts.replace(logp=rollouts.logp + noise * jax.random.normal(jax.random.key(1), rollouts.logp.shape))
 
 
 def _loss(method, rollouts, logp):
     """The weighted sum of a method's reduced terms where the trained policy's log-probs are `logp`."""
-    start = {"policy": TokenStats(logp=rollouts.logp)}
-    targets, _ = method.targets(method.init(rollouts, 2), rollouts, start, jax.random.key(2))
-    terms = method.loss({"policy": TokenStats(logp=logp)}, rollouts, targets).values()
-    return sum(t.weight * losses.aggregate(t.value, t.mask, t.mode, horizon=t.horizon) for t in terms), targets
+
+    def run(rollouts, logp):
+        start = {"policy": TokenStats(logp=rollouts.logp)}
+        targets, _ = method.targets(method.init(rollouts, 2), rollouts, start, jax.random.key(2))
+        terms = method.loss({"policy": TokenStats(logp=logp)}, rollouts, targets).values()
+        return sum(t.weight * losses.aggregate(t.value, t.mask, t.mode, horizon=t.horizon) for t in terms), targets
+
+    return jax.jit(run)(rollouts, logp)
 
 
 def test_the_soft_punishment_of_dapo_lowers_the_reward_of_answers_near_the_limit():
@@ -45,7 +52,7 @@ def test_tokens_that_m2po_leaves_out_stay_in_the_denominator():
     moved = rollouts.logp.at[0, 1].add(3.0)
     method = methods.m2po()
     start = {"policy": TokenStats(logp=moved)}
-    targets, _ = method.targets(method.init(rollouts, 2), rollouts, start, jax.random.key(2))
+    targets, _ = compiled(method.targets)(method.init(rollouts, 2), rollouts, start, jax.random.key(2))
     assert float(targets.advantages[0, 1]) == 0.0
     assert float(targets.mask[0, 1]) == 1.0
     assert np.count_nonzero(targets.advantages) == np.count_nonzero(targets.mask) - 1

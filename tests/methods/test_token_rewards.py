@@ -8,8 +8,9 @@ import pytest
 
 from jaxrl_post import data, methods, training
 from jaxrl_post.types import TokenStats
-from tests import tiny
+from tests.advantages.compiled import compiled
 from tests.claims import lab
+from tests.methods import tabular
 
 KEY = jax.random.key(0)
 
@@ -42,7 +43,7 @@ def test_rtos_advantages_are_those_of_its_token_rewards():
 
 def test_rto_without_the_dpo_policy_is_ppo_with_the_kl_in_its_reward():
     rng = np.random.default_rng(0)
-    batch = tiny.batch(3)
+    batch = tabular.batch()
     fields = {role: jnp.asarray(rng.normal(-1, 0.3, batch.mask.shape), jnp.float32) for role in ("dpo", "reference")}
     stats = {role: TokenStats(logp=x * batch.mask) for role, x in fields.items()}
     stats |= {"policy": TokenStats(logp=batch.logp), "critic": TokenStats(value=fields["dpo"])}
@@ -125,14 +126,14 @@ def test_t_reg_without_weight_is_dpo():
 
 def test_t_reg_moves_the_policy_alike_however_the_batch_is_cut():
     def moved(**options):
-        state, metrics = tiny.one_step(method, tiny.pairs(), **options)
+        state, metrics = tabular.one_step(method, tabular.batch(group_size=2), **options)
         assert int(metrics["nonfinite_updates"]) == 0
         return jax.flatten_util.ravel_pytree(jax.device_get(state.params["policy"]))[0]
 
-    method = methods.t_reg(better=[3, 4], worse=[5], alpha=0.5)
+    method = methods.t_reg(better=[1, 2], worse=[0], alpha=0.5)
     whole = moved()
     np.testing.assert_allclose(moved(micro_batches=2), whole, rtol=1e-5, atol=1e-6)
-    start = jax.flatten_util.ravel_pytree(tiny.params_for(method)["policy"])[0]
+    start = jax.flatten_util.ravel_pytree(tabular.params_for(method)["policy"])[0]
     assert np.max(np.abs(whole - start)) > 1e-5
 
 
@@ -162,7 +163,7 @@ TASK = lab.Task(2, 3, 3, lab.by_sequence(np.random.default_rng(0).random((2, 27)
 
 def trained(method):
     table = jax.random.normal(jax.random.key(3), TASK.params().shape)
-    rollouts = lab.sample(TASK, table, jax.random.key(1), 4)
+    rollouts = compiled(lab.sample)(TASK, table, jax.random.key(1), 4)
     optimizer = optax.sgd(0.3)
     shapes = jax.eval_shape(lambda: rollouts)
     state = training.init({"policy": table}, method, optimizer, KEY, rollouts=shapes, num_prompts=2)
@@ -171,9 +172,9 @@ def trained(method):
 
 
 def test_tw_grpo_with_the_largest_weight_one_is_grpo():
-    plain = methods.policy_gradient(advantage={"name": "grpo", "eps": 1e-4})
-    np.testing.assert_allclose(trained(methods.tw_grpo(alpha=1.0)), trained(plain), rtol=1e-6, atol=1e-7)
-    assert np.max(np.abs(trained(methods.tw_grpo()) - trained(plain))) > 1e-4
+    plain = trained(methods.policy_gradient(advantage={"name": "grpo", "eps": 1e-4}))
+    np.testing.assert_allclose(trained(methods.tw_grpo(alpha=1.0)), plain, rtol=1e-6, atol=1e-7)
+    assert np.max(np.abs(trained(methods.tw_grpo()) - plain)) > 1e-4
 
 
 def agents():

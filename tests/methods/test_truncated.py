@@ -7,7 +7,8 @@ import pytest
 
 from jaxrl_post import data, methods
 from jaxrl_post.types import FINISH_LENGTH, FINISH_NONE, FINISH_STOP, TokenStats
-from tests import tiny
+from tests.advantages.compiled import compiled
+from tests.methods import tabular
 
 
 def windows(finish, versions, reward=1.0):
@@ -26,7 +27,7 @@ VALUES = jnp.array([[9.0, 0.5, 0.6, 0.4, 9.0]] * 2)
 def targets(batch, **options):
     method = methods.t_ppo(whiten=False, **options)
     stats = {"policy": TokenStats(logp=batch.logp), "critic": TokenStats(value=VALUES)}
-    return method, method.targets(method.init(batch, 1), batch, stats, jax.random.key(0))[0]
+    return method, compiled(method.targets)(method.init(batch, 1), batch, stats, jax.random.key(0))[0]
 
 
 @pytest.mark.parametrize(("lam", "expected"), [(1.0, [-0.1, -0.2, 0.0]), (0.95, [-0.09, -0.2, 0.0])])
@@ -60,28 +61,28 @@ def test_the_policy_learns_from_the_newest_window_and_the_critic_from_what_has_e
 
 
 def test_one_window_for_all_is_ppo_with_a_monte_carlo_critic():
-    batch = tiny.batch()
+    batch = tabular.batch()
     batch = batch.replace(finish=jnp.maximum(batch.finish, FINISH_STOP))
     options = {"clip_high": 0.28, "lam": 1.0, "value_clip": None}
-    expected, metrics = tiny.one_step(methods.ppo(**options), batch)
-    state, found = tiny.one_step(methods.t_ppo(**options), batch)
+    expected, metrics = tabular.one_step(methods.ppo(**options), batch)
+    state, found = tabular.one_step(methods.t_ppo(**options), batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, expected.params)
     np.testing.assert_allclose(found["loss"], metrics["loss"], atol=1e-6)
 
 
 def test_a_batch_in_which_nothing_has_ended_trains_the_policy_alone():
-    batch = tiny.batch()
+    batch = tabular.batch()
     batch = batch.replace(finish=jnp.full_like(batch.finish, FINISH_NONE))
     method = methods.t_ppo()
     stats = {
         "policy": TokenStats(logp=batch.logp),
         "critic": TokenStats(value=jax.random.normal(jax.random.key(3), batch.mask.shape)),
     }
-    made, _ = method.targets((), batch, stats, jax.random.key(0))
+    made, _ = compiled(method.targets)((), batch, stats, jax.random.key(0))
     assert float(jnp.sum(method.loss(stats, batch, made)["value"].mask)) == 0
     assert float(jnp.sum(jnp.abs(made.advantages))) > 0
-    before = jax.tree.map(jnp.copy, tiny.params_for(method)["critic"])
-    state, metrics = tiny.one_step(method, batch)
+    before = jax.tree.map(jnp.copy, tabular.params_for(method)["critic"])
+    state, metrics = tabular.one_step(method, batch)
     assert np.isfinite(float(metrics["loss"]))
     jax.tree.map(np.testing.assert_array_equal, state.params["critic"], before)
 
