@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxrl_post.types import Array, Params
 
@@ -56,6 +57,8 @@ class Rounded:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _rounded(dtype: Any, weight: Array, stand_in: Array) -> Array:
     del stand_in
+    # In the order it is stored in, or XLA may lay out the weights of all layers anew, for the product with one of them.
+    weight = with_layout_constraint(weight, Layout(tuple(range(weight.ndim))))
     kept, given = jnp.finfo(dtype), jnp.finfo(weight.dtype)
     if kept.nexp == given.nexp:
         # The same numbers as without, but XLA would round what a scan slices before it slices it: all layers at once.
