@@ -9,6 +9,7 @@ import nbformat
 import pytest
 
 import jaxrl_post
+from tests.conftest import XLA_FLAGS
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
@@ -23,7 +24,9 @@ each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
 
 @each
-def test_a_notebook_runs_at_small_size(path):
+def test_a_notebook_runs_at_small_size(path, monkeypatch):
+    if path.stem != "05_from_one_chip_to_a_pod":  # whose compiler is that of TPUs, which does not know them all
+        monkeypatch.setenv("XLA_FLAGS", XLA_FLAGS)
     run.execute(path, small=True)
 
 

@@ -26,15 +26,18 @@ def test_the_example_of_a_loss_runs_and_has_a_gradient(capsys):
     assert np.all(np.sign(gradient) == np.where(names["mask"], [[-1], [1], [1], [1]], 0))
 
 
-def test_the_example_of_a_method_gives_methods_that_train():
+@pytest.mark.parametrize(
+    "name",
+    ["mine", "like_verl", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("dapo", "like_trl"))],
+)
+def test_the_example_of_a_method_gives_methods_that_train(name):
     names: dict = {}
     exec(EXAMPLES[1], names)
-    before = tiny.params_for(names["mine"])["policy"]
-    for name in ("dapo", "mine", "like_trl", "like_verl"):
-        state, metrics = tiny.one_step(names[name], tiny.batch())
-        assert float(metrics["nonfinite_updates"]) == 0
-        moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params["policy"], before)
-        assert max(jax.tree.leaves(moved)) > 0, name
+    before = tiny.params_for(names[name])["policy"]
+    state, metrics = tiny.one_step(names[name], tiny.batch())
+    assert float(metrics["nonfinite_updates"]) == 0
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params["policy"], before)
+    assert max(jax.tree.leaves(moved)) > 0
 
 
 def test_the_example_of_a_configuration_on_a_base_is_valid(tmp_path):

@@ -48,7 +48,7 @@ def tiny_run(directory: Path, **changes) -> Path:
         "method": {"name": "grpo"},
         "warm_start": {"steps": 3, "batch_size": 4, "examples": 8, "optimizer": {"learning_rate": 0.01}},
         "training": training(),
-        "eval": {"problems": 8, "samples": 2, "k": 2},
+        "eval": {"problems": 8, "samples": 4, "k": 2},  # sampled by the program that samples for training
         "logging": {"progress": False, "tensorboard": False},
     }
     values |= changes

@@ -22,7 +22,7 @@ def run(directory, *overrides, quantize="none", **changes):
     return path
 
 
-@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("quantize", [pytest.param("none", marks=pytest.mark.nightly), "nf4"])
 def test_a_run_trains_the_adapters_alone_and_its_reference_is_the_model_without_them(tmp_path, quantize):
     path = run(tmp_path, quantize=quantize)
     parts = setup.build(configs.load(path))

@@ -71,10 +71,10 @@ alone = functools.cache(run)
 @pytest.mark.parametrize(
     ("name", "axes"),
     [
-        ("dense", "data, fsdp, tensor"),
         ("experts", "fsdp, tensor, expert"),
         ("dense", "fsdp, tensor, sequence"),
-        ("experts", "fsdp, tensor, sequence"),
+        pytest.param("dense", "data, fsdp, tensor", marks=pytest.mark.nightly),
+        pytest.param("experts", "fsdp, tensor, sequence", marks=pytest.mark.nightly),
         pytest.param("dense", "fsdp", marks=pytest.mark.nightly),
         pytest.param("dense", "fsdp, tensor, expert", marks=pytest.mark.nightly),
         pytest.param("experts", "fsdp", marks=pytest.mark.nightly),
@@ -98,7 +98,7 @@ def test_eight_devices_sample_the_tokens_and_take_the_step_of_one(name, axes):
 @pytest.mark.parametrize(
     ("sizes", "more"),
     [
-        ({"fsdp": 8}, {}),
+        pytest.param({"fsdp": 8}, {}, marks=pytest.mark.nightly),
         ({"fsdp": 2, "tensor": 2, "expert": 2}, EXPERTS | {"tied": True}),
         ({"fsdp": 2, "tensor": 2, "sequence": 2}, {}),
     ],

@@ -57,7 +57,7 @@ def run(tmp_path, checkpoint, *overrides, **model):
         model={"path": checkpoint and str(checkpoint), "export": str(tmp_path / "out"), **model},
         data={
             "files": [str(runs.write_problems(tmp_path / "train.jsonl"))],
-            "max_prompt_length": 3,
+            "max_prompt_length": 6,
         },
         method={"name": "grpo", "beta": 0.1},
         warm_start=None,
@@ -255,6 +255,7 @@ def test_plain_prompts_can_be_put_through_the_chat_template(tmp_path, checkpoint
             "chat": True,
             "system": "9",
         },
+        method={"name": "grpo", "beta": 0.1},
         warm_start=None,
         eval={"problems": 0},
     )

@@ -35,7 +35,7 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "point", [pytest.param(p, marks=[] if "save" in p or "commit" in p else pytest.mark.nightly) for p in POINTS]
+    "point", [pytest.param(p, marks=[] if p == "before_the_commit" else pytest.mark.nightly) for p in POINTS]
 )
 def test_a_killed_run_ends_with_the_same_bits(point, uninterrupted, tmp_path):
     path = runs.tiny_run(tmp_path)

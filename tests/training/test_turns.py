@@ -47,16 +47,17 @@ def test_the_reward_of_a_sequence_is_what_the_environment_gives_for_its_actions(
     np.testing.assert_allclose(rollouts.reward.reshape(-1), 2.0 * earned.sum(axis=1))
     np.testing.assert_allclose(rollouts.rewards["environment"].reshape(-1), earned.sum(axis=1))
     assert 0 < (earned > 0).sum() < len(earned)
+    reset, step = jax.jit(environment.reset), jax.jit(environment.step)
     for row, tokens in enumerate(rollouts.tokens):
         # Played again on the host, one action after the other.
         problem = batches.problems[row // 4]
-        state, prompt = environment.reset(jnp.int32(problem["task"]), jax.random.key(0))
+        state, prompt = reset(jnp.int32(problem["task"]), jax.random.key(0))
         assert tokens[: int(prompt.length)].tolist() == problem["prompt_tokens"]
         total = 0.0
         for turn in range(rollouts.step[row].max() + 1):
             action = tokens[rollouts.step[row] == turn]
             said = Text(jnp.asarray(action), jnp.int32(len(action)))
-            state, _, reward, done = environment.step(state, said, jax.random.key(0))
+            state, _, reward, done = step(state, said, jax.random.key(0))
             total += float(reward)
         assert bool(done) == (rollouts.finish.reshape(-1)[row] == 1)
         assert total == earned[row].sum()

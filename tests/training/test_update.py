@@ -21,19 +21,20 @@ def assert_same(left, right, tolerance=1e-6):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance), left, right)
 
 
-def objectives(combine=None, only=NAMES, scale=(1.0, 1.0, 1.0), state=None) -> Method:
-    """Log-probs weighted by three different functions of the rewards, one term each."""
+def objectives(combine=None, chosen=False, scale=(1.0, 1.0, 1.0), state=None) -> Method:
+    """Log-probs weighted by three functions of the rewards, one term each; `chosen` by the numbers in the state."""
 
     def targets(state, rollouts, stats, key):
         reward = rollouts.reward.reshape(-1, 1)
         extras = {"first": reward, "second": jnp.sin(3 * reward), "third": jnp.ones_like(reward)}
+        if chosen:
+            extras = {name: factor * extras[name] for name, factor in zip(NAMES, state, strict=True)}
         return Targets(rollouts.mask, rollouts.valid_mask, rollouts.logp, extras=extras), state
 
     def loss(stats, rollouts, targets):
         return {
             name: Term(-stats["policy"].logp * targets.extras[name], targets.mask, "token_mean", weight * factor)
             for name, weight, factor in zip(NAMES, WEIGHTS, scale, strict=True)
-            if name in only
         }
 
     return Method(
@@ -41,7 +42,7 @@ def objectives(combine=None, only=NAMES, scale=(1.0, 1.0, 1.0), state=None) -> M
         loss,
         needs={"policy": frozenset({"logp"})},
         combine=combine,
-        init=lambda rollouts, num_prompts: jnp.zeros((3, 3)) if state is None else state,
+        init=lambda rollouts, num_prompts: jnp.zeros(3 if chosen else (3, 3)) if state is None else state,
     )
 
 
@@ -60,10 +61,12 @@ def weighted():
 @pytest.fixture(scope="module")
 def inner_products():
     """From the gradient of each term alone, in float64."""
-    before = tiny.params_for(objectives())["policy"]
+    method, optimizer = objectives(chosen=True), optax.sgd(1.0)
+    before, step = tiny.params_for(method)["policy"], training.make_step(tiny.scores_for(method), method, optimizer)
     rows = []
-    for name in NAMES:
-        state, _ = tiny.one_step(objectives(only=(name,)), tiny.batch(count=8), optax.sgd(1.0))
+    for chosen in jnp.eye(len(NAMES)):
+        state = training.init(tiny.params_for(method), method, optimizer, jax.random.key(5))
+        state, _ = step(state.replace(method_state=chosen), tiny.batch(count=8))
         difference = jax.tree.map(lambda a, b: np.asarray(a, np.float64) - b, before, state.params["policy"])
         rows.append(np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(difference)]))
     return np.array(rows) @ np.array(rows).T
@@ -71,7 +74,12 @@ def inner_products():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"micro_batches": 4}, {"mesh": {"fsdp": 4, "tensor": 2}}, {"mesh": {"fsdp": 4}, "micro_batches": 2}],
+    [
+        {"mesh": {"fsdp": 4, "tensor": 2}, "micro_batches": 2},
+        pytest.param({}, marks=pytest.mark.nightly),
+        pytest.param({"micro_batches": 4}, marks=pytest.mark.nightly),
+        pytest.param({"mesh": {"fsdp": 4}, "micro_batches": 2}, marks=pytest.mark.nightly),
+    ],
     ids=str,
 )
 def test_inner_products_are_those_of_whole_batch_gradients_however_it_is_cut(options, inner_products, weighted):
@@ -130,7 +138,15 @@ def after_the_first_batch():
     return plain, optimizer, tiny.one_step(plain, tiny.batch(count=8), optimizer)[0]
 
 
-@pytest.mark.parametrize("options", [{}, {"micro_batches": 2}, {"mesh": {"fsdp": 4, "tensor": 2}}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mesh": {"fsdp": 4, "tensor": 2}, "micro_batches": 2},
+        pytest.param({}, marks=pytest.mark.nightly),
+        pytest.param({"micro_batches": 2}, marks=pytest.mark.nightly),
+    ],
+    ids=str,
+)
 def test_a_method_may_train_on_the_batch_before(options):
     options = dict(options)
     if "mesh" in options:
@@ -164,7 +180,8 @@ def test_rollouts_that_lack_what_a_method_wants_are_an_error_that_says_who_gives
     batch = tiny.batch()
     with pytest.raises(ValueError, match=r"must be \[P\] = \[4\], a number per prompt, got shape \(16,\)"):
         tiny.one_step(column, batch.replace(extras={**batch.extras, "difficulty": jnp.zeros(16)}))
-    tiny.one_step(column, batch.replace(extras={**batch.extras, "difficulty": jnp.zeros(4)}), micro_batches=2)
+    given = batch.replace(extras={**batch.extras, "difficulty": jnp.zeros(4)})
+    jax.eval_shape(lambda: tiny.one_step(column, given, micro_batches=2))
 
 
 def test_logsumexp_is_scored_as_the_normaliser_of_logp():
@@ -184,7 +201,7 @@ def test_logsumexp_is_scored_as_the_normaliser_of_logp():
     np.testing.assert_allclose(found, jnp.where(inside, chosen, 0.0), atol=1e-5)
 
 
-@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=pytest.mark.nightly), 4])
 def test_extras_of_sequences_and_of_prompts_reach_their_rows_in_every_micro_batch(micro_batches):
     def loss(stats, rollouts, targets):
         by_row = rollouts.extras["sequence"].reshape(-1, 1) * rollouts.mask
