@@ -75,6 +75,6 @@ def test_no_device_holds_the_whole_unembedding_and_its_gradient_is_scattered_onc
     found = collectives(compiled)
     large = [c for c in found if max(map(np.prod, c.shapes)) > tokens * width]
     assert [(c.operation, c.in_loop) for c in large] == [("all-gather", True)] * 2  # forward and backward
-    piece = (vocabulary // 4, width // 8)
+    piece = (1, vocabulary // 4, width // 8)
     assert [c.in_loop for c in found if c.operation == "reduce-scatter" and piece in c.shapes] == [True]
     assert sum(c.operation == "reduce-scatter" for c in found) == 1

@@ -129,4 +129,4 @@ def test_no_device_holds_a_whole_table_or_tokens_by_vocabulary(sizes, more, monk
     assert large == [("all-gather", True)] * 2
     columns = width * mesh.shape["tensor"] // 8
     scattered = [c.shapes for c in collectives(compiled) if c.operation == "reduce-scatter" and c.in_loop]
-    assert scattered == [((vocabulary // 4, columns),)]
+    assert scattered == [((1, vocabulary // 4, columns),)]

@@ -34,6 +34,7 @@ from jaxrl_post.kernels.token_logprob.statistics import (
     nothing,
     per_token,
 )
+from jaxrl_post.kernels.token_logprob.tiles import LANES, SUBLANES
 from jaxrl_post.types import Array
 
 MODULES = {"chunked": chunked, "pallas_tpu": pallas_tpu}
@@ -193,7 +194,14 @@ def scatter(at: Layout, d_unembedding: Array | None) -> Array | None:
     """The device's columns of the gradient of rows that were gathered, summed over those that gathered them."""
     if d_unembedding is None or not at.width:
         return d_unembedding
-    return jax.lax.psum_scatter(d_unembedding, at.width, scatter_dimension=1, tiled=True)
+    rows, width = d_unembedding.shape
+    columns = width // math.prod(jax.lax.axis_size(name) for name in at.width)
+    # XLA's TPU compiler scatters columns only where a device's are whole tiles, and eight or a multiple of them: else
+    # every device is sent the sum of all, which is twice the bytes. A copy lays a device's columns in one place.
+    if columns % LANES == 0 and math.ceil(rows / SUBLANES) * (columns // LANES) % 8 == 0:
+        return jax.lax.psum_scatter(d_unembedding, at.width, scatter_dimension=1, tiled=True)
+    parts = d_unembedding.reshape(rows, -1, columns).swapaxes(0, 1)
+    return jax.lax.psum_scatter(parts, at.width, scatter_dimension=0)
 
 
 def add_up(at: Layout, found: Gradients) -> Gradients:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from jaxrl_post.kernels.platform import current_device
 
-LANES = 128
+LANES, SUBLANES = 128, 8
 SLICE = {"forward": 256, "forward_keeping": 512, "d_hidden": 512, "d_unembedding": 512}
 """Vocabulary rows whose logits are made at a time, by what the compiler schedules best."""
 
