@@ -62,7 +62,9 @@ class _Peak:
             owners[instruction.name], made[instruction.name] = self._owners(where, instruction, owners)
         last: dict[str, int] = {}
         for index, instruction in enumerate(order):
-            for name in (*instruction.operands, instruction.name):
+            # Of a tuple that a part is taken of, no other part is read.
+            read = () if instruction.opcode == "get-tuple-element" else instruction.operands
+            for name in (*read, instruction.name):
                 for holders in owners.get(name, ()):
                     last.update(dict.fromkeys(holders, index))
         outside = set().union(*owners[where.root.name]) if owners[where.root.name] else set()
@@ -132,7 +134,7 @@ class _Peak:
         found = {}
         for i, end in enumerate(ends):
             one = _past(inner, end)
-            if one.opcode == "dynamic-update-slice":
+            if one.opcode in ("dynamic-update-slice", "scatter"):
                 target = _past(inner, one.operands[0])
                 if target.opcode == "parameter":
                     found[i] = instruction.operands[int(target.inner)]
