@@ -276,7 +276,7 @@ def _read(leaf: jax.ShapeDtypeStruct, place: Place, tensors: Mapping[str, Tensor
     without_layers = sharding
     if isinstance(sharding, NamedSharding):
         without_layers = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    whole = jax.jit(lambda: jnp.zeros(leaf.shape, dtype), out_shardings=sharding)()
+    whole = jax.jit(_zeros, static_argnums=(0, 1), out_shardings=sharding)(leaf.shape, dtype)
     put = jax.jit(_put, donate_argnums=0, out_shardings=sharding)
     for layer in range(place.lead[0]):
         # Wait, or layers would pile up on the host.
@@ -284,6 +284,10 @@ def _read(leaf: jax.ShapeDtypeStruct, place: Place, tensors: Mapping[str, Tensor
             put(whole, _part(leaf.shape[1:], dtype, without_layers, place, (layer,), tensors), layer)
         )
     return whole
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jnp.zeros(shape, dtype)
 
 
 def _put(whole: jax.Array, part: jax.Array, layer: jax.Array) -> jax.Array:
