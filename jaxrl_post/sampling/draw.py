@@ -70,13 +70,20 @@ def sample(key: Array, logits: Array) -> Array:
     size = logits.shape[-1]
     if size <= 2 * BLOCK:
         return jnp.argmax(logits + _noise(key, logits.shape, logits.dtype), axis=-1).astype(jnp.int32)
-    blocks = jnp.pad(logits, ((0, 0), (0, -size % BLOCK)), constant_values=-jnp.inf).reshape(len(logits), -1, BLOCK)
     # All of a row's noise at once: every call of the generator costs a program of its own.
-    count = blocks.shape[1]
+    count = -(-size // BLOCK)
     noise = _noise(key, (len(logits), count + BLOCK), logits.dtype)
-    block = jnp.argmax(jax.nn.logsumexp(blocks, axis=-1) + noise[:, :count], axis=-1).astype(jnp.int32)
-    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return block * BLOCK + jnp.argmax(inside + noise[:, count:], axis=-1).astype(jnp.int32)
+    # The weights are those of `token_statistics`, and in one program with it are made once.
+    weight = jnp.exp(logits - jnp.max(logits, axis=-1)[:, None])
+    block = jnp.argmax(jnp.log(jnp.sum(_in_blocks(weight, 0.0), axis=-1)) + noise[:, :count], axis=-1)
+    inside = jnp.take_along_axis(_in_blocks(logits, -jnp.inf), block[:, None, None], axis=1)[:, 0]
+    return (block * BLOCK + jnp.argmax(inside + noise[:, count:], axis=-1)).astype(jnp.int32)
+
+
+def _in_blocks(values: Array, padding: float) -> Array:
+    """`[B, V / BLOCK, BLOCK]`, from `[B, V]`."""
+    filled = jnp.pad(values, ((0, 0), (0, -values.shape[-1] % BLOCK)), constant_values=padding)
+    return filled.reshape(len(values), -1, BLOCK)
 
 
 def _noise(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
