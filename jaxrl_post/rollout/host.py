@@ -7,8 +7,8 @@ that a policy calls in `host_tools`. Environments written in JAX need none of th
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,24 @@ from jaxrl_post.rollout.host_calls import Caller
 from jaxrl_post.rollout.host_environment import HostEnvironment, TextTokenizer
 from jaxrl_post.rollout.resume import resume
 from jaxrl_post.sampling import SamplingParams, is_truncating
-from jaxrl_post.types import FINISH_NONE, Array, Params, Policy, Rollouts
+from jaxrl_post.types import FINISH_NONE, Array, Params, Policy, PyTree, Rollouts
+
+
+class Processes(NamedTuple):
+    """How several processes of `jax.distributed` act together, each for tasks of its own.
+
+    Attributes:
+        place: from host arrays of this process's tasks, `[P, ...]` or `[P * G, ...]`, to arrays of all on the devices.
+        read: back, to host arrays of this process's tasks.
+        any: whether a flag is set in any of them; called by all alike.
+    """
+
+    place: Callable[[PyTree], PyTree]
+    read: Callable[[PyTree], PyTree]
+    any: Callable[[bool], bool]
+
+
+ALONE = Processes(place=lambda tree: tree, read=jax.device_get, any=bool)
 
 
 def host_turns(
@@ -45,6 +62,7 @@ def host_turns(
     max_errors: int = 3,
     on_error: str = "error: {error}",
     concurrency: int = 256,
+    processes: Processes = ALONE,
 ) -> Rollouts:
     """Sample `group_size` sequences for each task, in turns of the policy and an environment in Python.
 
@@ -52,8 +70,8 @@ def host_turns(
     compiled program for all turns; then `environment.step` answers all actions at once. Transcripts are tokens in,
     tokens out: an action is decoded for the environment only, an observation is encoded by itself and appended, and
     what was sampled is never encoded again. Sequences wait for each other at the end of a turn, and a turn reads the
-    transcripts again; an environment that can be written in JAX has neither cost. It is no jitted function, and is for
-    one process.
+    transcripts again; an environment that can be written in JAX has neither cost. It is no jitted function; several
+    processes call it alike, each with tasks of its own, which its environment answers.
 
     A call that raises or runs out of time answers with `on_error` and reward 0, and is counted; `max_errors` of them
     in a row end the sequence with `FINISH_ABORT`, not `valid`, as do a failed `reset`, a reward that is not finite and
@@ -83,10 +101,13 @@ def host_turns(
         on_error: the observation after a call that failed, of characters that the tokenizer knows; `{error}` is what
             went wrong, left out where the tokenizer cannot encode it.
         concurrency: calls of the environment at a time.
+        processes: how several processes act together; `tasks`, `prompt_id` and `id` are then those of this one, at
+            least one, and arrays in `sampling` scalars.
 
     Returns:
-        `Rollouts` whose mask is 1 on sampled tokens, with their turn as `step`. `rewards["environment"]` `[B, T]`
-        holds each reward on the last token of its action, `reward` their sum. Extras beside those of `generate`,
+        `Rollouts`, of the tasks of all processes, whose mask is 1 on sampled tokens, with their turn as `step`.
+        `rewards["environment"]` `[B, T]` holds each reward on the last token of its action, `reward` their sum. Extras
+        beside those of `generate`,
         `[P, G]` int32: `turns`, actions answered; `environment_errors`, calls that failed; `environment_timeouts`, the
         time-outs among them.
 
@@ -133,17 +154,18 @@ def host_turns(
     rollouts = transcripts.unsampled(prompts, max_length, group_size, id, prompt_id, truncated=is_truncating(sampling))
     for turn in range(max_turns):
         before = rollouts
-        if not np.any(before.finish == FINISH_NONE):
+        if not processes.any(bool(np.any(before.finish == FINISH_NONE))):
             break
         total = transcripts.sampled(before) + record.limits.reshape(before.length.shape) - before.length
-        rollouts = jax.device_get(act(params, before, key, turn, version, total, arrays))
+        placed, room = processes.place((before, total))
+        rollouts = processes.read(act(params, placed, key, turn, version, room, arrays))
         rows, actions = transcripts.actions(before, rollouts, tokenizer)
         outcomes = caller(
             [(environment.step, (record.states[row], action)) for row, action in zip(rows, actions, strict=True)]
         )
         steps = transcripts.understood(record, rows, outcomes, tokenizer, on_error)
         rollouts = transcripts.answered(rollouts, record, rows, steps, max_errors, is_last=turn + 1 == max_turns)
-    return transcripts.closed(rollouts, record)
+    return jax.tree.map(jnp.asarray, processes.place(transcripts.closed(rollouts, record)))
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "fixed", "max_new_tokens", "cache_dtype"))

@@ -9,8 +9,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_post.rollout.host_calls import Outcome
@@ -239,16 +237,15 @@ def answered(
 
 
 def closed(rollouts: Rollouts, record: Record) -> Rollouts:
-    """Rollouts on the device, with what the record holds."""
+    """Rollouts with what the record holds."""
     grouped = rollouts.length.shape
     counts = {
         "turns": record.turns,
         "environment_errors": record.errors,
         "environment_timeouts": record.timeouts,
     }
-    rollouts = rollouts.replace(
+    return rollouts.replace(
         reward=record.rewards.sum(axis=1).reshape(grouped),
         rewards={"environment": record.rewards},
         extras=rollouts.extras | {name: count.reshape(grouped) for name, count in counts.items()},
     )
-    return jax.tree.map(jnp.asarray, rollouts)

@@ -60,14 +60,11 @@ def make_turns(config: Config, tokenizer: data.Tokenizer) -> Turns | HostTurns |
     """What `data.environment` or `rollout.environment` says; None without.
 
     Raises:
-        ConfigError: if there is no such environment, it refuses its options, its prompts are too long, or it would have
-            to answer several processes.
+        ConfigError: if there is no such environment, it refuses its options, or its prompts are too long.
     """
     options, rollout = config.data, config.rollout
     longest = rollout.max_turn_tokens or rollout.max_new_tokens
     if rollout.environment is not None:
-        if jax.process_count() > 1:
-            raise ConfigError(["rollout.environment: answers one process only; write it in JAX (data.environment)"])
         make = find_function(rollout.environment, "rollout.environment")
         answers = _made(make, rollout.environment, rollout.environment_options, "rollout.environment")
         if not (callable(getattr(answers, "reset", None)) and callable(getattr(answers, "step", None))):

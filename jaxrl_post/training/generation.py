@@ -26,6 +26,7 @@ from jaxrl_post.rollout import (
     merge_groups,
     resume,
 )
+from jaxrl_post.rollout.host import Processes
 from jaxrl_post.training.environment_setup import HostTurns, Turns
 from jaxrl_post.types import FINISH_NONE, Array, Params, Policy, Rollouts
 
@@ -217,6 +218,7 @@ def sample_on_host(
     prompt_id: NDArray,
     id: NDArray,
     version: int,
+    processes: Processes,
 ) -> Rollouts:
     """The same in an environment in Python, which is asked turn by turn.
 
@@ -231,6 +233,7 @@ def sample_on_host(
         prompt_id: `[P]`.
         id: `[P, G]` uint32.
         version: recorded with every token.
+        processes: how several act together, each for problems of its own.
     """
     assert isinstance(how.turns, HostTurns)
     return host_turns(
@@ -250,6 +253,7 @@ def sample_on_host(
         cache_dtype=None if how.cache_dtype is None else jnp.dtype(how.cache_dtype),
         prompt_id=jnp.asarray(prompt_id),
         id=jnp.asarray(id),
+        processes=processes,
         timeout=how.turns.timeout,
         on_error=how.turns.on_error,
     )

@@ -6,6 +6,7 @@ every reward and none holds all tokens. A reward function that compares completi
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,7 +20,9 @@ from numpy.typing import NDArray
 from jaxrl_post import data, rewards
 from jaxrl_post import mesh as mesh_lib
 from jaxrl_post.rollout import BUDGET, EXIT, Prompts
+from jaxrl_post.rollout.host import ALONE, Processes
 from jaxrl_post.training import distributed
+from jaxrl_post.training.config import ConfigError
 from jaxrl_post.training.environment_setup import HostTurns, by_token
 from jaxrl_post.training.generation import Continued, Generation, Tasks, compiled_generate, sample_on_host
 from jaxrl_post.training.setup import Setup
@@ -105,8 +108,18 @@ class Sampler:
         self._rewarded = rewarded
         self._budgets = budgets
         self._how, self._turns = how, how.turns
-        if not isinstance(how.turns, HostTurns):  # which is asked from Python
+        if not isinstance(how.turns, HostTurns):
             self._generate = setup.program(name, compiled_generate(setup.policy, how), how)
+            return
+        share = make_share(prompts, setup.rollout_mesh)  # an environment is asked from Python
+        if distributed.any_process(len(share.own) < len(share.held)):
+            raise ConfigError(
+                [
+                    f"rollout.environment: the rows of {prompts} prompts do not lie on one process each, which would "
+                    "answer them; give a number of prompts that data * fsdp divides (rollout.prompts, eval.problems), "
+                    "and a mesh (rollout.mesh) that splits the model within processes only"
+                ]
+            )
 
     def __call__(self, params: Params, problems: Sequence[data.Problem], key: Array) -> Sampled:
         """`begin` and `score`, of a policy that does not learn from it."""
@@ -139,7 +152,9 @@ class Sampler:
         for start in range(0, len(problems), self._prompts):
             some = list(problems[start : start + self._prompts])
             count = len(some)
-            if not isinstance(self._turns, HostTurns):  # where each problem is really played
+            if (
+                not isinstance(self._turns, HostTurns) or jax.process_count() > 1
+            ):  # one process plays no more than asked
                 some += some[:1] * (self._prompts - count)  # filled up to the compiled shape
             share = make_share(len(some), self._setup.rollout_mesh)
             first = first_id + start * self._group_size
@@ -219,11 +234,12 @@ class Sampler:
         count: int,
         version: int,
     ) -> Rollouts:
-        """Groups that act in an environment in Python, for the one process that there is."""
+        """Groups that act in an environment in Python, which answers each process's own."""
+        several = Processes(share.place, functools.partial(jax.tree.map, share.read), distributed.any_process)
         rollouts = sample_on_host(
             self._setup.policy,
             params,
-            problems,
+            [problems[i] for i in share.held],
             key,
             how=self._how,
             tokenizer=self._setup.tokenizer,
@@ -231,6 +247,7 @@ class Sampler:
             prompt_id=_prompt_ids(share, problems, count),
             id=self._ids(share, first_id),
             version=version,
+            processes=several if jax.process_count() > 1 else ALONE,
         )
         return mesh_lib.place(rollouts, mesh_lib.rollout_shardings(rollouts, self._setup.rollout_mesh))
 

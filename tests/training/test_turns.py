@@ -9,7 +9,7 @@ from jaxrl_post.rollout.environments import Text
 from jaxrl_post.training import config as configs
 from jaxrl_post.training import loop, setup
 from jaxrl_post.training.batches import Batches, Cursor
-from tests.training import runs
+from tests.training import runs, test_distributed
 from tests.training.configurations import problems_of
 
 WORLD = {
@@ -242,6 +242,38 @@ def test_an_environment_in_python_answers_between_turns_and_its_words_are_not_tr
     assert rows[0]["environment/errors"] == 0
     assert rows[0]["sampling/sampling_logp_difference/max"] < 1e-4
     assert "eval/accuracy" in rows[-1]
+
+
+MESHED = ("mesh.fsdp=4", "eval.problems=4")
+
+
+def of_two_processes(path, *overrides):
+    """How a run ends: statuses and what is written."""
+    return test_distributed.ended(test_distributed.launch(path, 2, 2, *MESHED, *overrides), path.parent)
+
+
+def jax_run(directory):
+    """With a reward that tells completions apart: where all are worth the same, gradients are rounding errors."""
+    directory.mkdir(parents=True)
+    digits = "return [sum(c.isdigit() for c in text) / len(text) for text in completions]"
+    (directory / "digits.py").write_text(f"def digits(completions):\n    {digits}\n")
+    return world_run(directory, rewards=[*WORLD["rewards"], {"path": f"{directory}/digits.py:digits"}])
+
+
+@pytest.mark.parametrize("make", [host_run, pytest.param(jax_run, marks=pytest.mark.nightly)])
+def test_two_processes_each_answer_their_own_sequences_as_one_answers_all(tmp_path, make):
+    one, two = (make(tmp_path / name) for name in ("one", "two"))
+    loop.run(configs.load(one, ["eval.problems=4"]))
+    statuses, outputs = of_two_processes(two)
+    assert statuses == [0, 0], outputs
+    test_distributed.check_same(runs.lines(two.parent / "run"), runs.lines(one.parent / "run"))
+
+
+@pytest.mark.nightly
+def test_an_environment_in_python_refuses_rows_that_lie_on_several_processes(tmp_path):
+    statuses, outputs = of_two_processes(host_run(tmp_path), "rollout.prompts=3")
+    assert all(status > 0 for status in statuses), outputs
+    assert "rollout.environment: the rows of 3 prompts do not lie on one process each" in outputs[0]
 
 
 def test_an_answer_that_does_not_come_is_an_error_that_is_counted(tmp_path):
