@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -57,8 +58,10 @@ class Rounded:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _rounded(dtype: Any, weight: Array, stand_in: Array) -> Array:
     del stand_in
-    # In the order it is stored in, or XLA may lay out the weights of all layers anew, for the product with one of them.
-    weight = with_layout_constraint(weight, Layout(tuple(range(weight.ndim))))
+    if math.prod(jax.sharding.get_abstract_mesh().axis_sizes) == 1:
+        # In the order it is stored in, or XLA may lay out the weights of all layers anew, for the product with one of
+        # them. On a mesh it gathers a layer's weights, and lays out these.
+        weight = with_layout_constraint(weight, Layout(tuple(range(weight.ndim))))
     kept, given = jnp.finfo(dtype), jnp.finfo(weight.dtype)
     if kept.nexp == given.nexp:
         # The same numbers as without, but XLA would round what a scan slices before it slices it: all layers at once.
