@@ -252,7 +252,7 @@ class _Counter:
     def _read_of(self, inner: Computation, name: str) -> float:
         """Bytes that the users of a value read of it; infinite for all of them."""
         total = 0.0
-        for user in _past_bitcasts(inner, name):
+        for user in _past_views(inner, name):
             if user.opcode in ("dynamic-slice", "slice", "gather"):
                 total += sum(a.bytes for a in user.arrays)
             elif user.opcode == "dynamic-update-slice" and _source(inner, user.operands[0]) == name:
@@ -334,16 +334,22 @@ def _operands(where: Computation, instruction: Instruction) -> list[Array]:
     return [one for each in found for one in each]
 
 
-def _past_bitcasts(where: Computation, name: str) -> list[Instruction]:
-    """The users of a value, those of its bitcasts in place of them."""
+def _is_view(one: Instruction) -> bool:
+    """Whether, inside a fusion, it names the elements of its operand in another way and moves none by itself."""
+    relaid = one.opcode == "fusion" and len(one.operands) == 1 and "output_to_operand_aliasing={{}: " in one.attributes
+    return one.opcode == "bitcast" or relaid
+
+
+def _past_views(where: Computation, name: str) -> list[Instruction]:
+    """The users of a value, those of its views in place of them."""
     found = []
     for user in where.users(name):
-        found += _past_bitcasts(where, user.name) if user.opcode == "bitcast" else [user]
+        found += _past_views(where, user.name) if _is_view(user) else [user]
     return found
 
 
 def _source(inner: Computation, name: str) -> str:
-    while inner.instructions[name].opcode == "bitcast":
+    while _is_view(inner.instructions[name]):
         name = inner.instructions[name].operands[0]
     return name
 

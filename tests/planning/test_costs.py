@@ -152,10 +152,16 @@ HloModule test, is_scheduled=true
   ROOT %ds = f32[1,128]{1,0:T(1,128)} dynamic-slice(%p0, %p1, %zero), dynamic_slice_sizes={1,128}
 }
 
+%laid_anew (l0: f32[8,128]) -> f32[8,128] {
+  %l0 = f32[8,128]{1,0:T(4,128)} parameter(0)
+  ROOT %copied = f32[8,128]{1,0:T(8,128)} copy(%l0)
+}
+
 %outer (q0: f32[8,128], q1: s32[]) -> f32[1,128] {
-  %q0 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %q0 = f32[8,128]{1,0:T(4,128)} parameter(0)
   %q1 = s32[]{:T(128)} parameter(1)
-  %inner = f32[1,128]{1,0:T(1,128)} fusion(%q0, %q1), kind=kLoop, calls=%slice_of
+  %laid = f32[8,128]{1,0:T(8,128)} fusion(%q0), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%laid_anew
+  %inner = f32[1,128]{1,0:T(1,128)} fusion(%laid, %q1), kind=kLoop, calls=%slice_of
   ROOT %negate = f32[1,128]{1,0:T(1,128)} negate(%inner)
 }
 
