@@ -59,11 +59,12 @@ def _check(arguments: argparse.Namespace) -> None:
             raise CommandError("--tries is for --suggest; leave it out, or pass --suggest too")
         return
     keys = [text.partition("=")[0].strip() for text in arguments.overrides]
-    given = [key for key in keys if key.split(".")[0] == "mesh" or key == "training.micro_batches"]
+    chosen = ("mesh", "rollout.mesh", "training.micro_batches")
+    given = [key for key in keys if any(key == name or key.startswith(f"{name}.") for name in chosen)]
     given += [f"--{name}" for name in ("only", "save") if getattr(arguments, name)]
     if given:
         raise CommandError(
-            f"--suggest chooses meshes and micro-batches itself, and compiles what a step needs; leave out "
+            f"--suggest chooses the meshes and micro-batches itself, and compiles what a step needs; leave out "
             f"{', '.join(given)}"
         )
 

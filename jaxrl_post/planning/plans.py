@@ -61,10 +61,11 @@ def _plan(config: Config, wanted: Topology) -> Setup:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh and a number of micro-batches, and what they lead to.
+    """A mesh, one to sample on and a number of micro-batches, and what they lead to.
 
     Attributes:
         mesh: sizes of all its axes.
+        rollout_mesh: the same of the layout that is sampled on; None for that of `mesh`.
         micro_batches: pieces of a batch.
         estimate: bytes of a device and seconds of a step, by a formula.
         compiled: the programs; empty where they were not compiled.
@@ -73,6 +74,7 @@ class Layout:
     """
 
     mesh: dict[str, int]
+    rollout_mesh: dict[str, int] | None
     micro_batches: int
     estimate: tuple[float, float]
     compiled: tuple[Compiled, ...] = ()
@@ -92,8 +94,11 @@ class Layout:
 
     def overrides(self) -> list[str]:
         """What to put on the command line; nothing of the file's own mesh is left."""
+        sampling = self.rollout_mesh
         return [
             *(f"mesh.{name}={size}" for name, size in self.mesh.items()),
+            *([] if sampling is None else (f"rollout.mesh.{name}={size}" for name, size in sampling.items())),
+            *(["rollout.mesh=null"] if sampling is None else []),
             f"training.micro_batches={self.micro_batches}",
         ]
 
@@ -101,6 +106,7 @@ class Layout:
         """JSON's types."""
         return {
             "mesh": self.mesh,
+            "rollout_mesh": self.rollout_mesh,
             "micro_batches": self.micro_batches,
             "overrides": self.overrides(),
             "estimated_bytes": self.estimate[0],
@@ -122,7 +128,7 @@ def suggest(
     does not fit, the formula is too low for that mesh by so much, and another number of micro-batches may follow.
 
     Args:
-        config: of the run; its mesh and micro-batches are left aside.
+        config: of the run; its meshes and micro-batches are left aside.
         wanted: the topology.
         tries: most layouts that are compiled: what a step samples, and the step.
         say: told what is being compiled.
@@ -135,7 +141,7 @@ def suggest(
     refused: ConfigError | None = None
     found: list[Layout] = []
     for one in every:
-        mesh = tuple(one.mesh.values())
+        mesh = (*one.mesh.values(), *(one.rollout_mesh or {}).values())
         if len(found) == tries or one.estimate[0] > room.get(mesh, wanted.chip.memory):
             continue
         try:
@@ -166,7 +172,9 @@ def suggest(
 def _changed(config: Config, layout: Layout) -> Config:
     """The configuration with another layout, checked as `train` would check it."""
     training = dataclasses.replace(config.training, micro_batches=layout.micro_batches)
-    changed = dataclasses.replace(config, mesh=MeshConfig(**layout.mesh), training=training)
+    sampling = None if layout.rollout_mesh is None else MeshConfig(**layout.rollout_mesh)
+    rollout = None if config.rollout is None else dataclasses.replace(config.rollout, mesh=sampling)
+    changed = dataclasses.replace(config, mesh=MeshConfig(**layout.mesh), rollout=rollout, training=training)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConfigWarning)
         return validate(changed, check_files=False)
@@ -185,7 +193,9 @@ def _compiled(config: Config, layout: Layout, wanted: Topology, say: Callable[[s
 def layouts(config: Config, wanted: Topology) -> Iterator[Layout]:
     """Every mesh of the topology that splits what it should, with every number of micro-batches that divides the batch.
 
-    Positions are split only where there are no more rows to split, since attention gathers their keys and values.
+    Positions are split only where there are no more rows to split, since attention gathers their keys and values. Each
+    is sampled on as it is, or where that is slower by the formula, as where weights are split over `fsdp` and every
+    token would collect them anew, on copies of the model that are split over heads alone.
 
     Args:
         config: of the run.
@@ -200,8 +210,9 @@ def layouts(config: Config, wanted: Topology) -> Iterator[Layout]:
     stage = setup.stages[-1]
     pieces = scale.prompts if stage.method.unit in ("group", "batch") or config.training.share_prompts else scale.rows
     within = wanted.devices // wanted.slices
-    ways = (math.gcd(within, scale.heads), math.gcd(within, scale.length), scale.experts)
-    for tensor, sequence, expert in itertools.product(*map(_divisors, ways)):
+    copies = _copies(config, scale, wanted) if stage.kind == "rollouts" else []
+    parts = (math.gcd(within, scale.heads), math.gcd(within, scale.length), scale.experts)
+    for tensor, sequence, expert in itertools.product(*map(_divisors, parts)):
         if within % (tensor * sequence * expert):
             continue
         for fsdp, micro in itertools.product(_divisors(within // tensor // sequence // expert), _divisors(pieces)):
@@ -209,7 +220,21 @@ def layouts(config: Config, wanted: Topology) -> Iterator[Layout]:
             rows, left = divmod(scale.rows // micro, data * fsdp * expert)
             if left == 0 and (sequence == 1 or rows == 1):
                 mesh = {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": sequence, "expert": expert}
-                yield Layout(mesh, micro, scale.estimate(wanted.chip, mesh, micro))
+                memory, seconds = scale.training(wanted.chip, mesh, micro)
+                ways = [(scale.sampling(wanted.chip, mesh, where), where) for where in (mesh, *copies)]
+                (needed, taken), where = min(ways, key=lambda way: (way[0][0] > wanted.chip.memory, way[0][1]))
+                estimate = max(memory, needed), seconds + taken
+                yield Layout(mesh, None if where == mesh else where, micro, estimate)
+
+
+def _copies(config: Config, scale: _Scale, wanted: Topology) -> list[dict[str, int]]:
+    """Meshes of copies of the model that are split over heads alone, which all sample the same number of rows."""
+    found = []
+    for tensor in _divisors(math.gcd(wanted.devices // wanted.slices, scale.heads)):
+        data, slots = wanted.devices // tensor, config.rollout.slots or 0
+        if scale.rows % data == slots % data == 0 and (config.rollout.cache_pages is None or data == 1):
+            found.append({"data": data, "fsdp": 1, "tensor": tensor, "sequence": 1, "expert": 1})
+    return found
 
 
 def _divisors(number: int) -> list[int]:
@@ -295,34 +320,55 @@ class _Scale(NamedTuple):
             item=2 if config.model.dtype == "bfloat16" else 4,
         )
 
-    def estimate(self, chip: Chip, mesh: Mapping[str, int], micro: int) -> tuple[float, float]:
-        """Bytes at the worst moment, and seconds of a step: of each part what takes longest, as in `Times.roofline`."""
+    def training(self, chip: Chip, mesh: Mapping[str, int], micro: int) -> tuple[float, float]:
+        """Bytes at the worst moment, and seconds of a step.
+
+        What takes longest, as in `Times.roofline`, and what goes between devices in the midst of a layer, which waits
+        for it: weights can be collected while others are used.
+        """
         data, tensor, sequence, expert = (mesh[name] for name in ("data", "tensor", "sequence", "expert"))
         split = mesh["fsdp"] * sequence * expert  # ways that what is no expert is split; tokens are, with data
         devices, shards = data * split * tensor, split * tensor
         local = self.rows / micro / (data * split)
         token = self.width * self.item
-        # Weights of a pass as they are used: gathered, but for the experts of other devices.
-        others, routed = (n * self.item / tensor for n in (self.matrices - self.routed, self.routed / expert))
-        foreign = others * (1 - 1 / split) + routed * (1 - expert / split)
-        cache = self.cache / (data * split * math.gcd(tensor, self.kv))
-        head = 2 * self.sizes.head / tensor * self.item
+        weights, foreign = self._weights(mesh)
 
         layer = local * self.length * (3 * self.mlp / tensor * self.item + (4 + 2 * expert) * token)
-        gathered = 2 * (others + routed) / self.layers if foreign else 0
+        gathered = 2 * weights / self.layers if foreign else 0
         gradient = self.trained / shards * (2 if micro > 1 else 1)
-        training = self.state / shards + gradient + local * self.length * token * self.layers + layer + gathered + head
-        sampling = self.state / shards + cache + head
+        inputs = local * self.length * token * self.layers
+        memory = self.state / shards + gradient + inputs + layer + gathered + self._head(mesh)
 
         # Weights four times a micro-batch: forward, forward again, and for two gradients.
         flops = 4 * self.sizes.forward(self.rows, self.length, self.rows * self.new) / devices
-        read = 4 * micro * (others + routed)
-        sent = 4 * micro * foreign + 4 * (others + routed) / split * (1 - 1 / data)
-        sent += 4 * (sequence - 1) * cache  # keys and values of the other parts of a device's rows
-        sent += 8 * self.layers * local * micro * self.length * token * (1 - 1 / tensor + expert - 1)
-        step = max(flops / chip.flops, read / chip.bandwidth, sent / chip.interconnect)
-        decode = self.new * max((others + routed + cache) / chip.bandwidth, foreign / chip.interconnect)
-        return max(training, sampling), step + decode
+        sent = 4 * micro * foreign + 4 * weights / split * (1 - 1 / data)
+        sent += 4 * (sequence - 1) * self._cache(mesh)  # keys and values of the other parts of a device's rows
+        states = 8 * self.layers * local * micro * self.length * token * (1 - 1 / tensor + expert - 1)
+        seconds = max(flops / chip.flops, 4 * micro * weights / chip.bandwidth, sent / chip.interconnect)
+        return memory, seconds + states / chip.interconnect
+
+    def sampling(self, chip: Chip, mesh: Mapping[str, int], where: Mapping[str, int]) -> tuple[float, float]:
+        """The same of sampling on `where`, with a copy of the parameters if that is not `mesh`, which keeps them."""
+        (weights, foreign), cache = self._weights(where), self._cache(where)
+        copied = 0.0 if where == mesh else weights
+        memory = self.state * mesh["data"] / math.prod(mesh.values()) + copied + cache + self._head(where)
+        # Twice a layer the states of a token are summed over the devices that its heads are split over.
+        rows = self.rows / (math.prod(where.values()) / where["tensor"])
+        states = 4 * self.layers * rows * self.width * self.item * (1 - 1 / where["tensor"])
+        token = max((weights + cache) / chip.bandwidth, foreign / chip.interconnect) + states / chip.interconnect
+        return memory, self.new * token + copied / chip.interconnect
+
+    def _weights(self, mesh: Mapping[str, int]) -> tuple[float, float]:
+        """Bytes of the weights that a device uses in a pass, and of these what it collects from others."""
+        split, expert = mesh["fsdp"] * mesh["sequence"] * mesh["expert"], mesh["expert"]
+        others, routed = (n * self.item / mesh["tensor"] for n in (self.matrices - self.routed, self.routed / expert))
+        return others + routed, others * (1 - 1 / split) + routed * (1 - expert / split)
+
+    def _cache(self, mesh: Mapping[str, int]) -> float:
+        return self.cache / (math.prod(mesh.values()) / mesh["tensor"] * math.gcd(mesh["tensor"], self.kv))
+
+    def _head(self, mesh: Mapping[str, int]) -> float:
+        return 2 * self.sizes.head / mesh["tensor"] * self.item
 
 
 def describe(ranked: Sequence[Layout]) -> str:
@@ -330,11 +376,14 @@ def describe(ranked: Sequence[Layout]) -> str:
     rows = [["layout", "fits", "GiB", "s a step", "tokens/s", "MFU"]]
     for one in ranked:
         step = one.step or {}
-        mesh = " ".join(f"{name}={size}" for name, size in one.mesh.items() if size > 1) or "one device"
+        mesh, sampling = (
+            "" if sizes is None else " ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
+            for sizes in (one.mesh, one.rollout_mesh)
+        )
         seconds, rate, mfu = (step.get(name) for name in ("seconds", "tokens_per_second", "mfu"))
         rows.append(
             [
-                f"{mesh} micro_batches={one.micro_batches}",
+                f"{mesh or 'one device'}{sampling and f', sampling {sampling}'} micro_batches={one.micro_batches}",
                 "yes" if one.fits else "NO",
                 "?" if one.peak is None else f"{one.peak / GIB:.2f}",
                 "?" if seconds is None else f"{seconds:.3g}",

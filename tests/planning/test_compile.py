@@ -34,6 +34,7 @@ SMALL = (
     "rollout.max_new_tokens=8",
 )
 WIDE = ("mesh.fsdp=21", "rollout.prompts=42", "training.micro_batches=1")
+MESHES = ("mesh.fsdp=4", "rollout.mesh.tensor=2", "mesh={data: 2}")
 TINY = str(Path(__file__).with_name("tiny.yaml"))
 
 
@@ -240,8 +241,8 @@ def test_times_are_amounts_over_rates():
         (["--topology", "v4:2x2x1", "--slices", "2"], "slices must be 1 for v4, .* network .* is not published; got 2"),
         (["--topology", "v5e:2x2", "--tries", "2"], "--tries is for --suggest; leave it out"),
         (
-            ["--topology", "v5e:2x2", "--suggest", "--only", "step", "--save", "x", "mesh.fsdp=4", "mesh={data: 2}"],
-            "--suggest chooses meshes .* itself.* leave out mesh.fsdp, mesh, --only, --save",
+            ["--topology", "v5e:2x2", "--suggest", "--only", "step", "--save", "x", *MESHES],
+            "--suggest chooses the meshes .* itself.* leave out mesh.fsdp, rollout.mesh.tensor, mesh, --only, --save",
         ),
         (["--topology", "v5e:2x2", "--suggest", "training.micro_batches=2"], "leave out training.micro_batches"),
     ],

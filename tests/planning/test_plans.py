@@ -8,6 +8,7 @@ from jaxrl_post.planning import chips, plans, programs, report
 from jaxrl_post.training import config as configs
 
 TINY = str(Path(__file__).with_name("tiny.yaml"))
+DENSE = str(Path(__file__).parents[2] / "configs" / "qwen3-8b-grpo.yaml")
 MIXTURE = str(Path(__file__).parents[2] / "configs" / "qwen3-30b-a3b-grpo.yaml")
 AXES = ("data", "fsdp", "tensor", "sequence", "expert")
 
@@ -126,3 +127,24 @@ def test_where_nothing_can_be_suggested_the_reason_is_said(stand_in):
     warm = "warm_start={steps: 1, examples: 64, batch_size: 9, optimizer: {learning_rate: 1.0e-3}}"
     with pytest.raises(configs.ConfigError, match=r"warm_start.batch_size = 9: must be a multiple of"):
         plans.suggest(tiny(warm, "rollout.max_new_tokens=129"), chips.topology("v5e:2x2"))
+
+
+def test_a_model_that_is_split_over_many_devices_is_sampled_on_copies_that_are_split_over_heads(stand_in):
+    stand_in(lambda mesh, micro: (2**30, 1.0))
+    config = configs.load(DENSE, check_files=False)  # whose own rollout.mesh is of sixteen devices
+    ranked = plans.suggest(config, chips.topology("v6e:2x4"), tries=2)
+    best = ranked[0]
+    assert best.mesh["fsdp"] == 8
+    assert best.rollout_mesh == {"data": 1, "fsdp": 1, "tensor": 8, "sequence": 1, "expert": 1}
+    assert "fsdp=8, sampling tensor=8 micro_batches" in plans.describe(ranked)
+    assert best.as_json()["rollout_mesh"]["tensor"] == 8
+    taken = configs.load(DENSE, best.overrides(), check_files=False)
+    assert (taken.mesh.fsdp, taken.rollout.mesh.tensor) == (8, 8)
+
+
+def test_a_sampling_mesh_that_the_file_has_is_left_aside_where_none_is_faster(stand_in):
+    stand_in(lambda mesh, micro: (2**30, 1.0))
+    config = tiny("rollout.mesh.data=4", "mesh.data=4")
+    (only,) = plans.suggest(config, chips.topology("v5e:1x1"), tries=1)
+    assert only.rollout_mesh is None
+    assert configs.load(TINY, ["rollout.mesh.data=4", *only.overrides()], check_files=False).rollout.mesh is None
