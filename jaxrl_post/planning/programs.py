@@ -129,7 +129,7 @@ def programs(setup: Setup, parts: Sequence[str] = PARTS) -> list[Program]:
         state, rollouts = setup.state_shapes(stage), setup.rollout_shapes(stage)
         if "rollout" in parts:
             found += _copies(setup, stage, state)
-            found += [_rollout(setup, stage, state, one) for one in _sampled(stage)]
+            found += [_rollout(setup, stage, state, one) for one in _sampled(setup, stage)]
         if stage.kind == "rollouts" and "score" in parts:
             found.append(_score(setup, stage, state, rollouts))
         if "step" in parts:
@@ -154,7 +154,7 @@ def _step(setup: Setup, stage: Stage, state: Any, rollouts: Rollouts) -> Program
         1,
         rollouts.tokens.size,
         forward * (updated + len(stage.method.roles - stage.method.trains)),
-        (*(one.name for one in _copies(setup, stage, state)), *_sampled(stage)),
+        (*(one.name for one in _copies(setup, stage, state)), *_sampled(setup, stage)),
         executables.identity(setup.config),
     )
 
@@ -194,17 +194,18 @@ def _score(setup: Setup, stage: Stage, state: Any, rollouts: Rollouts) -> Progra
     )
 
 
-def _sampled(stage: Stage) -> tuple[str, ...]:
-    """Names of the programs that a step of the stage samples with."""
+def _sampled(setup: Setup, stage: Stage) -> tuple[str, ...]:
+    """Names of the programs that a step of the stage samples with here."""
     if stage.kind != "rollouts":
         return ()
-    return ("rollout", "rollout/greedy") if GREEDY_REWARD in stage.method.wants else ("rollout",)
+    here = () if setup.config.rollout.server is not None else ("rollout",)
+    return (*here, "rollout/greedy") if GREEDY_REWARD in stage.method.wants else here
 
 
 def _copies(setup: Setup, stage: Stage, state: Any) -> list[Program]:
     """The copy of the parameters that is sampled with, where they lie in another way for it."""
     move: Any = setup.to_rollout_mesh
-    if move is None or stage.kind != "rollouts":
+    if move is None or not _sampled(setup, stage):
         return []
     params, every = state.params["policy"], state_bytes(state)
     own = _bytes(params)

@@ -9,7 +9,7 @@ from jaxrl_post.rollout.host import host_turns
 from jaxrl_post.rollout.host_environment import HostEnvironment, Step
 from jaxrl_post.rollout.host_tools import parse_tool_calls, tool_environment
 from jaxrl_post.rollout.resume import begin, resume
-from jaxrl_post.rollout.served import Server, ServerError, recompute_logp, served
+from jaxrl_post.rollout.served import Server, ServerError, check_server, recompute_logp, served, update_weights
 from jaxrl_post.rollout.turns import generate_turns
 from jaxrl_post.rollout.verifiers_environment import VerifiersEnvironment
 from jaxrl_post.sampling import SamplingParams
@@ -29,6 +29,7 @@ __all__ = [
     "beam_search",
     "begin",
     "best_of_n",
+    "check_server",
     "draw_exits",
     "environments",
     "exit_prompts",
@@ -44,4 +45,5 @@ __all__ = [
     "served",
     "thought_length",
     "tool_environment",
+    "update_weights",
 ]

@@ -1,7 +1,7 @@
 """Sequences from an inference server outside of the program: token ids go there over HTTP and come back as `Rollouts`.
 
-What a request and an answer look like is in `server_formats`. The server's weights are not touched: whoever runs it
-gives it the policy's, and says by `version` which it has.
+What a request and an answer look like is in `server_formats`. Sampling leaves the server's weights alone: `version`
+says which it has, and `update_weights` has it read others.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _UNSUPPORTED = (
 )
 
 
-class ServerError(RuntimeError):
+class ServerError(OSError):
     """A server refused a request, or its answer cannot be used; the message has its address and its own words."""
 
 
@@ -95,7 +95,7 @@ def served(
 
     A prompt whose request fails for good (time-out, or no tries left) has sequences without tokens, `FINISH_ABORT` and
     not `valid`, and a warning says why; so are single completions that the server aborts, with the tokens they have.
-    Sending the server new weights is not done here.
+    `update_weights` gives the server others.
 
     Args:
         server: where.
@@ -138,8 +138,7 @@ def served(
         >>> http_server.shutdown()
         >>> http_server.server_close()
     """
-    sampling = _plain(sampling)
-    kind, log_probs = _checked(server, sampling)
+    sampling, kind, log_probs = check_server(server, sampling)
     asks = _asks(server, prompts, key, sampling, max_new_tokens, group_size)
     bodies = [json.dumps(kind.request(ask)).encode() for ask in asks]
     with ThreadPoolExecutor(server.concurrency) as pool:
@@ -168,6 +167,43 @@ def served(
     rollouts = _rollouts(asks, completions, prompts, max_new_tokens, version)
     of_what_was_drawn_from = log_probs == "processed" or not is_truncating(sampling)
     return rollouts.replace(extras={"sampler_logp": rollouts.logp} if of_what_was_drawn_from else {})
+
+
+def update_weights(server: Server, directory: str) -> None:
+    """Have a server sample with the checkpoint in a directory, instead of the weights that it has.
+
+    It waits until the server says that it does. Nothing may be sampled meanwhile.
+
+    Args:
+        server: where. A vLLM server must have been started with `VLLM_SERVER_DEV_MODE=1`, behind a wall: this opens
+            what anyone who reaches it can use.
+        directory: of a Hugging Face checkpoint of the very model that is served, as `models.save_pretrained` writes
+            it, under the name by which the server finds it.
+
+    Raises:
+        ServerError: if the server refuses, fails or cannot be reached.
+        ValueError: for a server as `served` refuses it.
+
+    Example:
+        >>> update_weights(Server("http://127.0.0.1:1/v1", retries=0), "/shared/policy")
+        Traceback (most recent call last):
+        jaxrl_post.rollout.served.ServerError: http://127.0.0.1:1/collective_rpc: ConnectionRefusedError: ...
+    """
+    kind = check_server(server, SamplingParams())[1]
+    root = server.url.rstrip("/").removesuffix("/v1")
+    for path, body in kind.update(directory):
+        try:
+            answer = _answered(server, root + path, json.dumps(body).encode())
+        except ServerError as error:
+            raise ServerError(f"{error}; {kind.update_hint}") from None
+        if isinstance(answer, str):
+            raise ServerError(f"{root}{path}: {answer}")
+        try:
+            said = json.loads(answer or b"null")
+        except ValueError:
+            said = None
+        if isinstance(said, dict) and said.get("success") is False:
+            raise ServerError(f"{root}{path} did not load {directory}: {_beginning(answer)}; {kind.update_hint}")
 
 
 def recompute_logp(score: Score, params: Params, rollouts: Rollouts, key: Array) -> Rollouts:
@@ -224,8 +260,13 @@ def _plain(sampling: SamplingParams) -> SamplingParams:
     return SamplingParams(greedy=True, stop_tokens=stops)
 
 
-def _checked(server: Server, sampling: SamplingParams) -> tuple[ServerFormat, str]:
-    """The format, and what the server's log-probs are of."""
+def check_server(server: Server, sampling: SamplingParams) -> tuple[SamplingParams, ServerFormat, str]:
+    """What `served` makes of its arguments: options as Python's numbers, the format, and what log-probs are of.
+
+    Raises:
+        ValueError: as `served`.
+    """
+    sampling = _plain(sampling)
     if server.kind not in FORMATS:
         raise ValueError(f"server.kind must be one of {', '.join(FORMATS)}, got {server.kind!r}")
     kind = FORMATS[server.kind]
@@ -247,7 +288,7 @@ def _checked(server: Server, sampling: SamplingParams) -> tuple[ServerFormat, st
             f"raw log-probs are those at temperature 1, but sampling.temperature is {sampling.temperature}: they would "
             f"not be of what was sampled; {better}"
         )
-    return kind, log_probs
+    return sampling, kind, log_probs
 
 
 def _asks(
@@ -278,6 +319,21 @@ def _asks(
 def _ask(server: Server, kind: ServerFormat, ask: Ask, body: bytes) -> list[Completion] | str:
     """The completions of one prompt, or why there are none although nothing is wrong with the request."""
     address = server.url.rstrip("/") + kind.path
+    text = _answered(server, address, body)
+    if isinstance(text, str):
+        return text
+    try:
+        answer = json.loads(text)
+    except ValueError as error:
+        raise ServerError(f"{address} answered with what is not JSON ({error}): {_beginning(text)}") from error
+    try:
+        return kind.read(answer, ask)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ServerError(f"the answer of {address} cannot be used: {error}") from error
+
+
+def _answered(server: Server, address: str, body: bytes) -> bytes | str:
+    """What the server says to a request, or why it said nothing although nothing is wrong with that."""
     failure = ""
     for attempt in range(server.retries + 1):
         if attempt:
@@ -294,14 +350,7 @@ def _ask(server: Server, kind: ServerFormat, ask: Ask, body: bytes) -> list[Comp
             continue
         if status != 200:
             raise ServerError(f"{address} refused a request with HTTP {status}: {_beginning(text)}")
-        try:
-            answer = json.loads(text)
-        except ValueError as error:
-            raise ServerError(f"{address} answered with what is not JSON ({error}): {_beginning(text)}") from error
-        try:
-            return kind.read(answer, ask)
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise ServerError(f"the answer of {address} cannot be used: {error}") from error
+        return text
     return f"{failure} (tries: {server.retries + 1})"
 
 

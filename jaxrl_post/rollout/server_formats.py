@@ -61,12 +61,17 @@ class ServerFormat(NamedTuple):
         request: `Ask -> ` the body, for JSON.
         read: `(answer, Ask) -> G` completions; raises ValueError that says what is wrong with the answer.
         log_probs: what its log-probs can be of; the first is what it gives unless told otherwise.
+        update: from a directory to what is asked, one after the other, for the checkpoint in it to be served: paths
+            behind the address without `/v1`, and bodies.
+        update_hint: how a server that refuses this must be started.
     """
 
     path: str
     request: Callable[[Ask], dict[str, Any]]
     read: Callable[[Any, Ask], list[Completion]]
     log_probs: tuple[str, ...]
+    update: Callable[[str], tuple[tuple[str, dict[str, Any]], ...]]
+    update_hint: str
 
 
 def vllm_request(ask: Ask) -> dict[str, Any]:
@@ -176,9 +181,44 @@ def read_sglang(answer: Any, ask: Ask) -> list[Completion]:
     return [_sglang_output(output, ask, limit) for output, limit in zip(outputs, ask.limits, strict=True)]
 
 
+def vllm_update(directory: str) -> tuple[tuple[str, dict[str, Any]], ...]:
+    """What has a vLLM server read its weights from a checkpoint, and forget keys and values of the old ones.
+
+    Example:
+        >>> [path for path, _ in vllm_update("/shared/policy")]
+        ['/collective_rpc', '/reset_prefix_cache']
+    """
+    reload = {"method": "reload_weights", "kwargs": {"weights_path": directory}}
+    return ("/collective_rpc", reload), ("/reset_prefix_cache", {})
+
+
+def sglang_update(directory: str) -> tuple[tuple[str, dict[str, Any]], ...]:
+    """The same of SGLang, which forgets by itself.
+
+    Example:
+        >>> sglang_update("/shared/policy")
+        (('/update_weights_from_disk', {'model_path': '/shared/policy'}),)
+    """
+    return (("/update_weights_from_disk", {"model_path": directory}),)
+
+
 FORMATS: dict[str, ServerFormat] = {
-    "vllm": ServerFormat("/completions", vllm_request, read_vllm, ("raw", "processed")),
-    "sglang": ServerFormat("/generate", sglang_request, read_sglang, ("tempered", "raw")),
+    "vllm": ServerFormat(
+        "/completions",
+        vllm_request,
+        read_vllm,
+        ("raw", "processed"),
+        vllm_update,
+        "start vLLM with VLLM_SERVER_DEV_MODE=1, where nobody else can reach it",
+    ),
+    "sglang": ServerFormat(
+        "/generate",
+        sglang_request,
+        read_sglang,
+        ("tempered", "raw"),
+        sglang_update,
+        "the directory must be one that SGLang reads under the same name",
+    ),
 }
 """Kinds of servers by name."""
 

@@ -134,7 +134,7 @@ class Batches:
                 prompt_length=config.data.max_prompt_length,
             )
             budgets = make_budgets(config)
-            self._sampler = sampler(setup.trained_generation(), name="rollout", budgets=budgets)
+            self._sampler = sampler(setup.trained_generation(), name="rollout", budgets=budgets, server=setup.server)
             self._greedy = sampler(setup.generation(SamplingParams(greedy=True)), name="rollout/greedy")
             self._select = jax.jit(curation.select_groups, static_argnums=1)
             self._carries, self._partial, self._ahead = setup.carries(stage), partial, config.rollout.ahead
@@ -211,7 +211,8 @@ class Batches:
         elif self._partial:
             self._begun = begun
         self.problems = begun.problems
-        sampled = self._sampler.score([begun], cursor.stage_step if self._carries else None)
+        elsewhere = self._carries or self._setup.server is not None
+        sampled = self._sampler.score([begun], cursor.stage_step if elsewhere else None)
         metrics = sampled_metrics(sampled, config.eval.correct_at)
         if self._partial:
             metrics["completions/waiting_groups"] = float(len(begun.problems) - len(sampled.ended))

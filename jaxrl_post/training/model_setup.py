@@ -226,15 +226,15 @@ def within_vocabulary(policy: Policy, size: int, rows: int) -> Policy:
     return policy._replace(unembed=unembed)
 
 
-def check_export(model: ModelConfig, made: Models, tokenizer: Tokenizer) -> None:
-    """Raise ValueError for an export that would fail, or overwrite what the run starts from, after training."""
-    if model.export is None:
+def check_export(
+    model: ModelConfig, made: Models, tokenizer: Tokenizer, directory: str | None, key: str = "model.export"
+) -> None:
+    """Raise ValueError for an export that would fail, or overwrite what the run starts from; None is none."""
+    if directory is None:
         return
-    target = writable_directory(model.export).absolute()
+    target = writable_directory(directory).absolute()
     if model.path is not None and Path(model.path).absolute() == target:
-        raise ValueError(
-            f"model.export is model.path, {model.path}: the checkpoint would be overwritten; choose another"
-        )
+        raise ValueError(f"{key} is model.path, {model.path}: the checkpoint would be overwritten; choose another")
     if made.source is None:
         models.to_config(vocab_size=tokenizer.vocab_size, **sizes_of(model))
     lora = lora_of(model)

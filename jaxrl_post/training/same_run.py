@@ -16,6 +16,7 @@ HARMLESS_KEYS = (
     "rollout.mesh",
     "rollout.slots",
     "rollout.cache_pages",
+    *(f"rollout.server.{name}" for name in ("url", "api_key", "timeout", "concurrency", "retries")),
     "training.micro_batches",
     "training.steps",  # unless the step size decays over them
     "training.checkpoint_every",

@@ -25,6 +25,7 @@ from jaxrl_post.training import distributed
 from jaxrl_post.training.config import ConfigError
 from jaxrl_post.training.environment_setup import HostTurns, by_token
 from jaxrl_post.training.generation import Continued, Generation, Tasks, compiled_generate, sample_on_host
+from jaxrl_post.training.server_setup import PolicyServer
 from jaxrl_post.training.setup import Setup
 from jaxrl_post.training.shares import Share, make_share
 from jaxrl_post.training.subgroups import Budgets, subgroup_metrics, with_budgets
@@ -64,8 +65,8 @@ class Sampled(NamedTuple):
         ended: `[E]`, the problems of which all completions have ended: all `P`, but where completions go on. Only they
             are valid, and in what follows.
         shown: the first completion of each of the first `SHOWN` of them.
-        rows: host arrays `[E, G]`, those of all processes: `new_tokens`, `entropy` (nats, summed over them), `finish`,
-            and, where there are, `stale_tokens` (of an older policy), `budget` and `exit`.
+        rows: host arrays `[E, G]`, those of all processes: `new_tokens`, `finish`, and, where there are, `entropy`
+            (nats, summed over the tokens), `stale_tokens` (of an older policy), `budget` and `exit`.
         scored: by the reward functions of all processes; None where there are none.
     """
 
@@ -88,6 +89,7 @@ class Sampler:
         prompt_length: longest prompt, tokens.
         rewarded: score the completions with the run's reward functions.
         budgets: what the members of a group are asked to keep to; None for nothing.
+        server: that samples; None for the devices here.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Sampler:
         prompt_length: int,
         rewarded: bool = True,
         budgets: Budgets | None = None,
+        server: PolicyServer | None = None,
     ):
         self._setup = setup
         self._group_size = how.group_size
@@ -107,7 +110,9 @@ class Sampler:
         self._prompt_length = prompt_length
         self._rewarded = rewarded
         self._budgets = budgets
-        self._how, self._turns = how, how.turns
+        self._how, self._turns, self._server = how, how.turns, server
+        if server is not None:
+            return
         if not isinstance(how.turns, HostTurns):
             self._generate = setup.program(name, compiled_generate(setup.policy, how), how)
             return
@@ -146,7 +151,9 @@ class Sampler:
             carried: completions to go on with, where they do.
         """
         budgets = self._budgets_at(version)
-        if self._setup.to_rollout_mesh is not None:
+        if self._server is not None:
+            self._server.update(params, version)
+        elif self._setup.to_rollout_mesh is not None:
             params = self._setup.to_rollout_mesh(params)
         begun = []
         for start in range(0, len(problems), self._prompts):
@@ -167,9 +174,11 @@ class Sampler:
                 else:
                     texts = {int(i): [self._asked(some[i], budget) for budget in budgets] for i in share.held}
                     prompts: Any = self._prompts_of(share, texts, first, count)
-                    if carried is not None:
-                        prompts = Continued(prompts, carried)
-                    piece = self._generate(params, prompts, key, version=version)
+                    if self._server is not None:
+                        piece = self._placed(self._server.sample(prompts, key, self._how))
+                    else:
+                        prompts = prompts if carried is None else Continued(prompts, carried)
+                        piece = self._generate(params, prompts, key, version=version)
             if self._budgets is not None:
                 piece = with_budgets(piece, budgets)
             begun.append(Begun(some, count, version, piece))
@@ -249,6 +258,9 @@ class Sampler:
             version=version,
             processes=several if jax.process_count() > 1 else ALONE,
         )
+        return self._placed(rollouts)
+
+    def _placed(self, rollouts: Rollouts) -> Rollouts:
         return mesh_lib.place(rollouts, mesh_lib.rollout_shardings(rollouts, self._setup.rollout_mesh))
 
     def _ids(self, share: Share, first_id: int) -> NDArray[np.uint32]:
@@ -367,8 +379,9 @@ def _rows(share: Share, rollouts: Rollouts) -> dict[str, NDArray]:
         "length": share.read(rollouts.length),
         "finish": share.read(rollouts.finish),
         "new_tokens": share.read(rollouts.mask).sum(axis=1).reshape(-1, group),
-        "entropy": share.read(rollouts.extras["entropy"]).sum(axis=1).reshape(-1, group),
     }
+    if "entropy" in rollouts.extras:  # a server tells none
+        rows["entropy"] = share.read(rollouts.extras["entropy"]).sum(axis=1).reshape(-1, group)
     if by_token(rollouts):
         rows["environment_reward"] = share.read(rollouts.reward)
         rows |= {name: share.read(rollouts.extras[name]) for name in ENVIRONMENT_COUNTS if name in rollouts.extras}
@@ -414,7 +427,8 @@ def sampled_metrics(sampled: Sampled, correct_at: float) -> dict[str, float]:
         `aborted_ratio` that of those the engine gave up, which are not valid; `stale_ratio` the fraction of tokens that
         an older policy sampled, where there are any; `mean_turns` in an environment, of which
         one in Python gives `environment/errors` and, among them, `environment/timeouts`, numbers of calls),
-        `entropy` (nats per token, of the tempered distribution), and those of `subgroup_metrics`.
+        `entropy` (nats per token, of the tempered distribution; not of what a server samples), and those of
+        `subgroup_metrics`.
     """
     rows = sampled.rows
     lengths = rows["new_tokens"].reshape(-1)
@@ -422,13 +436,14 @@ def sampled_metrics(sampled: Sampled, correct_at: float) -> dict[str, float]:
         return {}
     ended = rows["finish"].reshape(-1) != FINISH_LENGTH
     metrics = {
-        "entropy": float(rows["entropy"].sum() / max(lengths.sum(), 1.0)),
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float(1.0 - ended.mean()),
         "completions/aborted_ratio": float((rows["finish"] == FINISH_ABORT).mean()),
     }
+    if "entropy" in rows:
+        metrics["entropy"] = float(rows["entropy"].sum() / max(lengths.sum(), 1.0))
     if "stale_tokens" in rows:
         metrics["completions/stale_ratio"] = float(rows["stale_tokens"].sum() / max(lengths.sum(), 1))
     if "turns" in rows:

@@ -39,6 +39,7 @@ from jaxrl_post.training.model_setup import (
 from jaxrl_post.training.problem_setup import Problems, make_problems
 from jaxrl_post.training.reward_setup import make_rewards, reward_components
 from jaxrl_post.training.roles import Role, check_same_shapes, make_refresh, role_params
+from jaxrl_post.training.server_setup import PolicyServer, as_if_served, check_served
 from jaxrl_post.training.stages import Stage, make_stages
 from jaxrl_post.training.state import TrainState, init, state_shardings
 from jaxrl_post.training.step import Step, make_step
@@ -80,6 +81,13 @@ class Setup:
     def to_rollout_mesh(self) -> Callable[[Params], Params] | None:
         """Copies the policy's parameters there; None where sampling has no mesh of its own."""
         return None if self.config.rollout.mesh is None else make_copy(self.policy, self.key, self.rollout_mesh)
+
+    @functools.cached_property
+    def server(self) -> PolicyServer | None:
+        """Where completions are sampled that are trained on; None for the devices here."""
+        if self.config.rollout.server is None:
+            return None
+        return PolicyServer(self.config, self.models, self.tokenizer)
 
     @functools.cached_property
     def problems(self) -> Problems:
@@ -277,6 +285,8 @@ class Setup:
             made = sample_groups(self.policy, params, prompts, key, how=how)
             if isinstance(how.turns, HostTurns):
                 made = as_if_answered(made)
+            if self.config.rollout.server is not None:
+                made = as_if_served(made)
             return made if asked is None else with_budgets(made, asked)
 
         return jax.eval_shape(sample, jax.eval_shape(self.policy.init, self.key), prompts, self.key)
@@ -439,14 +449,18 @@ def build(
         raise ConfigError([f"{idle[0]}; a mesh over {jax.process_count()} processes takes in all their devices"])
     tokenizer = make_tokenizer(config) if tokenizer is None else tokenizer
     made = make_models(config.model, tokenizer)
-    check_export(config.model, made, tokenizer)
+    check_export(config.model, made, tokenizer, config.model.export)
     longest = made.source.config.get("max_position_embeddings") if made.source is not None else None
     wanted = config.data.max_prompt_length + config.rollout.max_new_tokens
     if longest is not None and wanted > longest:
         limits = f"data.max_prompt_length + rollout.max_new_tokens = {wanted}"
         raise ConfigError([f"{limits}, but the model was made for {longest} positions"])
     mesh = mesh_lib.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
-    return Setup(config, tokenizer, made, mesh, make_stages(config), executables)
+    setup = Setup(config, tokenizer, made, mesh, make_stages(config), executables)
+    check_served(config, made, tokenizer, setup.trained_generation().sampling)
+    if config.rollout.server is not None and jax.process_count() > 1:
+        raise ConfigError(["rollout.server: one process asks it, and this run has several; leave it out"])
+    return setup
 
 
 def make_tokenizer(config: Config) -> data.Tokenizer:

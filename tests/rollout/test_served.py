@@ -1,9 +1,6 @@
 """`rollout.served` against an HTTP server in a thread, which answers from a tiny model and fails as it is told to."""
 
-import contextlib
 import functools
-import http.server
-import json
 import socket
 import threading
 import time
@@ -15,9 +12,10 @@ import pytest
 
 from jaxrl_post import data, methods, models
 from jaxrl_post.rollout import Prompts, SamplingParams, generate
-from jaxrl_post.rollout.served import Server, ServerError, recompute_logp, served
+from jaxrl_post.rollout.served import Server, ServerError, recompute_logp, served, update_weights
 from jaxrl_post.rollout.server_formats import Ask, Completion, read_sglang, read_vllm, sglang_request, vllm_request
 from jaxrl_post.types import FINISH_ABORT, FINISH_LENGTH, FINISH_STOP, TokenStats
+from tests.servers import running
 from tests.tiny import NEW, PROMPT, VOCAB, policy
 
 G, STOP = 2, 1
@@ -97,37 +95,6 @@ def sglang_answer(body, shift=0.0):
         meta = {"finish_reason": finish, "prompt_tokens": len(shared), "output_token_logprobs": triples}
         outputs.append({"text": "?", "output_ids": tokens, "meta_info": meta})
     return outputs
-
-
-@contextlib.contextmanager
-def running(respond):
-    """A server whose `respond(number, path, body)` gives what is sent as JSON, or status and bytes."""
-    log, lock = [], threading.Lock()
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def log_message(self, *message):
-            pass
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                number = len(log)
-                log.append({"path": self.path, "body": body, "key": self.headers["Authorization"]})
-            found = respond(number, self.path, body)
-            status, text = found if isinstance(found, tuple) else (200, json.dumps(found).encode())
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text)
-
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{httpd.server_port}", log
-    finally:
-        httpd.shutdown()
-        httpd.server_close()
 
 
 def from_vllm(url, *, sampling=PLAIN, some=None, key=KEY, **options):
@@ -493,3 +460,40 @@ def test_both_kinds_are_asked_for_the_same_distribution():
     expected = {"temperature": 0.6, "top_k": -1, "top_p": 0.9, "min_p": 0.1, "stop_token_ids": [2], **penalties}
     for asked in (vllm_request(ask), *sglang_request(ask)["sampling_params"]):
         assert expected.items() <= asked.items()
+
+
+def test_new_weights_are_asked_for_at_the_servers_root_and_a_busy_one_is_asked_again():
+    answers = {"/collective_rpc": {"results": [None]}, "/update_weights_from_disk": {"success": True, "message": ""}}
+
+    def respond(number, path, body):
+        return (503, b"") if number == 0 else answers.get(path, (200, b""))
+
+    with running(respond) as (url, log):
+        update_weights(Server(f"{url}/v1/", backoff=0.01, api_key="secret"), "/shared/one")
+        update_weights(Server(url, kind="sglang"), "/shared/two")
+    reload = {"method": "reload_weights", "kwargs": {"weights_path": "/shared/one"}}
+    assert [(one["path"], one["body"]) for one in log] == [
+        ("/collective_rpc", reload),
+        ("/collective_rpc", reload),
+        ("/reset_prefix_cache", {}),
+        ("/update_weights_from_disk", {"model_path": "/shared/two"}),
+    ]
+    assert [one["key"] for one in log] == ["Bearer secret"] * 3 + [None]
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer", "message"),
+    [
+        ("sglang", {"success": False, "message": "no such file"}, "did not load /shared: .*no such file"),
+        (
+            "sglang",
+            (400, b"no such file"),
+            "refused .* 400: no such file; the directory must be",
+        ),
+        ("vllm", (404, b"Not Found"), "collective_rpc refused .* 404.*VLLM_SERVER_DEV_MODE=1"),
+        ("vllm", (500, b"out of memory"), r"collective_rpc: HTTP 500: out of memory \(tries: 1\)"),
+    ],
+)
+def test_weights_that_a_server_does_not_load_are_an_error(kind, answer, message):
+    with running(lambda number, path, body: answer) as (url, _), pytest.raises(ServerError, match=message):
+        update_weights(Server(url, kind=kind, retries=0), "/shared")

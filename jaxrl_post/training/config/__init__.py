@@ -40,6 +40,7 @@ from jaxrl_post.training.config.schema import (
     RolloutConfig,
     RouterLossConfig,
     SamplingConfig,
+    ServerConfig,
     TrainingConfig,
     WarmStartConfig,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "RolloutConfig",
     "RouterLossConfig",
     "SamplingConfig",
+    "ServerConfig",
     "TrainingConfig",
     "WarmStartConfig",
     "check_devices",

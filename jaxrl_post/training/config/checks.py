@@ -132,7 +132,7 @@ def _source(config: Config, made: Method, problems: Problems) -> None:
     if made.learns_from != "rollouts":
         why = f"method {name} samples no completions to train on"
         if rollout is not None:
-            names = ("group_size", "prompts", "budgets", "budget_prompt", "exits")
+            names = ("group_size", "prompts", "budgets", "budget_prompt", "exits", "server")
             refuse_unused(rollout, "rollout", names, why, problems)
             if config.eval is not None and problems.ok("eval.problems") and config.eval.problems == 0:
                 refuse_unused(
@@ -140,7 +140,12 @@ def _source(config: Config, made: Method, problems: Problems) -> None:
                 )
         if config.curriculum is not None:
             refuse_unused(config.curriculum, "curriculum", ("oversample",), why, problems)
-    elif config.training is not None:
+    elif rollout is not None and rollout.server is not None:
+        why = "rollout.server samples whole completions that nobody answers, and is waited for"
+        refuse_unused(rollout, "rollout", ("environment", "exits", "tokens_per_step", "ahead"), why, problems)
+        if config.data is not None:
+            refuse_unused(config.data, "data", ("environment",), why, problems)
+    if made.learns_from == "rollouts" and config.training is not None:
         why = f"method {name} trains on rollout.prompts * rollout.group_size completions"
         refuse_unused(config.training, "training", ("batch_size",), why, problems)
 

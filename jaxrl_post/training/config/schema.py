@@ -209,6 +209,32 @@ class ExitsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """An inference server that samples what is trained on; what is measured is sampled here. One process only.
+
+    Its log-probs are never quite the trained model's: method.old_logp: recompute with method.correction: tis weighs the
+    difference out.
+    """
+
+    url: str = option("its address, http://host:8000/v1 of vLLM or http://host:30000 of SGLang")
+    kind: Literal["vllm", "sglang"] = option("what it speaks: the completions of vLLM, or those of SGLang", "vllm")
+    model: str | None = option("name of the model, where the server asks for one", None)
+    log_probs: Literal["raw", "tempered", "processed"] | None = option(
+        "what its log-probs are of, see rollout.Server; null: what its kind gives as it starts", None
+    )
+    weights: str | None = option(
+        "directory that the server finds under the same name: the policy is written there, adapters merged into it, "
+        "and the server told to load it (vLLM: start it with VLLM_SERVER_DEV_MODE=1). null: it keeps its weights",
+        None,
+    )
+    every: int = option("steps from one such update to the next; the first step sampled always has one", 1, minimum=1)
+    api_key: str | None = option("name of the environment variable that holds its key", None)
+    timeout: float = option("seconds that the completions of a prompt may take, and an update", 600.0, above=0)
+    concurrency: int = option("requests at a time", 32, minimum=1)
+    retries: int = option("further tries where it is busy, fails or cannot be reached", 5, minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """The completions sampled at each step."""
 
@@ -277,6 +303,7 @@ class RolloutConfig:
         "trained model computes, which method.correction can repair. null: model.dtype",
         None,
     )
+    server: ServerConfig | None = option("an inference server that samples in place of the devices here", None)
     mesh: MeshConfig | None = option(
         "layout of the devices while completions are sampled; parameters are copied to it at each step, in the "
         "precision that they are multiplied in. Every token takes all parameters: where they are many, shards of the "
