@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import jax
+
 from jaxrl_post.rollout import Prompts, SamplingParams, Server, check_server, merge_groups, served, update_weights
-from jaxrl_post.training.config import Config, ConfigError, ServerConfig
+from jaxrl_post.training.config import Config, ConfigError, ModelConfig, ServerConfig
 from jaxrl_post.training.generation import Generation
 from jaxrl_post.training.model_setup import Models, check_export, export
 from jaxrl_post.types import Array, Params, Rollouts
@@ -80,14 +82,14 @@ def as_if_served(rollouts: Rollouts) -> Rollouts:
     return rollouts.replace(extras={"sampler_logp": rollouts.extras.get("sampler_logp", rollouts.logp)})
 
 
-def check_served(config: Config, made: Models, tokenizer: Any, sampling: SamplingParams) -> None:
+def check_served(
+    options: ServerConfig, model: ModelConfig, made: Models, tokenizer: Any, sampling: SamplingParams
+) -> None:
     """Raise ConfigError for a server that cannot be asked for what the run samples, or not be given the policy."""
-    options = config.rollout.server
-    if options is None:
-        return
+    if jax.process_count() > 1:
+        raise ConfigError(["rollout.server: one process asks it, and this run has several; leave it out"])
     try:
         check_server(make_server(options), sampling)
-        if options.weights is not None:
-            check_export(config.model, made, tokenizer, options.weights, "rollout.server.weights")
+        check_export(model, made, tokenizer, options.weights, "rollout.server.weights")
     except ValueError as error:
         raise ConfigError([f"rollout.server: {error}"]) from None

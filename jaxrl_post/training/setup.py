@@ -457,9 +457,8 @@ def build(
         raise ConfigError([f"{limits}, but the model was made for {longest} positions"])
     mesh = mesh_lib.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     setup = Setup(config, tokenizer, made, mesh, make_stages(config), executables)
-    check_served(config, made, tokenizer, setup.trained_generation().sampling)
-    if config.rollout.server is not None and jax.process_count() > 1:
-        raise ConfigError(["rollout.server: one process asks it, and this run has several; leave it out"])
+    if config.rollout.server is not None:
+        check_served(config.rollout.server, config.model, made, tokenizer, setup.trained_generation().sampling)
     return setup
 
 
