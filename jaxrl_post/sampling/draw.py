@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from jaxrl_post.mesh import spread
 from jaxrl_post.types import Array
 
 
@@ -75,15 +79,60 @@ def sample(key: Array, logits: Array) -> Array:
     noise = _noise(key, (len(logits), count + BLOCK), logits.dtype)
     # The weights are those of `token_statistics`, and in one program with it are made once.
     weight = jnp.exp(logits - jnp.max(logits, axis=-1)[:, None])
-    block = jnp.argmax(jnp.log(jnp.sum(_in_blocks(weight, 0.0), axis=-1)) + noise[:, :count], axis=-1)
-    inside = jnp.take_along_axis(_in_blocks(logits, -jnp.inf), block[:, None, None], axis=1)[:, 0]
-    return (block * BLOCK + jnp.argmax(inside + noise[:, count:], axis=-1)).astype(jnp.int32)
+    block = jnp.argmax(jnp.log(_block_sums(weight)) + noise[:, :count], axis=-1)
+    return (block * BLOCK + jnp.argmax(_of_block(logits, block) + noise[:, count:], axis=-1)).astype(jnp.int32)
 
 
-def _in_blocks(values: Array, padding: float) -> Array:
-    """`[B, V / BLOCK, BLOCK]`, from `[B, V]`."""
-    filled = jnp.pad(values, ((0, 0), (0, -values.shape[-1] % BLOCK)), constant_values=padding)
-    return filled.reshape(len(values), -1, BLOCK)
+def _block_sums(weight: Array) -> Array:
+    """`[B, V / BLOCK]`, from `[B, V]`."""
+    count = -(-weight.shape[1] // BLOCK)
+
+    def of_part(weight: Array, first: Array | int, vocab: tuple[str, ...]) -> Array:
+        sums = jnp.sum(_in_blocks(weight, first, 0.0), axis=-1)
+        if not vocab:
+            return sums
+        every = jnp.zeros((len(sums), count + sums.shape[1]), sums.dtype)
+        every = jax.lax.dynamic_update_slice(every, sums, (0, first // BLOCK))
+        return jax.lax.psum(every[:, :count], vocab)
+
+    return _where_it_lies(of_part, weight)
+
+
+def _of_block(logits: Array, block: Array) -> Array:
+    """`[B, BLOCK]`, from `[B, V]`: of each row one block, by its number `[B]`."""
+
+    def of_part(logits: Array, first: Array | int, vocab: tuple[str, ...], block: Array) -> Array:
+        lines = _in_blocks(logits, first, -jnp.inf)
+        line = block - first // BLOCK
+        here = (line >= 0) & (line < lines.shape[1])
+        found = jnp.take_along_axis(lines, jnp.where(here, line, 0)[:, None, None], axis=1)[:, 0]
+        return jax.lax.pmax(jnp.where(here[:, None], found, -jnp.inf), vocab) if vocab else found
+
+    return _where_it_lies(of_part, logits, block)
+
+
+def _where_it_lies(of_part: Callable[..., Array], values: Array, *others: Array) -> Array:
+    """`of_part(part, first, vocab, *others)` of the part of `[B, V]` that a device has, from place `first` on.
+
+    Blocks do not end where devices' parts do, so that the compiler would have each device collect the vocabulary.
+    """
+    rows, vocab = spread(("batch", "act_vocab"), values.shape)
+    if not vocab:
+        return of_part(values, 0, (), *others)
+
+    def on_device(values: Array, *others: Array) -> Array:
+        return of_part(values, jax.lax.axis_index(vocab) * values.shape[1], vocab, *others)
+
+    by_row = PartitionSpec(rows or None)
+    specs = (PartitionSpec(rows or None, vocab), *(by_row for _ in others))
+    return jax.shard_map(on_device, in_specs=specs, out_specs=by_row, check_vma=False)(values, *others)
+
+
+def _in_blocks(values: Array, first: Array | int, padding: float) -> Array:
+    """All blocks that `[B, v]` from place `first` of the vocabulary on reaches into, `[B, n, BLOCK]`."""
+    size = values.shape[1] + (0 if isinstance(first, int) else BLOCK - 1)
+    filled = jnp.full((len(values), -(-size // BLOCK) * BLOCK), padding, values.dtype)
+    return jax.lax.dynamic_update_slice(filled, values, (0, first % BLOCK)).reshape(len(values), -1, BLOCK)
 
 
 def _noise(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:

@@ -4,6 +4,8 @@ Rows lie over two axes of the mesh, the vocabulary, heads and key-value heads ov
 """
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +98,33 @@ def test_draws_statistics_and_alternatives_are_those_of_one_device(axes):
         np.testing.assert_array_equal(a, b)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), found[2:], expected[2:])
     assert expected[1][4, :2].tolist() == [0, 47]
+
+
+WIDE = 8 * 150  # whose blocks lie across the borders of devices
+
+
+def wide_logits():
+    z = np.random.default_rng(3).normal(size=(ROWS, WIDE)).astype(np.float32) * 3
+    z[2, ::3] = -np.inf
+    return z
+
+
+def largest_collective(text):
+    """Numbers of the largest array that a program's devices exchange."""
+    made = re.findall(r"= \(?\w+\[([\d,]*)\]\S* (?:all-gather|all-reduce|all-to-all|collective-permute)", text)
+    return max((math.prod(int(n) for n in dims.split(",") if n) for dims in made), default=0)
+
+
+@pytest.mark.parametrize("axes", MESHES)
+def test_a_large_vocabulary_on_several_devices_is_drawn_from_where_it_lies(axes):
+    keys, z = jax.random.split(jax.random.key(1), ROWS), jnp.asarray(wide_logits())
+    drawn = jax.jit(sample)(keys, z)
+    mesh = make_mesh(**MESHES[axes])
+    with jax.set_mesh(mesh):
+        split = jax.device_put(z, NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "tensor")))
+        program = jax.jit(sample).lower(keys, split).compile()
+        np.testing.assert_array_equal(program(keys, split), drawn)
+    assert 0 < largest_collective(program.as_text()) < WIDE
 
 
 # Whole sequences.
