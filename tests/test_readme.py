@@ -1,5 +1,6 @@
 """What the README shows works."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxrl_post.training import config
+from jaxrl_post.training import config, loop
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+YAML = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_example_of_a_loss_runs_and_has_a_gradient(capsys):
@@ -41,7 +43,7 @@ def test_the_example_of_a_method_gives_methods_that_train(name):
 
 
 def test_the_example_of_a_configuration_on_a_base_is_valid(tmp_path):
-    (example,) = [text for text in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if text.startswith("base:")]
+    (example,) = [text for text in YAML if text.startswith("base: ../")]
     path = tmp_path / "own.yaml"
     path.write_text(example.replace("../quickstart.yaml", str(ROOT / "configs" / "quickstart.yaml")))
     assert config.load(path).method.keywords["correction"] == "icepop"
@@ -71,7 +73,7 @@ def test_the_readme_names_only_files_that_are_there():
 
 
 def test_the_example_of_a_model_is_valid():
-    (example,) = [text for text in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if text.startswith("model:")]
+    (example,) = [text for text in YAML if text.startswith("model:")]
     values = yaml.safe_load(example)
     values |= {
         "run_dir": "runs/mine",
@@ -98,3 +100,18 @@ def test_the_example_of_turns_plays_them(capsys):
     assert transcript.count("/") >= 2  # the board
     assert names["out"].rewards["environment"].shape == per_token.shape
     assert int(names["out"].extras["turns"].max()) > 1
+
+
+def test_the_example_of_an_environment_in_python_is_one_that_a_run_trains_in(tmp_path):
+    (example,) = [text for text in YAML if "second_try.py" in text]
+    (tmp_path / "second_try.py").write_text(EXAMPLES[4])
+    for name, place in (("configs/", ROOT), ("second_try.py", tmp_path), ("runs/", tmp_path)):
+        example = example.replace(name, f"{place}/{name}")
+    (tmp_path / "own.yaml").write_text(example)
+    small = ("rollout.prompts=2", "rollout.group_size=2", "training.steps=1", "eval.problems=0", "warm_start=null")
+    loop.run(config.load(tmp_path / "own.yaml", [*small, "logging.progress=false", "training.micro_batches=1"]))
+    (row,) = [
+        json.loads(line) for line in (tmp_path / "runs" / "second_try" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert row["completions/mean_turns"] > 1
+    assert row["environment/errors"] == 0

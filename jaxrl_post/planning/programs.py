@@ -109,8 +109,8 @@ def plan(config: Config, devices: Sequence[Any]) -> Setup:
     if wanted != len(devices):
         raise ConfigError(
             [
-                f"mesh: {dataclasses.asdict(config.mesh)} is {wanted} devices, but the topology has {len(devices)}; "
-                "make the product of the sizes that number, or pass --suggest"
+                f"mesh: the product of its sizes is {wanted}, but the topology has {len(devices)} devices; make them "
+                f"the same (mesh.fsdp={len(devices)} where all others are 1), or pass --suggest"
             ]
         )
     made = setups.build(config, devices=devices, tokenizer=_tokenizer(config))

@@ -11,7 +11,8 @@ from jaxrl_post.planning.costs import Costs
 from jaxrl_post.planning.report import Compiled, Times
 
 NOTE = (
-    "Nothing here was measured: memory, operations and traffic are the compiler's account for one device, loops "
+    "Nothing here was measured: memory, operations and traffic are the compiler's account for one device (memory of "
+    "all kinds is not held at one moment, nor what is donated twice), loops "
     "counted as often as they run; a rollout counts as if every completion took all its tokens. The roofline is the "
     "largest of products, memory and interconnect at the chip's peak rates; the compiler's own estimate has been "
     "within about 15% of hardware on v5 and 10 to 60% too low on v6e and tpu7x."
@@ -150,10 +151,11 @@ def table(compiled: Sequence[Compiled], topology: Topology, mesh: Mapping[str, i
         topology: what they were compiled for.
         mesh: sizes of its axes.
     """
-    sizes = ", ".join(f"{name} {size}" for name, size in mesh.items() if size > 1) or "one device"
+    sizes = ", ".join(f"{name} {size}" for name, size in mesh.items() if size > 1) or "not split"
     slices = f"{topology.slices} x " if topology.slices > 1 else ""
+    devices = "1 device" if topology.devices == 1 else f"{topology.devices} devices"
     lines = [
-        f"{slices}{topology.name}: {topology.devices} devices ({sizes}), {_gib(topology.chip.memory)} GiB each",
+        f"{slices}{topology.name}: {devices} ({sizes}), {_gib(topology.chip.memory)} GiB each",
         "",
     ]
     kinds = list(dict.fromkeys(kind for one in compiled for kind in one.memory))

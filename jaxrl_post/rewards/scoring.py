@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import sys
 import threading
+import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -310,12 +313,22 @@ def as_number(value: Any) -> float | None:
 def _stop(name: str, failures: Mapping[int, BaseException | str]) -> RewardError:
     row, first = next(iter(failures.items()))
     cause = first if isinstance(first, BaseException) else None
-    what = f"raised {type(cause).__name__}: {cause}" if cause else first
+    what = f"raised {type(cause).__name__}: {cause}{_place(cause)}" if cause else first
     whole = len(set(map(id, failures.values()))) == 1 and len(failures) > 1
     where = f"rows 0 to {max(failures)} (the whole batch)" if whole else f"row {row}"
-    error = RewardError(
-        f"reward function {name!r} {what}, at {where}; return None for a row that cannot be scored, or set "
-        f"on_reward_error to 'invalid' to leave such rows out and count them"
+    advice = (
+        "; return None for a row that cannot be scored, or set on_reward_error to 'invalid' to leave such rows out and "
+        "count them"
     )
+    if whole and cause is None:
+        advice = ""  # a list of another length, or what is no list, is no row's doing
+    error = RewardError(f"reward function {name!r} {what}, at {where}{advice}")
     error.__cause__ = cause
     return error
+
+
+def _place(error: BaseException) -> str:
+    """Where in the user's code an error was raised, as the end of a sentence."""
+    others = (str(Path(__file__).parents[1]), sys.prefix, sys.base_prefix)
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(others)]
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""

@@ -230,7 +230,7 @@ def test_times_are_amounts_over_rates():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--topology", "v5e:2x2"], "'fsdp': 1.* is 1 devices, but the topology has 4"),
+        (["--topology", "v5e:2x2"], "product of its sizes is 1, but the topology has 4 devices; .*mesh.fsdp=4"),
         (["--topology", "v5e:2x2x1"], "a slice of v5e has 2 sizes, as in v5e:2x2; got 'v5e:2x2x1'"),
         (["--topology", "h100:8"], "topology must be like v5e:2x4 or v5p:4x4x4, of v4, v5e, .*; got 'h100:8'"),
         (

@@ -73,9 +73,12 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     Example:
         >>> nearest("stepz", ["steps", "epochs"])
         "did you mean 'steps'?"
+        >>> nearest("gpro", ["igpo", "grpo"])
+        "did you mean 'grpo'?"
     """
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, known, n=5, cutoff=0.6)
+    close.sort(key=lambda one: sorted(one) != sorted(name))  # letters that changed places are the likelier mistake
     if close:
         full = f"{prefix}.{close[0]}" if prefix else close[0]
         return f"did you mean {full!r}?"

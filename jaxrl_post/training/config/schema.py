@@ -244,7 +244,8 @@ class RolloutConfig:
     environment: str | None = option(
         "who answers the policy between its turns: a function of yours in Python, as path/file.py:function or "
         "module:function, that returns an object with reset(problem) and step(state, action), see rollout.host_turns "
-        "and rollout.tools. One written in JAX goes into data.environment",
+        "and rollout.tool_environment. What its steps earn is the reward named environment. One written in JAX goes "
+        "into data.environment",
         None,
     )
     environment_options: dict[str, Any] = option("keywords of that function", factory=dict)
