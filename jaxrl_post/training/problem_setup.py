@@ -51,15 +51,18 @@ def make_problems(config: Config, tokenizer: data.Tokenizer, turns: Turns | Host
         if isinstance(turns, Turns):
             return TaskSource(turns.environment, tokenizer, first=first, size=options.size)
         assert options.task is not None
-        source = data.ReasoningGymSource(
-            options.task,
-            seed=first,
-            size=options.size,
-            prompt=options.prompt or "{question}",
-            answer=options.answer or "{answer}",
-            lowercase=options.lowercase,
-            options=options.task_options,
-        )
+        try:
+            source = data.ReasoningGymSource(
+                options.task,
+                seed=first,
+                size=options.size,
+                prompt=options.prompt or "{question}",
+                answer=options.answer or "{answer}",
+                lowercase=options.lowercase,
+                options=options.task_options,
+            )
+        except ValueError as error:
+            raise ConfigError([f"data.task = {options.task!r}: {error}"]) from None
         return spoken(source)
 
     def read(files: tuple[str, ...], *, supervised: bool, pairs: bool, split: str | None = None) -> data.Source:

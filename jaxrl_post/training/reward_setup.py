@@ -8,18 +8,19 @@ from typing import Any
 from jaxrl_post import data, rewards
 from jaxrl_post.training.config import Config, ConfigError
 from jaxrl_post.training.config.content_checks import ENVIRONMENT_REWARD, reward_names
+from jaxrl_post.training.config.turn_checks import find_function
 
 
 def make_rewards(config: Config, train: Callable[[], data.Source]) -> list[rewards.RewardFunction]:
     """The reward functions of the configuration, by names that are unique.
 
     Raises:
-        ConfigError: for a reward that the library does not have.
+        ConfigError: for a reward that the library, or the user's file, does not have.
     """
     made: list[rewards.RewardFunction] = []
-    for option, name in zip(config.rewards, reward_components(config), strict=True):
+    for number, (option, name) in enumerate(zip(config.rewards, reward_components(config), strict=True)):
         if option.path is not None:
-            function = rewards.load(option.path)
+            function = find_function(option.path, f"rewards.{number}.path")
             adapters = {"verl": rewards.from_verl, "verifiers": rewards.from_verifiers}
             function = adapters[option.adapter](function) if option.adapter in adapters else function
         elif option.name == ENVIRONMENT_REWARD:
