@@ -298,7 +298,7 @@ class _Counter:
                     return None
                 scattered = one.opcode == "all-reduce" and "reduce-scatter" in called.replace("_", "-")
                 return _described(inner, one, "reduce-scatter" if scattered else one.opcode)
-            if (nested := one.attribute("calls")) and one.opcode != "fusion":
+            if (nested := _called(one)) and one.opcode != "fusion":
                 found = self._collective(inner, dataclasses.replace(one, attributes=f"calls=%{nested}"))
                 if found:
                     return found
@@ -321,6 +321,12 @@ def _described(where: Computation, instruction: Instruction, operation: str) -> 
     if instruction.opcode.endswith("-start"):
         made -= given  # operands come before results
     return Collective(operation, _group(instruction.attributes)), float(max(given, made))
+
+
+def _called(instruction: Instruction) -> str | None:
+    """The computation that an instruction runs, by any of the names that it goes by: a sparse core's is a kernel's."""
+    found = re.search(r"(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)", instruction.attributes)
+    return found[1] if found and instruction.opcode not in COLLECTIVES else None
 
 
 def _estimated_cycles(instruction: Instruction) -> int:

@@ -245,6 +245,38 @@ def test_traffic_communication_and_kernels_of_a_program_counted_by_hand():
     assert gathered[Collective("all-gather", 3, crosses_slices=True)] == (3 * part, 1)
 
 
+OF_A_SPARSE_CORE = """
+HloModule test, is_scheduled=true
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+
+%called (x: f32[8,128]) -> f32[8,128] {
+  %x = f32[8,128]{1,0} parameter(0)
+  ROOT %ar = f32[8,128]{1,0} all-reduce(%x), replica_groups={{0,1,2,3}}, to_apply=%sum
+}
+
+%offloaded (y: f32[8,128]) -> f32[8,128] {
+  %y = f32[8,128]{1,0} parameter(0)
+  ROOT %cc = f32[8,128]{1,0} custom-call(%y), custom_call_target="other", called_computations={%called}
+}
+
+ENTRY %main (z: f32[8,128]) -> f32[8,128] {
+  %z = f32[8,128]{1,0} parameter(0)
+  %go = ((f32[8,128]{1,0}), f32[8,128]{1,0}, u32[]) async-start(%z), async_execution_thread="sparsecore", calls=%offloaded
+  ROOT %end = f32[8,128]{1,0} async-done(%go)
+}
+"""
+
+
+def test_what_a_sparse_core_communicates_is_counted_once():
+    found = costs.count(OF_A_SPARSE_CORE).total
+    assert found.collectives == {costs.Collective("all-reduce", 4): (4.0 * 8 * 128, 1.0)}
+
+
 @pytest.mark.parametrize(
     ("shapes", "attributes", "out", "expected"),
     [
