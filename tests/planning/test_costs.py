@@ -266,7 +266,7 @@ HloModule test, is_scheduled=true
 
 ENTRY %main (z: f32[8,128]) -> f32[8,128] {
   %z = f32[8,128]{1,0} parameter(0)
-  %go = ((f32[8,128]{1,0}), f32[8,128]{1,0}, u32[]) async-start(%z), async_execution_thread="sparsecore", calls=%offloaded
+  %go = ((f32[8,128]{1,0}), f32[8,128]{1,0}, u32[]) async-start(%z), calls=%offloaded
   ROOT %end = f32[8,128]{1,0} async-done(%go)
 }
 """
