@@ -92,7 +92,7 @@ def _block_sums(weight: Array) -> Array:
         if not vocab:
             return sums
         every = jnp.zeros((len(sums), count + sums.shape[1]), sums.dtype)
-        every = jax.lax.dynamic_update_slice(every, sums, (0, first // BLOCK))
+        every = jax.lax.dynamic_update_slice_in_dim(every, sums, first // BLOCK, axis=1)
         return jax.lax.psum(every[:, :count], vocab)
 
     return _where_it_lies(of_part, weight)
@@ -132,7 +132,8 @@ def _in_blocks(values: Array, first: Array | int, padding: float) -> Array:
     """All blocks that `[B, v]` from place `first` of the vocabulary on reaches into, `[B, n, BLOCK]`."""
     size = values.shape[1] + (0 if isinstance(first, int) else BLOCK - 1)
     filled = jnp.full((len(values), -(-size // BLOCK) * BLOCK), padding, values.dtype)
-    return jax.lax.dynamic_update_slice(filled, values, (0, first % BLOCK)).reshape(len(values), -1, BLOCK)
+    filled = jax.lax.dynamic_update_slice_in_dim(filled, values, first % BLOCK, axis=1)
+    return filled.reshape(len(values), -1, BLOCK)
 
 
 def _noise(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:

@@ -124,6 +124,8 @@ def test_a_large_vocabulary_on_several_devices_is_drawn_from_where_it_lies(axes)
         split = jax.device_put(z, NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "tensor")))
         program = jax.jit(sample).lower(keys, split).compile()
         np.testing.assert_array_equal(program(keys, split), drawn)
+        with jax.enable_x64(True):  # where the numbers of blocks are of two widths
+            assert jax.eval_shape(sample, keys, split).dtype == jnp.int32
     assert 0 < largest_collective(program.as_text()) < WIDE
 
 
