@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -85,40 +86,52 @@ def sample(key: Array, logits: Array) -> Array:
 
 def _block_sums(weight: Array) -> Array:
     """`[B, V / BLOCK]`, from `[B, V]`."""
+    if not _is_cut(weight):
+        return jnp.sum(_in_blocks(weight, 0.0), axis=-1)
     count = -(-weight.shape[1] // BLOCK)
 
-    def of_part(weight: Array, first: Array | int, vocab: tuple[str, ...]) -> Array:
-        sums = jnp.sum(_in_blocks(weight, first, 0.0), axis=-1)
-        if not vocab:
-            return sums
-        every = jnp.zeros((len(sums), count + sums.shape[1]), sums.dtype)
-        every = jax.lax.dynamic_update_slice_in_dim(every, sums, first // BLOCK, axis=1)
-        return jax.lax.psum(every[:, :count], vocab)
+    def of_part(weight: Array, first: Array, vocab: tuple[str, ...]) -> Array:
+        # As a product of matrices, since a sum of what does not begin where a register does is slow on a TPU.
+        block = (first + jnp.arange(weight.shape[1])) // BLOCK
+        inside = (block[:, None] == jnp.arange(count)).astype(weight.dtype)
+        return jax.lax.psum(jnp.matmul(weight, inside, precision=jax.lax.Precision.HIGHEST), vocab)
 
     return _where_it_lies(of_part, weight)
 
 
 def _of_block(logits: Array, block: Array) -> Array:
     """`[B, BLOCK]`, from `[B, V]`: of each row one block, by its number `[B]`."""
+    if not _is_cut(logits):
+        return jnp.take_along_axis(_in_blocks(logits, -jnp.inf), block[:, None, None], axis=1)[:, 0]
 
-    def of_part(logits: Array, first: Array | int, vocab: tuple[str, ...], block: Array) -> Array:
-        lines = _in_blocks(logits, first, -jnp.inf)
-        line = block - first // BLOCK
-        here = (line >= 0) & (line < lines.shape[1])
-        found = jnp.take_along_axis(lines, jnp.where(here, line, 0)[:, None, None], axis=1)[:, 0]
-        return jax.lax.pmax(jnp.where(here[:, None], found, -jnp.inf), vocab) if vocab else found
+    def of_part(logits: Array, first: Array, vocab: tuple[str, ...], block: Array) -> Array:
+        # In the part's own blocks it is the end of one and the beginning of the next.
+        lines, after = _in_blocks(logits, -jnp.inf), block - first // BLOCK
+
+        def line(number: Array) -> Array:
+            here = (number >= 0) & (number < lines.shape[1])
+            found = jnp.take_along_axis(lines, jnp.where(here, number, 0)[:, None, None], axis=1)[:, 0]
+            return jnp.where(here[:, None], found, -jnp.inf)
+
+        both = jnp.concatenate([line(after - 1), line(after)], axis=1)
+        return jax.lax.pmax(jax.lax.dynamic_slice_in_dim(both, BLOCK - first % BLOCK, BLOCK, axis=1), vocab)
 
     return _where_it_lies(of_part, logits, block)
+
+
+def _is_cut(values: Array) -> bool:
+    """Whether the vocabulary of `[B, V]` lies on several devices whose parts do not end where blocks do."""
+    vocab = spread((None, "act_vocab"), values.shape)[1]
+    parts = math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in vocab)
+    return parts > 1 and values.shape[1] // parts % BLOCK != 0
 
 
 def _where_it_lies(of_part: Callable[..., Array], values: Array, *others: Array) -> Array:
     """`of_part(part, first, vocab, *others)` of the part of `[B, V]` that a device has, from place `first` on.
 
-    Blocks do not end where devices' parts do, so that the compiler would have each device collect the vocabulary.
+    The compiler would have each device collect the vocabulary.
     """
     rows, vocab = spread(("batch", "act_vocab"), values.shape)
-    if not vocab:
-        return of_part(values, 0, (), *others)
 
     def on_device(values: Array, *others: Array) -> Array:
         return of_part(values, jax.lax.axis_index(vocab) * values.shape[1], vocab, *others)
@@ -128,11 +141,9 @@ def _where_it_lies(of_part: Callable[..., Array], values: Array, *others: Array)
     return jax.shard_map(on_device, in_specs=specs, out_specs=by_row, check_vma=False)(values, *others)
 
 
-def _in_blocks(values: Array, first: Array | int, padding: float) -> Array:
-    """All blocks that `[B, v]` from place `first` of the vocabulary on reaches into, `[B, n, BLOCK]`."""
-    size = values.shape[1] + (0 if isinstance(first, int) else BLOCK - 1)
-    filled = jnp.full((len(values), -(-size // BLOCK) * BLOCK), padding, values.dtype)
-    filled = jax.lax.dynamic_update_slice_in_dim(filled, values, first % BLOCK, axis=1)
+def _in_blocks(values: Array, padding: float) -> Array:
+    """`[B, V / BLOCK, BLOCK]`, from `[B, V]`."""
+    filled = jnp.pad(values, ((0, 0), (0, -values.shape[-1] % BLOCK)), constant_values=padding)
     return filled.reshape(len(values), -1, BLOCK)
 
 

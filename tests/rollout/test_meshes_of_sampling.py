@@ -100,11 +100,11 @@ def test_draws_statistics_and_alternatives_are_those_of_one_device(axes):
     assert expected[1][4, :2].tolist() == [0, 47]
 
 
-WIDE = 8 * 150  # whose blocks lie across the borders of devices
+WIDE = {"blocks across the borders of devices": 8 * 150, "whole blocks on each": 8 * 512}
 
 
-def wide_logits():
-    z = np.random.default_rng(3).normal(size=(ROWS, WIDE)).astype(np.float32) * 3
+def wide_logits(size):
+    z = np.random.default_rng(3).normal(size=(ROWS, size)).astype(np.float32) * 3
     z[2, ::3] = -np.inf
     return z
 
@@ -115,9 +115,10 @@ def largest_collective(text):
     return max((math.prod(int(n) for n in dims.split(",") if n) for dims in made), default=0)
 
 
+@pytest.mark.parametrize("size", WIDE)
 @pytest.mark.parametrize("axes", MESHES)
-def test_a_large_vocabulary_on_several_devices_is_drawn_from_where_it_lies(axes):
-    keys, z = jax.random.split(jax.random.key(1), ROWS), jnp.asarray(wide_logits())
+def test_a_large_vocabulary_on_several_devices_is_drawn_from_where_it_lies(axes, size):
+    keys, z = jax.random.split(jax.random.key(1), ROWS), jnp.asarray(wide_logits(WIDE[size]))
     drawn = jax.jit(sample)(keys, z)
     mesh = make_mesh(**MESHES[axes])
     with jax.set_mesh(mesh):
@@ -126,7 +127,7 @@ def test_a_large_vocabulary_on_several_devices_is_drawn_from_where_it_lies(axes)
         np.testing.assert_array_equal(program(keys, split), drawn)
         with jax.enable_x64(True):  # where the numbers of blocks are of two widths
             assert jax.eval_shape(sample, keys, split).dtype == jnp.int32
-    assert 0 < largest_collective(program.as_text()) < WIDE
+    assert 0 < largest_collective(program.as_text()) < WIDE[size]
 
 
 # Whole sequences.
