@@ -313,7 +313,7 @@ def as_number(value: Any) -> float | None:
 def _stop(name: str, failures: Mapping[int, BaseException | str]) -> RewardError:
     row, first = next(iter(failures.items()))
     cause = first if isinstance(first, BaseException) else None
-    what = f"raised {type(cause).__name__}: {cause}{_place(cause)}" if cause else first
+    what = f"raised {type(cause).__name__}: {cause}" if cause else first
     whole = len(set(map(id, failures.values()))) == 1 and len(failures) > 1
     where = f"rows 0 to {max(failures)} (the whole batch)" if whole else f"row {row}"
     advice = (
@@ -322,7 +322,8 @@ def _stop(name: str, failures: Mapping[int, BaseException | str]) -> RewardError
     )
     if whole and cause is None:
         advice = ""  # a list of another length, or what is no list, is no row's doing
-    error = RewardError(f"reward function {name!r} {what}, at {where}{advice}")
+    place = "" if cause is None else _place(cause)
+    error = RewardError(f"reward function {name!r} {what}, at {where}{place}{advice}")
     error.__cause__ = cause
     return error
 
@@ -331,4 +332,4 @@ def _place(error: BaseException) -> str:
     """Where in the user's code an error was raised, as the end of a sentence."""
     others = (str(Path(__file__).parents[1]), sys.prefix, sys.base_prefix)
     frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith(others)]
-    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f", in {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
