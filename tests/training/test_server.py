@@ -125,6 +125,7 @@ def test_budgets_give_the_members_of_a_group_prompts_of_their_own(tmp_path):
         ({"server": {"url": "http://x/v1", "log_probs": "tempered"}}, "of kind 'vllm' must be one of raw, processed"),
         ({"server": {"url": "http://x/v1"}, "ahead": True}, "rollout.ahead.* rollout.server samples whole completions"),
         ({"server": {"url": "http://x/v1"}, "tokens_per_step": 2}, "rollout.tokens_per_step.* rollout.server"),
+        ({"server": {"url": "http://x/v1", "every": 2}}, "rollout.server.every.* keeps its weights"),
         (
             {"server": {"url": "http://x/v1"}, "sampling": {"temperature": 0.7}},
             "raw log-probs are those at temperature 1, .* --logprobs-mode processed_logprobs",

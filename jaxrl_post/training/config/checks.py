@@ -143,6 +143,9 @@ def _source(config: Config, made: Method, problems: Problems) -> None:
     elif rollout is not None and rollout.server is not None:
         why = "rollout.server samples whole completions that nobody answers, and is waited for"
         refuse_unused(rollout, "rollout", ("environment", "exits", "tokens_per_step", "ahead"), why, problems)
+        if rollout.server.weights is None:
+            why = "rollout.server.weights is null, and the server keeps its weights"
+            refuse_unused(rollout.server, "rollout.server", ("every",), why, problems)
         if config.data is not None:
             refuse_unused(config.data, "data", ("environment",), why, problems)
     if made.learns_from == "rollouts" and config.training is not None:
