@@ -94,11 +94,10 @@ class Layout:
 
     def overrides(self) -> list[str]:
         """What to put on the command line; nothing of the file's own mesh is left."""
-        sampling = self.rollout_mesh
+        sampling = [f"rollout.mesh.{name}={size}" for name, size in (self.rollout_mesh or {}).items()]
         return [
             *(f"mesh.{name}={size}" for name, size in self.mesh.items()),
-            *([] if sampling is None else (f"rollout.mesh.{name}={size}" for name, size in sampling.items())),
-            *(["rollout.mesh=null"] if sampling is None else []),
+            *(sampling or ["rollout.mesh=null"]),
             f"training.micro_batches={self.micro_batches}",
         ]
 
