@@ -14,6 +14,7 @@ from jaxrl_post import models
 from jaxrl_post.mesh import constrain
 from jaxrl_post.rollout.generate import PLAIN, Prompts, assemble, check_requests
 from jaxrl_post.rollout.slots import Drawn, Requests
+from jaxrl_post.sampling.vocabulary import highest
 from jaxrl_post.types import FINISH_ABORT, FINISH_LENGTH, FINISH_STOP, Array, Params, Policy, PyTree, Rollouts
 
 BEAM_SCORE = "beam_score"
@@ -242,10 +243,13 @@ def _continue(running: _Beams, log_probs: Array, count: Array, number: int) -> t
             f"{number} continuations of {beams} beams need a vocabulary of {-(-number // beams)}, got {size}; "
             "give fewer stop tokens"
         )
-    log_probs = log_probs.reshape(prompts, beams, size)
-    score, place = jax.lax.top_k((running.score[..., None] + log_probs).reshape(prompts, -1), number)
-    parent, token = place // size, (place % size).astype(jnp.int32)
-    logp = jnp.take_along_axis(log_probs.reshape(prompts, -1), place, axis=1)
+    # Of each beam first, then of all: the vocabulary may lie on several devices.
+    each = highest(running.score.reshape(-1, 1) + log_probs, min(number, size))
+    logp = jnp.take_along_axis(log_probs, each[1], axis=1)
+    score, token, logp = (x.reshape(prompts, -1) for x in (*each, logp))
+    score, place = jax.lax.top_k(score, number)
+    parent = place // each[0].shape[1]
+    token, logp = (jnp.take_along_axis(x, place, axis=1) for x in (token, logp))
 
     def added(buffer: Array, value: Array) -> Array:
         kept = jnp.take_along_axis(buffer, parent[..., None], axis=1)

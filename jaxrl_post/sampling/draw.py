@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from jaxrl_post.mesh import spread
+from jaxrl_post.sampling.vocabulary import devices_of_vocabulary, where_it_lies
 from jaxrl_post.types import Array
 
 
@@ -96,7 +92,7 @@ def _block_sums(weight: Array) -> Array:
         inside = (block[:, None] == jnp.arange(count)).astype(weight.dtype)
         return jax.lax.psum(jnp.matmul(weight, inside, precision=jax.lax.Precision.HIGHEST), vocab)
 
-    return _where_it_lies(of_part, weight)
+    return where_it_lies(of_part, weight)
 
 
 def _of_block(logits: Array, block: Array) -> Array:
@@ -116,29 +112,13 @@ def _of_block(logits: Array, block: Array) -> Array:
         both = jnp.concatenate([line(after - 1), line(after)], axis=1)
         return jax.lax.pmax(jax.lax.dynamic_slice_in_dim(both, BLOCK - first % BLOCK, BLOCK, axis=1), vocab)
 
-    return _where_it_lies(of_part, logits, block)
+    return where_it_lies(of_part, logits, block)
 
 
 def _is_cut(values: Array) -> bool:
     """Whether the vocabulary of `[B, V]` lies on several devices whose parts do not end where blocks do."""
-    vocab = spread((None, "act_vocab"), values.shape)[1]
-    parts = math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in vocab)
+    parts = devices_of_vocabulary(values)
     return parts > 1 and values.shape[1] // parts % BLOCK != 0
-
-
-def _where_it_lies(of_part: Callable[..., Array], values: Array, *others: Array) -> Array:
-    """`of_part(part, first, vocab, *others)` of the part of `[B, V]` that a device has, from place `first` on.
-
-    The compiler would have each device collect the vocabulary.
-    """
-    rows, vocab = spread(("batch", "act_vocab"), values.shape)
-
-    def on_device(values: Array, *others: Array) -> Array:
-        return of_part(values, jax.lax.axis_index(vocab) * values.shape[1], vocab, *others)
-
-    by_row = PartitionSpec(rows or None)
-    specs = (PartitionSpec(rows or None, vocab), *(by_row for _ in others))
-    return jax.shard_map(on_device, in_specs=specs, out_specs=by_row, check_vma=False)(values, *others)
 
 
 def _in_blocks(values: Array, padding: float) -> Array:

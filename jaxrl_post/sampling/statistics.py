@@ -5,9 +5,9 @@ What changes the distribution that is drawn from is in `transforms`.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
+from jaxrl_post.sampling.vocabulary import highest
 from jaxrl_post.types import Array
 
 
@@ -70,7 +70,7 @@ def alternatives(log_probs: Array, k: int) -> tuple[Array, Array]:
     if not 1 <= k <= log_probs.shape[-1]:
         raise ValueError(f"alternatives must be between 1 and the vocabulary of {log_probs.shape[-1]}, got {k}")
     log_probs = log_probs.astype(jnp.promote_types(log_probs.dtype, jnp.float32))
-    logp, tokens = jax.lax.top_k(log_probs, k)
+    logp, tokens = highest(log_probs, k)
     # The best token comes off first: a sum of large logits would round what is left of them.
     total = jnp.sum(jnp.exp(log_probs - logp[:, :1]), axis=-1, keepdims=True)
-    return tokens.astype(jnp.int32), logp - logp[:, :1] - jnp.log(total)
+    return tokens, logp - logp[:, :1] - jnp.log(total)

@@ -109,25 +109,29 @@ def wide_logits(size):
     return z
 
 
-def largest_collective(text):
-    """Numbers of the largest array that a program's devices exchange."""
+def collectives(text):
+    """The shapes of the arrays that a program's devices exchange."""
     made = re.findall(r"= \(?\w+\[([\d,]*)\]\S* (?:all-gather|all-reduce|all-to-all|collective-permute)", text)
-    return max((math.prod(int(n) for n in dims.split(",") if n) for dims in made), default=0)
+    return [tuple(int(n) for n in dims.split(",") if n) for dims in made]
 
 
 @pytest.mark.parametrize("size", WIDE)
 @pytest.mark.parametrize("axes", MESHES)
-def test_a_large_vocabulary_on_several_devices_is_drawn_from_where_it_lies(axes, size):
+def test_a_large_vocabulary_on_several_devices_is_looked_at_where_it_lies(axes, size):
+    def drawn_and_likely(keys, z):
+        return sample(keys, z), alternatives(z, 5)[0]
+
     keys, z = jax.random.split(jax.random.key(1), ROWS), jnp.asarray(wide_logits(WIDE[size]))
-    drawn = jax.jit(sample)(keys, z)
+    alone = jax.jit(drawn_and_likely)(keys, z)
     mesh = make_mesh(**MESHES[axes])
     with jax.set_mesh(mesh):
         split = jax.device_put(z, NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "tensor")))
-        program = jax.jit(sample).lower(keys, split).compile()
-        np.testing.assert_array_equal(program(keys, split), drawn)
+        program = jax.jit(drawn_and_likely).lower(keys, split).compile()
+        jax.tree.map(np.testing.assert_array_equal, program(keys, split), alone)
         with jax.enable_x64(True):  # where the numbers of blocks are of two widths
-            assert jax.eval_shape(sample, keys, split).dtype == jnp.int32
-    assert 0 < largest_collective(program.as_text()) < WIDE[size]
+            assert {x.dtype for x in jax.eval_shape(drawn_and_likely, keys, split)} == {jnp.dtype("int32")}
+    exchanged = [math.prod(shape) for shape in collectives(program.as_text())]
+    assert 0 < max(exchanged) < WIDE[size]
 
 
 # Whole sequences.
@@ -185,6 +189,23 @@ def test_a_search_finds_the_beams_of_one_device():
     expected = searched("windowed", None)
     assert len(set(expected.length.ravel().tolist())) > 2
     assert_same(searched("windowed", "data, fsdp, tensor"), expected)
+
+
+def test_a_search_exchanges_no_array_of_the_vocabulary():
+    sizes, mesh = SIZES | {"vocab_size": 1000, "layers": 1}, make_mesh(**MESHES["data, fsdp, tensor"])
+    policy = models.decoder(**sizes)
+
+    def search(params, prompts):
+        return beam_search(policy, params, prompts, beams=3, max_new_tokens=NEW, stop_tokens=(1,))
+
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(policy.init, jax.random.key(0))
+        lying = shardings(shapes, policy.axes(), mesh)
+        params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, lying)
+        text = jax.jit(search).lower(params, PROMPTS).compile().as_text()
+    exchanged = collectives(text)
+    assert exchanged
+    assert not [shape for shape in exchanged if max(shape, default=0) >= 1000]
 
 
 PLAIN = SamplingParams(temperature=0.9, stop_tokens=(1,))
