@@ -28,7 +28,7 @@ from jaxrl_post.rewards.relative_length import group_length
 from jaxrl_post.rewards.renorm import on_step_ends, renorm
 from jaxrl_post.rewards.rubrics import from_rubric, rubric_functions
 from jaxrl_post.rewards.scaling import gap_reward, rescale, zscore_by_input
-from jaxrl_post.rewards.scoring import Reward, RewardError, RewardFunction, RowErrors, Scored, score
+from jaxrl_post.rewards.scoring import Reward, RewardError, RewardFunction, RowErrors, Scored, check_columns, score
 from jaxrl_post.rewards.similarity import Matching, greedy_matching, matching_reward
 from jaxrl_post.rewards.submodular import coverage, distinct_ngrams, facility_location, information_gain, marginal_gains
 from jaxrl_post.rewards.verifiable import exact_match, task_score, task_solved, thresholded
@@ -55,6 +55,7 @@ __all__ = [
     "budget_cosine",
     "budget_level",
     "budget_schedule",
+    "check_columns",
     "combine_bonuses",
     "consistency_reward",
     "cosine_length",

@@ -12,7 +12,7 @@ import math
 import sys
 import threading
 import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -172,11 +172,34 @@ def _check_arguments(
             raise ValueError(f"column {name!r} must hold {rows} values, one per completion, got {len(values)}")
 
 
+def check_columns(functions: Sequence[RewardFunction], names: Iterable[str]) -> None:
+    """Check that the data has what reward functions ask for, without calling them.
+
+    Args:
+        functions: as in `score`.
+        names: of the data's columns.
+
+    Raises:
+        ValueError: as `score`, for a column that a function needs and that is not there.
+
+    Example:
+        >>> def right(completions, answer):
+        ...     return [float(a == c) for a, c in zip(answer, completions)]
+        >>> check_columns([RewardFunction("right", right)], ["answer", "prompt_id"])
+    """
+    for part in functions:
+        _chosen(part, dict.fromkeys([*names, "prompts", "completions"]))
+
+
 def _arguments(
     part: RewardFunction, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
 ) -> tuple[list[Any], dict[str, Any]]:
-    available = {**columns, "prompts": list(prompts), "completions": list(completions)}
-    available = {name: list(values) for name, values in available.items()}
+    available = {**columns, "prompts": prompts, "completions": completions}
+    return _chosen(part, {name: list(values) for name, values in available.items()})
+
+
+def _chosen(part: RewardFunction, available: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """What of `available` a function is given, by position and by name."""
     try:
         parameters = inspect.signature(part.function).parameters
     except (TypeError, ValueError):  # some functions written in C have no signature to read

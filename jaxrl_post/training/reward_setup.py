@@ -39,6 +39,19 @@ def make_rewards(config: Config, train: Callable[[], data.Source]) -> list[rewar
     return made
 
 
+def reward_columns(config: Config, train: Any, *, in_turns: bool) -> list[str]:
+    """The names of what reward functions are given besides prompts and completions.
+
+    Args:
+        config: of the run.
+        train: a `data.Source` that knows its `columns`.
+        in_turns: whether an environment answers.
+    """
+    names = [name for name in train.columns if name != "prompt"]
+    added = {"prompt_messages": config.data.chat, "environment_reward": in_turns}
+    return [*names, *(name for name, present in added.items() if present)]
+
+
 def _environment_reward(
     prompts: Sequence[str], completions: Sequence[str], environment_reward: Sequence[float], **columns: Any
 ) -> list[float]:

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from jaxrl_post.rewards import RewardError, RewardFunction, RowErrors, score
+from jaxrl_post.rewards import RewardError, RewardFunction, RowErrors, check_columns, score
 
 PROMPTS = ["a", "b", "c"]
 COMPLETIONS = ["x", "yy", "zzz"]
@@ -82,6 +82,19 @@ def test_a_function_cannot_change_the_columns_of_the_next_one():
 
     parts = [RewardFunction("spoil", spoil), RewardFunction("read", lambda answer: [len(answer)] * 3)]
     assert score(parts, PROMPTS, COMPLETIONS, {"answer": [1, 2, 3]}).total.tolist() == [3, 3, 3]
+
+
+def test_columns_are_checked_without_a_call():
+    called = []
+
+    def mine(completions, solution, scale=1, **columns):
+        called.append(completions)
+
+    part = RewardFunction("mine", mine)
+    check_columns([part], ["solution", "other"])
+    with pytest.raises(ValueError, match=r"'mine' needs 'solution', but the data has answer, completions, prompts"):
+        check_columns([part], ["answer"])
+    assert not called
 
 
 @pytest.mark.parametrize("on_error", ["stop", "invalid"])

@@ -4,14 +4,23 @@ import json
 
 import pytest
 
-from jaxrl_post.data import CharTokenizer
+from jaxrl_post.data import CharTokenizer, ChatSource, columns, open_source
 from jaxrl_post.training import config as configs
 from jaxrl_post.training import setup
+from jaxrl_post.training.reward_setup import reward_columns
 
 QUESTIONS = [{"question": f"q{n}"} for n in range(20)]
 ANSWERED = [{**row, "answer": 19} for row in QUESTIONS]
 PAIRS = [{**row, "chosen": "a", "rejected": "b"} for row in QUESTIONS]
 WARM_START = {"steps": 2, "examples": 4, "optimizer": {"learning_rate": 1e-3}}
+VALUES = {
+    "run_dir": "unused",
+    "data": {"max_prompt_length": 12},
+    "rewards": [{"path": "os:getcwd"}],
+    "rollout": {"max_new_tokens": 6},
+    "method": {"name": "grpo"},
+    "training": {"steps": 10, "optimizer": {"learning_rate": 1e-3}},
+}
 
 
 def write(path, rows):
@@ -20,14 +29,8 @@ def write(path, rows):
 
 
 def problems(tmp_path, rows, method="grpo", data=None, **sections):
-    values = {
-        "run_dir": "unused",
-        "data": {"files": [write(tmp_path / "train.jsonl", rows)], "max_prompt_length": 12, **(data or {})},
-        "rewards": [{"path": "os:getcwd"}],
-        "rollout": {"max_new_tokens": 6},
-        "method": {"name": method},
-        "training": {"steps": 10, "optimizer": {"learning_rate": 1e-3}},
-    }
+    files = {"files": [write(tmp_path / "train.jsonl", rows)]}
+    values = VALUES | {"data": VALUES["data"] | files | (data or {}), "method": {"name": method}}
     return setup.make_problems(configs.from_dict(values | sections), CharTokenizer())
 
 
@@ -121,3 +124,15 @@ def test_a_held_out_prompt_that_is_too_long_is_left_out(tmp_path):
     rows = [*QUESTIONS[:4], {"question": "x" * 50}]
     held_out = write(tmp_path / "eval.jsonl", [{"question": row["question"] + "?"} for row in rows])
     assert len(problems(tmp_path, QUESTIONS, data={"eval_files": [held_out]}).held_out) == 4
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_columns_that_rewards_are_given_are_known_before_the_run(chat, tmp_path):
+    path = write(tmp_path / "train.jsonl", [*QUESTIONS, {"question": "q", "level": 3}])
+    source = open_source([path], columns={"prompt": "{question}"})
+    source = ChatSource(source) if chat else source
+    config = configs.from_dict(VALUES | {"data": VALUES["data"] | {"files": [path], "chat": chat}})
+    given = columns([source[index] for index in range(len(source))])
+    assert "level" in given
+    assert set(reward_columns(config, source, in_turns=False)) == set(given)
+    assert set(reward_columns(config, source, in_turns=True)) == {*given, "environment_reward"}
