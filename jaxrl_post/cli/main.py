@@ -239,7 +239,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         return
     width = max(map(len, results), default=0)
     for name, value in results.items():
-        print(f"{name:<{width}}  {value:.4f}" if isinstance(value, float) else f"{name:<{width}}  {value}")
+        number = isinstance(value, float) and not value.is_integer()
+        print(f"{name:<{width}}  {value:.4f}" if number else f"{name:<{width}}  {value:g}")
 
 
 def _finite(value: Any) -> Any:

@@ -159,7 +159,7 @@ def table(compiled: Sequence[Compiled], topology: Topology, mesh: Mapping[str, i
         "",
     ]
     kinds = list(dict.fromkeys(kind for one in compiled for kind in one.memory))
-    kinds = [kind for kind in kinds if any(one.memory.get(kind, 0) > 0.001 * GIB for one in compiled)]
+    kinds = [kind for kind in kinds if any(one.memory.get(kind, 0) > 1e-3 * (one.peak or 0) for one in compiled)]
     rows = [["memory of a device, GiB", *(one.program.name for one in compiled)]]
     rows += [[f"  {kind}", *(_gib(one.memory.get(kind)) for one in compiled)] for kind in kinds]
     rows += [["  at the worst moment", *(_gib(one.peak) for one in compiled)]]
@@ -223,7 +223,9 @@ def _bound(found: Times | None) -> str:
 
 
 def _gib(size: float | None) -> str:
-    return "?" if size is None else f"{size / GIB:.2f}"
+    if size is None:
+        return "?"
+    return f"{size / GIB:.{4 if 0 < size < 0.01 * GIB else 2}f}"
 
 
 def _number(value: float | None) -> str:
