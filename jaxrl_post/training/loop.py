@@ -22,6 +22,7 @@ from jaxrl_post.training import distributed
 from jaxrl_post.training import setup as setups
 from jaxrl_post.training.batches import Batches, Cursor, TrainingError
 from jaxrl_post.training.checkpoint import Checkpointer
+from jaxrl_post.training.compilations import Compilations
 from jaxrl_post.training.config import Config
 from jaxrl_post.training.evaluate import Evaluator
 from jaxrl_post.training.fingerprints import named
@@ -48,6 +49,7 @@ class Services(NamedTuple):
         files: where the log's files are, to be copied with each checkpoint.
         log: where to write metrics.
         progress: where to show them.
+        compilations: that go on meanwhile.
         stop_requested: asked after sampling and after each step; the same answer on every process.
     """
 
@@ -57,6 +59,7 @@ class Services(NamedTuple):
     files: RunFiles
     log: RunLog
     progress: Progress
+    compilations: Compilations
     stop_requested: Callable[[], bool]
 
 
@@ -119,13 +122,15 @@ def run_stages(setup: Setup, files: RunFiles, resume: bool, stop_requested: Call
         done = restored.step if restored else 0
         total = done - cursor.stage_step + sum(stage.steps for stage in setup.stages[cursor.stage :])
         log = distributed.together(lambda: make_log(config, files, resume_from=done) if main else NoLog())
-        with log, Progress(total, config.logging.progress and main, messages=main) as progress:
+        progress = Progress(total, config.logging.progress and main, messages=main)
+        with log, progress, Compilations() as compilations:
             if restored:
                 for line in restored.damaged:
                     progress.message(f"{line}; it was moved to checkpoints-damaged/")
                 progress.message(f"resuming {directory} from step {done}")
             params = setup.initial_params() if state is None else None
-            services = Services(Evaluator(setup), checkpoints, in_flight, files, log, progress, stop_requested)
+            evaluator = Evaluator(setup)
+            services = Services(evaluator, checkpoints, in_flight, files, log, progress, compilations, stop_requested)
             for index in range(cursor.stage, len(setup.stages)):
                 stage = setup.stages[index]
                 if state is None:
@@ -181,7 +186,7 @@ def run_stage(
         Stopped: if it was asked to stop, after saving.
     """
     config = setup.config
-    evaluator, checkpoints, in_flight, files, log, progress, stop_requested = services
+    evaluator, checkpoints, in_flight, files, log, progress, compilations, stop_requested = services
     if cursor.ended or cursor.stage_step >= stage.steps:
         return state, cursor, done
     frozen, main, carries = never_changing(setup, stage, state), distributed.is_main(), setup.carries(stage)
@@ -192,7 +197,7 @@ def run_stage(
     skip = make_skip(refresh)
     step = setup.program(setup.step_name(stage), setup.step(stage))
     while not (cursor.ended or cursor.stage_step >= stage.steps):
-        started = time.perf_counter()
+        started, _ = time.perf_counter(), compilations.since()  # saving may compile a copy
         batch, waiting = batches.next(state, cursor) if waiting is None else waiting.batch, None
         if batch.sampled is not None and batch.rollouts is not None and not carries and stop_requested():
             checkpoints.commit(done, state, dataclasses.asdict(cursor), frozen=frozen)
@@ -240,6 +245,7 @@ def run_stage(
         last = cursor.ended or cursor.stage_step >= stage.steps
         if last or (config.eval.every and cursor.stage_step % config.eval.every == 0):
             metrics |= evaluator(state.params["policy"])
+        metrics["compilations"], metrics["time/compile"] = compilations.since()
         log.write(done, metrics)
         every = config.training.log_completions_every
         if batch.shown and every and (last or cursor.stage_step % every == 1 % every):

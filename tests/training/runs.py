@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-TIMINGS = ("step_time", "tokens_per_second", "time/batch", "time/update")
+TIMINGS = ("step_time", "tokens_per_second", "time/batch", "time/update", "compilations", "time/compile")
 
 
 def reward(completions, answer):

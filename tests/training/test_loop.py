@@ -73,6 +73,12 @@ def test_a_run_writes_the_metrics_that_its_users_know(run_dir):
     assert counted == sorted(counted)
 
 
+def test_only_the_first_steps_of_a_stage_compile_anything(run_dir):
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    compiled = [(row["compilations"], row["time/compile"]) for row in rows]
+    assert compiled[1] == compiled[4] == compiled[6] == compiled[7] == compiled[8] == (0, 0.0)  # the last evaluates
+
+
 def test_a_run_leaves_everything_that_is_needed_to_look_at_it(run_dir):
     names = {path.name for path in run_dir.iterdir()}
     assert {"metrics.jsonl", "completions.jsonl", "config.yaml", "checkpoints", "curves.png", "tensorboard"} <= names
@@ -207,6 +213,7 @@ def test_ppo_brings_its_critic_through_a_restart(tmp_path):
     assert "critic/values/mean" in runs.lines(whole)[-1]
 
 
+@pytest.mark.nightly  # on every commit four do in the end of tests/training/test_distributed.py
 def test_eight_devices_train_as_one_does(tmp_path):
     one = train(tmp_path / "one", "training.steps=3", **NOTHING_ELSE)
     mesh = {"fsdp": 4, "tensor": 2}
