@@ -340,6 +340,8 @@ class Method(NamedTuple):
             roles, and `gram[i, j] = <g_i, g_j>`. Costs a backward pass and a gradient's memory per term.
         stages: methods run in this order in each step, each scored with the parameters that the one before left; see
             `methods.chain`. Their states are the method's state by the same names; `targets` and `loss` are not used.
+        partial: it learns from sequences that are still running (`finish` is `FINISH_NONE`) as well: they are valid,
+            and have no reward yet.
     """
 
     targets: Callable[..., tuple[Targets, PyTree]]
@@ -356,6 +358,7 @@ class Method(NamedTuple):
     batch: Callable[[PyTree, Rollouts], tuple[Rollouts, PyTree]] | None = None
     combine: Callable[[PyTree, Array, tuple[str, ...]], tuple[Array, PyTree]] | None = None
     stages: Mapping[str, Method] = {}
+    partial: bool = False
 
     @property
     def roles(self) -> frozenset[str]:

@@ -33,7 +33,7 @@ def t_ppo(
     The two losses have masks of their own. The policy learns from the tokens of the newest window, those whose
     `version` is the newest one of the batch, so that each token is trained on once; older ones are context. The critic
     learns from all tokens of responses that have ended, and from none of the others. Where every response ends within
-    its window this is `ppo` whose critic has $\lambda = 1$.
+    its window this is `ppo` whose critic has $\lambda = 1$. In a run, `rollout.tokens_per_step` is the window.
 
     Args:
         clip_low: lower clip bound.
@@ -95,4 +95,4 @@ def t_ppo(
         terms = base.loss(stats, rollouts, targets)
         return terms | {"value": terms["value"]._replace(mask=targets.extras["finished"])}
 
-    return base._replace(targets=targets, loss=loss)
+    return base._replace(targets=targets, loss=loss, partial=True)

@@ -224,6 +224,8 @@ class Batches:
             metrics["rewards/greedy_unscored"] = float(1.0 - known.mean())
             sampled = sampled._replace(rollouts=with_greedy_reward(sampled.rollouts, greedy))
         every = sampled.rollouts.replace(extras={**sampled.rollouts.extras, **self._columns()})
+        if self._stage.method.partial:
+            every = every.replace(valid=every.valid | (every.finish == FINISH_NONE))
         valid = distributed.to_host(every.valid)
         chosen: Rollouts | None = every if valid.any() else None
         if config.curriculum.oversample > 1:

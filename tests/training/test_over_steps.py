@@ -15,7 +15,7 @@ from jaxrl_post.training import config as configs
 from jaxrl_post.training import loop, setup
 from jaxrl_post.training.batches import Batches, Cursor
 from jaxrl_post.training.sampler import Sampler
-from jaxrl_post.types import FINISH_NONE
+from jaxrl_post.types import FINISH_NONE, TokenStats
 from tests.training import runs, test_distributed
 from tests.training.configurations import problems_of
 
@@ -23,11 +23,15 @@ PARTIAL = {"tokens_per_step": 2}
 GROUPS, GROUP, NEW = 4, 2, 7
 
 
-def parts_of(directory, **rollout):
+def parts_of(directory, method="grpo", **rollout):
     sizes = {"group_size": GROUP, "prompts": GROUPS, "max_new_tokens": NEW}
-    return setup.build(
-        configs.load(runs.tiny_run(directory, rollout={**sizes, **rollout}, warm_start=None, eval={"problems": 0}))
-    )
+    sections = {
+        "rollout": {**sizes, **rollout},
+        "method": {"name": method},
+        "warm_start": None,
+        "eval": {"problems": 0},
+    }
+    return setup.build(configs.load(runs.tiny_run(directory, **sections)))
 
 
 def batches_of(parts, count, states=None):
@@ -103,6 +107,31 @@ def test_the_share_of_tokens_of_older_policies_is_counted(tmp_path):
         assert batch.metrics["completions/stale_ratio"] == pytest.approx((rollouts.version < now)[mask].mean())
 
 
+def test_truncated_ppo_trains_on_each_token_in_the_step_that_samples_it(tmp_path):
+    parts = parts_of(tmp_path, "t_ppo", group_size=1, prompts=8, **PARTIAL)
+    method, ended, trained = parts.stages[0].method, {}, {}
+    running = 0
+    for now, (batch, _) in enumerate(batches_of(parts, 8)[0]):
+        rollouts = batch.rollouts
+        assert rollouts.valid.all()
+        goes_on = np.asarray(rollouts.finish[:, 0] == FINISH_NONE)
+        assert goes_on.sum() == batch.waiting
+        assert not np.asarray(rollouts.reward[goes_on]).any()
+        running += goes_on.sum()
+        stats = {"policy": TokenStats(logp=rollouts.logp), "critic": TokenStats(value=jnp.zeros_like(rollouts.logp))}
+        mask = method.targets(method.init(rollouts, 1), rollouts, stats, parts.key)[0].mask
+        rows = zip(rollouts.id[:, 0].tolist(), goes_on, np.asarray(rollouts.mask), np.asarray(mask), strict=True)
+        for sequence, more, sampled, learned in rows:
+            assert sequence not in ended
+            trained[sequence] = trained.get(sequence, 0) + learned
+            if not more:
+                ended[sequence] = now
+                np.testing.assert_array_equal(trained[sequence], sampled)
+    assert running
+    assert max(map(np.max, trained.values())) == 1
+    assert len(ended) > 8
+
+
 def test_what_is_sampled_ahead_is_of_the_policy_before_the_update(tmp_path):
     plain, ahead = parts_of(tmp_path / "plain"), parts_of(tmp_path / "ahead", ahead=True)
     stage = plain.stages[0]
@@ -131,7 +160,11 @@ def test_the_next_completions_are_begun_before_the_rewards_of_these(tmp_path, mo
     assert calls == ["begin", "begin", "score", "begin", "score", "begin", "score"]
 
 
-@pytest.mark.parametrize("rollout", [{"tokens_per_step": 1}, {"tokens_per_step": 1, "ahead": True}])
+@pytest.mark.parametrize(
+    "rollout",
+    [pytest.param({"tokens_per_step": 1}, marks=pytest.mark.nightly), {"tokens_per_step": 1, "ahead": True}],
+    ids=str,
+)
 def test_a_run_that_goes_on_from_a_checkpoint_is_the_run_that_was_never_stopped(tmp_path, rollout):
     sizes = {"group_size": 4, "prompts": 4, "max_new_tokens": 3, **rollout}
     same = {"rollout": sizes, "warm_start": None, "eval": {"problems": 0}}
@@ -168,6 +201,7 @@ def test_two_processes_carry_what_one_does(tmp_path):
         ({"rollout__tokens_per_step": 8, "rollout__slots": 8}, "not for rollout.slots"),
         ({"rollout__tokens_per_step": 8, "rollout__budgets": [8, 16]}, "not for rollout.budgets"),
         ({"rollout__tokens_per_step": 0}, "at least 1"),
+        ({"rollout__tokens_per_step": 8, "method": {"name": "t_ppo"}}, "set it to 1"),
         ({"rollout__tokens_per_step": 8, "rollout__cache_pages": 8}, "not for rollout.cache_pages"),
         ({"rollout__ahead": True, "rollout__environment": "a:b", "rollout__max_turns": 2}, "asked turn by turn"),
         ({"rollout__ahead": True, "method": {"name": "sft"}}, "learns from given completions"),

@@ -266,6 +266,11 @@ def _over_steps(config: Config, made: Method, problems: Problems) -> None:
     if rollout.tokens_per_step >= rollout.max_new_tokens:
         why = f"lets every completion end in its step, as rollout.max_new_tokens = {rollout.max_new_tokens}"
         problems.add("rollout.tokens_per_step", f"{why}; give fewer, or leave it out", rollout.tokens_per_step)
+    if made.partial and rollout.group_size > 1:
+        why = "would have each wait for the others of its group; set it to 1, or leave rollout.tokens_per_step out"
+        problems.add(
+            "rollout.group_size", f"{config.method.name} learns from what has not ended, and {why}", rollout.group_size
+        )
     others = {name: getattr(rollout, name) for name in ("budgets", "exits", "slots", "cache_pages")}
     clashing = [f"rollout.{name}" for name, value in others.items() if value is not None]
     if config.data is not None and config.data.environment is not None:

@@ -288,9 +288,9 @@ class RolloutConfig:
     )
     tokens_per_step: int | None = option(
         "most tokens that a completion gets in one step; one that has not ended goes on in the next, with the policy "
-        "of then, and its group is trained on when all of it has ended, while others take the places that are free. "
-        "Log-probs are those of the policies that sampled: ratios to them (old_logp: rollout, which most methods have) "
-        "or method.correction allow for older ones. null: all of them",
+        "of then, and its group is trained on when all of it has ended (by t_ppo, at once), while others take the "
+        "places that are free. Log-probs are those of the policies that sampled: ratios to them (old_logp: rollout, "
+        "which most methods have) or method.correction allow for older ones. null: all of them",
         None,
         minimum=1,
     )
