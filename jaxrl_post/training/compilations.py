@@ -40,7 +40,8 @@ class Compilations:
         self._count, self._seconds = 0, 0.0
         return found
 
-    def _heard(self, event: str, seconds: float, **_: Any) -> None:
+    def _heard(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        del kwargs
         if event == _COMPILED:
             self._count += 1
-            self._seconds += seconds
+            self._seconds += duration_secs
