@@ -251,7 +251,7 @@ def run_stage(
         if batch.shown and every and (last or cursor.stage_step % every == 1 % every):
             log.completions(done, batch.shown)
             progress.completions(done, batch.shown)
-        progress.update(done, metrics, stage=stage.name)
+        progress.update(done, metrics, stage=stage.name, last_stage=stage is setup.stages[-1])
         stop_if_stuck(config, cursor, metrics)
         stopping = stop_requested() or distributed.preemption_noticed(done)
         if failure := checkpoints.failure():

@@ -55,7 +55,7 @@ class Progress:
         self._messages = messages
         self._values: dict[str, Any] = {}
         self._step = 0
-        self._stage = ""
+        self._stage, self._last_stage = "", True
         self._history: deque[tuple[float, int, float | None]] = deque(maxlen=_RECENT)
         self._last_line = -math.inf
         self._live: Any = None
@@ -81,20 +81,21 @@ class Progress:
         elif self._enabled and self._values and self._history and self._last_line < self._history[-1][0]:
             self._print_plain()  # the last step is always told
 
-    def update(self, step: int, metrics: Mapping[str, Any], *, stage: str = "") -> None:
+    def update(self, step: int, metrics: Mapping[str, Any], *, stage: str = "", last_stage: bool = True) -> None:
         """Show the metrics of a step; what a step does not measure stays as it was.
 
         Args:
             step: the step, counted from 1.
             metrics: by the names of metrics.jsonl.
             stage: what the run is doing, e.g. `warm start`.
+            last_stage: whether the steps that are left are of this stage, whose speed tells the time left.
         """
         if not self._enabled:
             return
         now = self._clock()
         if stage != self._stage or step < self._step:
             self._history.clear()  # another stage has another speed
-        self._step, self._stage = step, stage
+        self._step, self._stage, self._last_stage = step, stage, last_stage
         self._values.update({name: value for name, value in metrics.items() if value is not None})
         self._history.append((now, step, self._values.get("num_tokens")))
         if self._live is not None:
@@ -140,7 +141,8 @@ class Progress:
         tokens = None
         if first_tokens is not None and last_tokens is not None:
             tokens = (last_tokens - first_tokens) / seconds
-        return tokens, max(self._total - last_step, 0) * seconds / steps
+        left = max(self._total - last_step, 0) * seconds / steps
+        return tokens, left if self._last_stage else None
 
     def _cells(self) -> list[tuple[str, str]]:
         cells = [("step", f"{self._step}/{self._total}")]

@@ -164,15 +164,15 @@ def test_what_a_step_does_not_measure_stays_as_it_was():
     assert stream.getvalue().splitlines()[-1].startswith("step 2/9  accuracy 0.500  entropy 1.000")
 
 
-def test_speed_is_measured_anew_in_each_stage():
+def test_speed_is_measured_anew_in_each_stage_and_the_time_left_in_the_last():
     with Progress(100, True, stream=io.StringIO(), clock=clock_of([0.0, 1.0, 50.0, 52.0])) as progress:
-        progress.update(1, {}, stage="warm start")
-        progress.update(2, {}, stage="warm start")
-        assert progress.speed() == (None, 98.0)
+        progress.update(1, {"num_tokens": 5}, stage="warm start", last_stage=False)
+        progress.update(2, {"num_tokens": 9}, stage="warm start", last_stage=False)
+        assert progress.speed() == (4.0, None)  # steps of the next stage take another time
         progress.update(3, {}, stage="grpo")
         assert progress.speed() == (None, None)
-        progress.update(4, {}, stage="grpo")
-        assert progress.speed() == (None, 192.0)
+        progress.update(4, {"num_tokens": 13}, stage="grpo")
+        assert progress.speed() == (2.0, 192.0)
 
 
 def test_completions_are_shown_literally_whatever_markup_or_control_codes_they_hold():
