@@ -85,7 +85,7 @@ def test_log_probs_have_the_typed_sharding_of_their_tokens(given):
     assert stats.logp.sharding.spec == P("x")
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", [scored, *(pytest.param(f, marks=pytest.mark.nightly) for f in FUNCTIONS[1:])])
 def test_a_gradient_taken_through_the_callers_own_map_over_devices(function, given, without_a_mesh):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 

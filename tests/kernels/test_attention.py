@@ -84,7 +84,7 @@ def calls(function, *args):
 @pytest.mark.parametrize(
     ("sizes", "options"),
     [
-        ({}, {}),
+        pytest.param({}, {}, marks=pytest.mark.nightly),
         ({"heads": 3, "kv_heads": 1, "length": 128}, {"scale": 0.2}),
         ({"heads": 2, "length": 150}, {"softcap": 1.5}),
     ],
@@ -156,7 +156,7 @@ def test_positions_decide_what_a_query_sees_in_a_cache():
 
 
 @BOTH
-@pytest.mark.parametrize("starts", [(40, 75, 101), (32, 64, 96), (31, 64, 97)])
+@pytest.mark.parametrize("starts", [(40, 75, 101), (32, 64, 96), pytest.param((31, 64, 97), marks=pytest.mark.nightly)])
 def test_a_shared_prefix_gives_what_each_completion_gives_in_a_row_of_its_own(implementation, starts):
     length, prefix, lengths = 130, 29, (20, 26, 9)
     *inputs, cotangent = problem(batch=1, length=length)
@@ -279,7 +279,7 @@ def test_a_decoder_gives_the_same_states_and_gradients_through_splash(monkeypatc
 @pytest.mark.parametrize(
     ("sizes", "heads", "kv_heads", "batch"),
     [
-        ({"data": 2, "tensor": 2}, 4, 2, 4),
+        pytest.param({"data": 2, "tensor": 2}, 4, 2, 4, marks=pytest.mark.nightly),
         ({"fsdp": 2, "tensor": 4}, 12, 6, 2),  # key-value heads that the devices do not divide
         (
             {"data": 2, "expert": 2, "tensor": 2},

@@ -100,8 +100,17 @@ def on_one_device():
     return run, (hidden, unembedding, targets), run()(hidden, unembedding, targets)
 
 
-@pytest.mark.parametrize("ambient", [True, False])
-@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 8}])
+@pytest.mark.parametrize(
+    ("sizes", "ambient"),
+    [
+        ({"data": 2, "fsdp": 2, "tensor": 2}, True),
+        ({"tensor": 8}, False),
+        pytest.param({"data": 2, "fsdp": 4}, True, marks=pytest.mark.nightly),
+        pytest.param({"data": 2, "fsdp": 4}, False, marks=pytest.mark.nightly),
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, False, marks=pytest.mark.nightly),
+        pytest.param({"tensor": 8}, True, marks=pytest.mark.nightly),
+    ],
+)
 def test_eight_devices_agree_with_one(sizes, ambient, on_one_device):
     run, (hidden, unembedding, targets), (loss, gradients) = on_one_device
     mesh = make_mesh(**sizes)

@@ -177,7 +177,7 @@ def counted(steps: int = 16):
     return pl.pallas_call(kernel, out_shape=shape, grid=(steps,), in_specs=[tile], out_specs=tile), (shape,), None
 
 
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("chip", [pytest.param("v5e", marks=pytest.mark.nightly), "v6e"])
 def test_loops_and_rare_blocks_of_a_compiled_kernel_are_counted_by_what_they_do(chip):
     (found,) = measure("tests.kernels.test_schedule:counted", chip)
     assert found.steps == 16
@@ -186,7 +186,7 @@ def test_loops_and_rare_blocks_of_a_compiled_kernel_are_counted_by_what_they_do(
     assert dataclasses.asdict(found)["matmul_flops"] == 0
 
 
-@pytest.mark.parametrize(("chip", "cores"), [("v5p", 2), ("tpu7x", 1)])
+@pytest.mark.parametrize(("chip", "cores"), [("v5p", 2), pytest.param("tpu7x", 1, marks=pytest.mark.nightly)])
 def test_the_multiplications_in_a_schedule_are_those_of_the_shapes(chip, cores):
     shape = {"tokens": 4096, "width": 256, "vocabulary": 4096, "tile_tokens": 512, "tile_vocabulary": 512}
     (found,) = measure("tests.benchmarks.serial_logsumexp:build", chip, **shape, vmem_limit=60 << 20)

@@ -318,6 +318,7 @@ def test_eight_devices_agree_with_one(sizes, tokens, vocabulary, kind):
         close(eight, one, 1e-5)
 
 
+@pytest.mark.nightly  # on every commit that of `token_loss` is, test_token_loss_cost
 def test_on_a_pod_each_unembedding_is_gathered_over_fsdp_once_a_pass_and_over_the_vocabulary_never():
     tokens, width, vocabulary = 16384, 1024, 151936  # four chunks of tokens
     with pod("v5e:2x4", fsdp=4, tensor=2) as mesh:

@@ -1,7 +1,7 @@
 """Every configuration of `configs/methods` trains a decoder two steps: it stays finite, moves, and not as by GRPO.
 
 All share one stored batch of rollouts of one tiny model, whose extras hold whatever a method may ask for. On every
-commit those train that ask the most different things of a model, and `test_invariance` has all train tabular policies.
+commit those train that ask the most different things of a model; `test_invariance` has tabular policies train.
 """
 
 import functools
@@ -31,8 +31,9 @@ SAME_AS_GRPO: dict[str, str] = {
 }
 """Rows whose first two steps may equal those of plain GRPO, with the reason."""
 
-EVERY_COMMIT = ("grpo", "ppo", "prefix-grouper", "opd", "igpo", "entropy-mechanism")
-"""A critic, a shared prompt, a teacher, probes, entropies; those that ask a model for no more train at night."""
+EVERY_COMMIT = ("grpo", "ppo", "prefix-grouper", "opd")
+"""A critic, a shared prompt, a teacher; those that ask a model for no more train at night, and those with probes, which
+models answer in `test_probing`."""
 
 ROLES = ("policy", "reference", "critic", "teacher", "target")
 

@@ -140,28 +140,29 @@ def whole():
     return batch, *tiny.one_step(probed(), batch)
 
 
+def test_what_probes_cost_and_how_many_of_them_are_valid_is_measured(whole):
+    batch, _, metrics = whole
+    group, length = batch.group_size, batch.tokens.shape[1]
+    assert metrics["probe/gold/cost"] == pytest.approx((1 + group) * (length + 1) / (group * length))
+    asked = batch.num_prompts * (1 + group)
+    assert metrics["probe/gold/valid"] == pytest.approx((asked - 1) / asked)
+
+
+@pytest.mark.nightly  # on every commit probes of tabular policies are cut and spread, in `test_invariance`
 @pytest.mark.parametrize(
     "options",
-    [
-        pytest.param({"micro_batches": 4}, marks=pytest.mark.nightly),
-        pytest.param({"mesh": {"fsdp": 4}}, marks=pytest.mark.nightly),
-        {"mesh": {"fsdp": 2}, "micro_batches": 2},
-    ],
+    [{"micro_batches": 4}, {"mesh": {"fsdp": 4}}, {"mesh": {"fsdp": 2}, "micro_batches": 2}],
     ids=str,
 )
 def test_an_update_from_probes_does_not_depend_on_micro_batches_or_devices(options, whole):
     options = {name: make_mesh(**value) if name == "mesh" else value for name, value in options.items()}
-    batch, plain, metrics = whole
+    batch, plain, _ = whole
     other, _ = tiny.one_step(probed(), batch, **options)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5),
         jax.device_get(plain.params),
         jax.device_get(other.params),
     )
-    group, length = batch.group_size, batch.tokens.shape[1]
-    assert metrics["probe/gold/cost"] == pytest.approx((1 + group) * (length + 1) / (group * length))
-    asked = batch.num_prompts * (1 + group)
-    assert metrics["probe/gold/valid"] == pytest.approx((asked - 1) / asked)
 
 
 def two_probes() -> Method:

@@ -145,6 +145,7 @@ def sampled_in_int8(**options):
     return sampled(*model("mixed"), cache_dtype=jnp.int8, **options)
 
 
+@pytest.mark.nightly
 def test_samples_of_an_int8_cache_are_nearly_the_models_own():
     (policy, params), found = model("mixed"), sampled_in_int8(slots=3, refill=2)
     logp = jax.jit(models.score(policy), static_argnums=2)(params, found, frozenset({"logp"}), None).logp

@@ -71,7 +71,15 @@ def close(ours, theirs, tolerance=2e-5):
 
 
 # Rotations and layers that other families here have as well.
-AT_NIGHT = ("mistral-linear", "qwen2-yarn", "qwen3_moe-window", "gemma2-full", "gemma3_text-yarn", "olmo2-linear")
+AT_NIGHT = (
+    "mistral-linear",
+    "qwen2-yarn",
+    "qwen3",
+    "qwen3_moe-window",
+    "gemma2-full",
+    "gemma3_text-yarn",
+    "olmo2-linear",
+)
 
 
 def often(names, seldom):

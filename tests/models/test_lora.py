@@ -245,14 +245,8 @@ def experts_alone():
     return models.decoder(**SIZES, **EXPERTS)
 
 
-@pytest.mark.parametrize(
-    "targets",
-    [
-        pytest.param(("gate", "up", "down"), marks=pytest.mark.nightly),
-        ("gate_up", "out"),
-        pytest.param(("up",), marks=pytest.mark.nightly),
-    ],
-)
+@pytest.mark.nightly  # on every commit those of all projections are merged and compared with PEFT's, test_peft_itself
+@pytest.mark.parametrize("targets", [("gate", "up", "down"), ("gate_up", "out"), ("up",)])
 def test_each_expert_has_adapters_of_its_own_which_merge_into_its_weights(targets):
     lora = models.Lora(rank=2, alpha=3.0, targets=targets)
     options = SIZES | EXPERTS

@@ -21,13 +21,14 @@ CASES = {
     "qwen3": {"target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"], "use_rslora": True},
     "phi3": {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj"]},
     "qwen3_moe": {
-        "target_modules": ["q_proj"],
+        "target_modules": ["q_proj", "o_proj"],
+        "use_rslora": True,
         "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     },
 }
 
 
-@pytest.fixture(params=["qwen3", pytest.param("phi3", marks=pytest.mark.nightly), "qwen3_moe"])
+@pytest.fixture(params=[*(pytest.param(name, marks=pytest.mark.nightly) for name in ("qwen3", "phi3")), "qwen3_moe"])
 def case(request, tmp_path):
     """A family's name, the directory of a random model of it, and one with adapters that PEFT made for it."""
     hf.model(request.param).save_pretrained(tmp_path / "base")

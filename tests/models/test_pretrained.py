@@ -187,7 +187,7 @@ def test_reading_and_writing_hold_one_tensor_beside_the_parameters(tmp_path):
 # Heads.
 
 
-@pytest.mark.parametrize(("name", "labels"), [("qwen3", 1), ("phi3", 2)])
+@pytest.mark.parametrize(("name", "labels"), [pytest.param("qwen3", 1, marks=pytest.mark.nightly), ("phi3", 2)])
 def test_a_token_classifier_is_a_value_head(name, labels, tmp_path):
     config = type(hf.config(name))(**(hf.SIZES | hf.CONFIGS[name]), num_labels=labels)
     theirs = hf.randomize(AutoModelForTokenClassification.from_config(config, attn_implementation="eager"))

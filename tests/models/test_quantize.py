@@ -91,6 +91,7 @@ def test_quantized_experts_compute_with_the_weights_that_they_stand_for(kind):
     assert np.abs(exact - expected).max() > 1e-4
 
 
+@pytest.mark.nightly  # on every commit a run does both, tests/training/test_adapters.py
 def test_adapters_are_trained_on_a_quantized_model_and_sampling_from_it_works():
     lora = models.Lora(rank=2, targets=("query", "up"))
     policy = models.decoder(**SIZES, lora=lora)

@@ -48,11 +48,12 @@ def test_padding_on_either_side_and_packed_rows_under_a_window_are_read_across_d
     assert_same(compute(WINDOWED, run, mesh), compute(WINDOWED, run, None))
 
 
+@pytest.mark.nightly  # on every commit those of chosen tokens are, and their gradients, tests/training/test_meshes.py
 @pytest.mark.parametrize(
     ("options", "lost"),
     [
-        pytest.param({}, 0, marks=pytest.mark.nightly),
-        pytest.param({"max_chosen": 3, "temperature": 0.7}, 2, marks=pytest.mark.nightly),  # two rows have four
+        ({}, 0),
+        ({"max_chosen": 3, "temperature": 0.7}, 2),  # two rows have four
         ({"max_chosen": 4, "shared_prompt": 3}, 0),
     ],
     ids=str,

@@ -186,14 +186,8 @@ def test_eight_devices_agree_with_one(sizes):
     assert_same(jax.device_get(shared), jax.device_get(plain))
 
 
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        pytest.param("grpo", 1, marks=pytest.mark.nightly),
-        ("ppo", 2),
-        pytest.param("dpo", 2, marks=pytest.mark.nightly),
-    ],
-)
+@pytest.mark.nightly  # on every commit one with experts is, tests/training/test_router.py
+@pytest.mark.parametrize(("name", "count"), [("grpo", 1), ("ppo", 2), ("dpo", 2)])
 def test_a_train_step_is_the_same_and_keeps_groups_whole_in_micro_batches(name, count):
     method = getattr(methods, name)()
     rollouts = tiny.pairs() if name == "dpo" else tiny.batch()

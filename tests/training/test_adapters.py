@@ -41,6 +41,7 @@ def test_a_run_trains_the_adapters_alone_and_its_reference_is_the_model_without_
     assert inference.generate_text(tmp_path / "run", ["12>"])[0][0]["text"] is not None
 
 
+@pytest.mark.nightly
 def test_a_run_of_adapters_that_is_stopped_goes_on_as_if_it_had_not_been(tmp_path):
     run(tmp_path / "whole", quantize="int8", eval={"problems": 0})
     run(tmp_path / "parts", "training.steps=3", quantize="int8", eval={"problems": 0})
@@ -70,12 +71,20 @@ def test_what_cannot_be_is_a_problem_of_its_key(tmp_path, changes, key, words):
     assert any(problem.startswith(key) and words in problem for problem in caught.value.problems), caught.value.problems
 
 
-def test_a_critic_on_adapters_has_weights_of_its_own(tmp_path):
+def critic_run(directory):
     model = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 16, "lora": LORA}
-    path = runs.tiny_run(tmp_path, model=model, method={"name": "ppo"}, warm_start=None, eval={"problems": 0})
-    parts = setup.build(configs.load(path))
+    return runs.tiny_run(directory, model=model, method={"name": "ppo"}, warm_start=None, eval={"problems": 0})
+
+
+def test_a_critic_on_adapters_has_weights_of_its_own(tmp_path):
+    parts = setup.build(configs.load(critic_run(tmp_path)))
     (stage,) = parts.stages
     assert parts.borrows(stage) in ({}, {"reference": "policy"})
     assert sorted(parts.trainable(stage)) == ["critic", "policy"]
+
+
+@pytest.mark.nightly
+def test_a_critic_on_adapters_that_was_drawn_is_trained(tmp_path):
+    path = critic_run(tmp_path)
     loop.run(configs.load(path, ["training.steps=1"]))
     assert np.isfinite(runs.lines(tmp_path / "run")[-1]["loss"])

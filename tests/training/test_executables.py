@@ -38,6 +38,7 @@ def test_a_run_whose_programs_are_there_compiles_none_of_them_and_gives_the_same
     with caplog.at_level(logging.WARNING):
         loop.run(configs.load(path, [f"run_dir={tmp_path}/loaded"]), executables=str(directory))
     assert "is compiled here" not in caplog.text
+    assert "rewards/greedy" in runs.lines(tmp_path / "loaded")[-1]
     assert runs.lines(tmp_path / "loaded") == runs.lines(tmp_path / "compiled")
     assert runs.final_state(tmp_path / "loaded") == runs.final_state(tmp_path / "compiled")
 

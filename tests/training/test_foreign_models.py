@@ -62,7 +62,10 @@ def from_apply() -> Policy:
         return models.from_apply(apply, init)
 
 
-@pytest.mark.parametrize("make", [from_nnx, from_linen, from_apply])
+# All are sampled from, scored and differentiated on every commit, in `tests/models/test_model_adapters`.
+@pytest.mark.parametrize(
+    "make", [from_nnx, *(pytest.param(f, marks=pytest.mark.nightly) for f in (from_linen, from_apply))]
+)
 def test_a_foreign_model_learns_to_repeat_its_prompt(make):
     policy = make()
     method, optimizer = methods.grpo(beta=0.0), optax.adam(3e-2)

@@ -203,6 +203,7 @@ def test_supervised_and_preference_data_need_no_rewards(tmp_path):
     assert rows[-1]["rewards/margins"] > 0
 
 
+@pytest.mark.nightly  # on every commit one does in tests/training/test_roles.py
 def test_ppo_brings_its_critic_through_a_restart(tmp_path):
     changes = {"method": {"name": "ppo", "beta": 0.1}, **NOTHING_ELSE}
     whole = train(tmp_path / "whole", "training.steps=4", **changes)

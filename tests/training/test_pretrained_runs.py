@@ -50,9 +50,21 @@ def trained(tmp_path_factory, checkpoint):
     return directory
 
 
-def run(tmp_path, checkpoint, *overrides, **model):
+LORA = {"rank": 2, "alpha": 3.0, "targets": ["q_proj", "up"], "dropout": 0.25, "rank_stabilized": True}
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory, checkpoint):
+    """The directory of a run of adapters, on few bits of it: in `run`, and what it gave back in `out`."""
+    directory = tmp_path_factory.mktemp("adapted")
+    run(directory, checkpoint, "training.steps=2", lora=LORA, quantize="int8")
+    return directory
+
+
+def written(tmp_path, checkpoint, **model):
+    """The configuration of a run."""
     tmp_path.mkdir(exist_ok=True)
-    path = runs.tiny_run(
+    return runs.tiny_run(
         tmp_path,
         model={"path": checkpoint and str(checkpoint), "export": str(tmp_path / "out"), **model},
         data={
@@ -63,6 +75,10 @@ def run(tmp_path, checkpoint, *overrides, **model):
         warm_start=None,
         eval={"problems": 0},
     )
+
+
+def run(tmp_path, checkpoint, *overrides, **model):
+    path = written(tmp_path, checkpoint, **model)
     loop.run(configs.load(path, overrides))
     return path
 
@@ -90,16 +106,14 @@ def test_what_a_run_gives_back_is_loaded_by_transformers_with_the_runs_own_logit
     assert json.loads((trained / "out" / "config.json").read_text())["model_type"] == "qwen3"
 
 
-def test_a_run_of_adapters_gives_back_the_merged_model_and_the_adapters(tmp_path, checkpoint):
-    lora = {"rank": 2, "targets": ["q_proj", "down_proj"]}
-    run(tmp_path, checkpoint, "training.steps=2", lora=lora, quantize="int8")
-    assert sorted(path.name for path in (tmp_path / "out" / "adapter").iterdir()) == [
+def test_a_run_of_adapters_gives_back_the_merged_model_and_the_adapters(adapted):
+    assert sorted(path.name for path in (adapted / "out" / "adapter").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
     ids = [[3, 4, 2, 5]]
-    found = logits(tmp_path / "out", ids)[..., : len(ALPHABET)]
-    setup, params = inference.load_run(tmp_path / "run")
+    found = logits(adapted / "out", ids)[..., : len(ALPHABET)]
+    setup, params = inference.load_run(adapted / "run")
     hidden = own_states(setup.policy, params, ids)
     np.testing.assert_allclose(found, hidden @ setup.policy.unembed(params).weight.T, rtol=1e-3, atol=1e-4)
 
@@ -108,16 +122,17 @@ def adapters_of(params):
     return hf_models.split_adapters(jax.device_get(params))[1]
 
 
-def test_a_run_goes_on_from_adapters_whose_options_and_base_it_takes_from_their_directory(tmp_path, checkpoint):
+def test_a_run_goes_on_from_adapters_whose_options_and_base_it_takes_from_their_directory(
+    tmp_path, checkpoint, adapted
+):
     from jaxrl_post.training import setup
 
-    lora = {"rank": 2, "alpha": 3.0, "targets": ["q_proj", "up"], "dropout": 0.25, "rank_stabilized": True}
-    run(tmp_path / "first", checkpoint, "training.steps=1", lora=lora)
+    shutil.copytree(adapted, tmp_path / "first")
     adapter = str(tmp_path / "first" / "out" / "adapter")
     path = run(tmp_path / "second", None, "training.steps=1", path=None, lora={"path": adapter, "dropout": 0.0})
     config = configs.load(path)
     assert config.model.path == config.data.tokenizer == str(checkpoint)
-    assert vars(config.model.lora) == {**lora, "path": adapter, "targets": ("query", "up"), "dropout": 0.0}
+    assert vars(config.model.lora) == {**LORA, "path": adapter, "targets": ("query", "up"), "dropout": 0.0}
     assert config.roles["reference"].sources == ("policy",)  # what the method starts from is not the bare model
     parts = setup.build(config)
     before, trained = (inference.load_run(tmp_path / name / "run")[1] for name in ("first", "second"))
@@ -141,9 +156,9 @@ def test_a_run_goes_on_from_adapters_whose_options_and_base_it_takes_from_their_
     assert inference.load_run(tmp_path / "second" / "run")[1].keys() == trained.keys()
 
 
-def test_a_critic_and_a_reference_start_from_checkpoints_of_their_own_sizes(tmp_path, checkpoint, monkeypatch):
-    from jaxrl_post.training import setup
-
+@pytest.fixture
+def of_three_sizes(tmp_path, checkpoint, monkeypatch):
+    """The configuration of a run whose policy, critic and reference are of their own sizes, and the latter two."""
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(tmp_path / name.split("/")[1]))
 
     critic = save_qwen3(
@@ -159,7 +174,21 @@ def test_a_critic_and_a_reference_start_from_checkpoints_of_their_own_sizes(tmp_
         "warm_start": None,
         "eval": {"problems": 0},
     }
-    path = runs.tiny_run(tmp_path, **values)
+    return runs.tiny_run(tmp_path, **values), critic, reference
+
+
+@pytest.mark.nightly
+def test_a_policy_and_a_critic_of_different_sizes_train(of_three_sizes):
+    path, *_ = of_three_sizes
+    loop.run(configs.load(path, ["training.steps=1", "eval.problems=0"]))
+    assert np.isfinite(runs.lines(path.parent / "run")[-1]["loss"])
+    assert runs.final_state(path.parent / "run")[0] == 1
+
+
+def test_a_critic_and_a_reference_start_from_checkpoints_of_their_own_sizes(of_three_sizes):
+    from jaxrl_post.training import setup
+
+    path, critic, reference = of_three_sizes
     parts = setup.build(configs.load(path))
     stage = parts.stages[0]
     params = parts.begin(stage, parts.initial_params(), step=0).params
@@ -177,9 +206,6 @@ def test_a_critic_and_a_reference_start_from_checkpoints_of_their_own_sizes(tmp_
     # The critic, which is trained, has adapters as the policy has; the reference has none.
     assert "query_lora" in params["critic"]["layers"]["attention"]
     assert "query_lora" not in params["reference"]["layers"]["attention"]
-    loop.run(configs.load(path, ["training.steps=1", "eval.problems=0"]))
-    assert np.isfinite(runs.lines(tmp_path / "run")[-1]["loss"])
-    assert runs.final_state(tmp_path / "run")[0] == 1
 
     both = configs.load(path, [f"roles.reference={{from: [policy, {reference}]}}"])
     parts = setup.build(both)
@@ -291,7 +317,7 @@ def test_models_are_converted_there_and_back_bit_by_bit(tmp_path, checkpoint, ca
     for name, tensor in first.items():
         np.testing.assert_array_equal(tensor, last[name])
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back").encode("12>") == [4, 5, 2]
-    path = run(tmp_path / "from_orbax", tmp_path / "orbax", "training.steps=1")
+    path = written(tmp_path / "from_orbax", tmp_path / "orbax")
     from jaxrl_post.training import setup
 
     read = setup.build(configs.load(path)).initial_params()
@@ -344,7 +370,9 @@ def test_an_export_that_would_fail_or_overwrite_is_refused_before_training(tmp_p
 
 def test_a_model_that_was_drawn_here_becomes_a_checkpoint_too(tmp_path):
     model = {"width": 16, "layers": 2, "heads": 2, "mlp_width": 16, "export": str(tmp_path / "out")}
-    path = runs.tiny_run(tmp_path, model=model, warm_start=None, training=runs.training(steps=1), eval={"problems": 0})
+    supervised = {"method": {"name": "sft"}, "rollout": {"max_new_tokens": 3}, "rewards": []}
+    training = runs.training(steps=1, batch_size=4)
+    path = runs.tiny_run(tmp_path, model=model, warm_start=None, training=training, eval={"problems": 0}, **supervised)
     loop.run(configs.load(path))
     setup, params = inference.load_run(tmp_path / "run")
     ids = [[3, 4, 2, 5]]

@@ -51,6 +51,7 @@ def test_a_killed_run_ends_with_the_same_bits(point, uninterrupted, tmp_path):
     assert runs.final_state(tmp_path / "run") == runs.final_state(uninterrupted)
 
 
+@pytest.mark.nightly  # on every commit one is in tests/training/test_distributed.py
 def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_from_there(uninterrupted, tmp_path, monkeypatch):
     path = runs.tiny_run(tmp_path, training=runs.training(checkpoint_every=100))
     write = run_log.RunLog.write

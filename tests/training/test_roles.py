@@ -116,11 +116,18 @@ def salsa(directory, others, **changes):
     return runs.tiny_run(directory, **(values | changes))
 
 
-def test_a_policy_starts_from_a_run_and_its_reference_from_an_average_of_runs(others, tmp_path):
-    loop.run(configs.load(salsa(tmp_path, others)))
+@pytest.fixture(scope="module")
+def begun(others, tmp_path_factory):
+    """The directory of a run that has made two of its steps."""
+    directory = tmp_path_factory.mktemp("begun")
+    loop.run(configs.load(salsa(directory, others), ["training.steps=2"]))
+    return directory
+
+
+def test_a_policy_starts_from_a_run_and_its_reference_from_an_average_of_runs(others, begun):
     first, second = map(policy_of, others)
     expected = jax.tree.map(lambda a, b: 0.25 * a + 0.75 * b, first, second)
-    parts = setups.build(configs.load(tmp_path / "run" / "config.yaml"))
+    parts = setups.build(configs.load(begun / "run" / "config.yaml"))
     stage = parts.stages[0]
     state = parts.begin(stage, parts.initial_params(), step=0)
     jax.tree.map(np.testing.assert_array_equal, state.params["policy"], first)
@@ -130,19 +137,17 @@ def test_a_policy_starts_from_a_run_and_its_reference_from_an_average_of_runs(ot
     # After training the reference is still the average and the policy has moved on.
     from jaxrl_post.training.checkpoint import restore
 
-    trained = restore(tmp_path / "run" / "checkpoints", parts.template(stage)).state
+    trained = restore(begun / "run" / "checkpoints", parts.template(stage)).state
     jax.tree.map(np.testing.assert_array_equal, trained.params["reference"], state.params["reference"])
     moved = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), trained.params["policy"], first)
     assert max(jax.tree.leaves(moved)) > 1e-4
 
 
-def test_a_run_goes_on_without_the_runs_that_it_started_from(others, tmp_path, monkeypatch):
-    path = salsa(tmp_path, others)
-    loop.run(configs.load(path, ["training.steps=2"]))
+def test_a_run_goes_on_without_the_runs_that_it_started_from(begun, monkeypatch):
     # The reference is in the checkpoint: nothing is read again.
     monkeypatch.setattr(setups.Setup, "load_policy", lambda self, run_dir: pytest.fail("read another run"))
-    loop.run(configs.load(path, ["training.steps=3"]))
-    assert runs.lines(tmp_path / "run")[-1]["step"] == 3
+    loop.run(configs.load(begun / "config.yaml", ["training.steps=3"]))
+    assert runs.lines(begun / "run")[-1]["step"] == 3
 
 
 def test_a_run_of_another_model_or_alphabet_is_an_error_that_says_where_they_differ(others, tmp_path):

@@ -81,7 +81,7 @@ def asked(log, path):
 
 
 def test_a_server_samples_with_the_policy_of_each_step_and_a_run_that_was_cut_goes_on(tmp_path):
-    with run_of(tmp_path) as (path, log):
+    with run_of(tmp_path, warm_start=None) as (path, log):
         loop.run(configs.load(path, ["training.steps=2"]))
         assert len(asked(log, "/v1/completions")) == 2 * 4
         assert len(asked(log, "/collective_rpc")) == 2

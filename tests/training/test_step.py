@@ -11,6 +11,7 @@ import pytest
 from jaxrl_post import mesh as mesh_lib
 from jaxrl_post import methods, models, training
 from tests import tiny
+from tests.methods import tabular
 
 METHODS = {
     "sft": (methods.sft(), tiny.batch),
@@ -51,8 +52,8 @@ def at_night(*names):
     return [pytest.param(name, marks=pytest.mark.nightly if name in names else ()) for name in METHODS]
 
 
-# Without those whose terms are reduced and scored as the others' are: a critic, rows left out, pairs.
-@pytest.mark.parametrize("name", at_night("sft", "grpo", "grpo_token_mean", "reinforce"))
+@pytest.mark.nightly  # on every commit eight devices take several, below
+@pytest.mark.parametrize("name", METHODS)
 def test_the_result_does_not_depend_on_the_number_of_micro_batches(name):
     method = METHODS[name][0]
     state, metrics = tiny.one_step(method, some(name), micro_batches=2 if name == "dpo" else 8)
@@ -61,7 +62,7 @@ def test_the_result_does_not_depend_on_the_number_of_micro_batches(name):
         np.testing.assert_allclose(metrics[key], value, atol=2e-6, rtol=1e-4, err_msg=key)
 
 
-@pytest.mark.parametrize("name", at_night("sft", "grpo", "grpo_token_mean", "mc_grpo", "reinforce"))
+@pytest.mark.parametrize("name", at_night("sft", "grpo", "grpo_token_mean", "mc_grpo", "reinforce", "dpo"))
 def test_the_result_does_not_depend_on_padding(name):
     batch = some(name)
     width = batch.tokens.shape[1]
@@ -77,10 +78,10 @@ def test_the_result_does_not_depend_on_padding(name):
 @pytest.mark.parametrize(
     "sizes", [pytest.param({"fsdp": 8}, marks=pytest.mark.nightly), {"data": 2, "fsdp": 2, "tensor": 2}], ids=str
 )
-@pytest.mark.parametrize("name", [pytest.param("grpo", marks=pytest.mark.nightly), "ppo", "dpo"])
-def test_eight_devices_agree_with_one(name, sizes):
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.nightly) for name in ("grpo", "dpo")), "ppo"])
+def test_eight_devices_agree_with_one_however_many_micro_batches_they_take(name, sizes):
     expected = whole(name)
-    state, metrics = tiny.one_step(METHODS[name][0], some(name), mesh=mesh_lib.make_mesh(**sizes), micro_batches=1)
+    state, metrics = tiny.one_step(METHODS[name][0], some(name), mesh=mesh_lib.make_mesh(**sizes), micro_batches=2)
     assert_same(jax.device_get(state.params), expected[0].params, 1e-5)
     for key, value in expected[1].items():
         np.testing.assert_allclose(metrics[key], value, atol=1e-5, rtol=1e-4, err_msg=key)
@@ -88,6 +89,7 @@ def test_eight_devices_agree_with_one(name, sizes):
     assert split, "no parameter is split over the mesh"
 
 
+@pytest.mark.nightly  # on every commit those of adapters do, tests/models/test_lora.py
 def test_micro_batches_on_a_mesh_agree_with_one_device():
     method, mesh = METHODS["grpo"][0], mesh_lib.make_mesh(fsdp=4, tensor=2)
     state, _ = tiny.one_step(method, some("grpo"), mesh=mesh, micro_batches=2)
@@ -96,31 +98,27 @@ def test_micro_batches_on_a_mesh_agree_with_one_device():
 
 def test_the_first_update_of_a_batch_has_ratio_one_and_the_second_not():
     method = methods.grpo(beta=0.0)
-    batch = tiny.batch()
-    _, once = tiny.one_step(method, batch)
+    batch = tabular.batch()
+    _, once = tabular.one_step(method, batch)
     assert abs(float(once["ppo_kl"])) < 1e-6
     assert float(once["clip_ratio/region_mean"]) == 0.0
-    state, twice = tiny.one_step(method, batch, optax.sgd(5.0), epochs=2)
+    state, twice = tabular.one_step(method, batch, optax.sgd(5.0), epochs=2)
     assert abs(float(twice["ppo_kl"])) > 1e-4  # the mean over both epochs
     assert float(twice["sampling/sampling_logp_difference/max"]) < 1e-5  # of the first epoch only
     assert int(state.step) == 1
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
-    batch = tiny.batch()
+    batch = tabular.batch()
     bad = batch.replace(logp=batch.logp.at[0].set(jnp.nan))
     method, optimizer = methods.grpo(), optax.adam(0.1)
-    step = training.make_step(tiny.scores_for(method), method, optimizer)
-
-    def begun():
-        return training.init(tiny.params_for(method), method, optimizer, jax.random.key(5))
-
-    state, metrics = step(begun(), bad)
+    step = tabular.make_step(method, optimizer)
+    state, metrics = step(tabular.start(method, optimizer), bad)
     assert float(metrics["nonfinite_updates"]) == 1.0
-    assert_same(state.params, tiny.params_for(methods.grpo()), 0.0)
+    assert_same(state.params, tabular.params_for(method), 0.0)
     assert int(state.opt_state["policy"][0].count) == 0
     assert int(state.step) == 1
-    _, metrics = step(begun(), batch)
+    _, metrics = step(tabular.start(method, optimizer), batch)
     assert float(metrics["nonfinite_updates"]) == 0.0
 
 
@@ -181,10 +179,10 @@ def test_the_reference_stays_frozen_or_follows_as_its_role_says():
     from jaxrl_post.training.roles import Role, make_refresh
 
     method = methods.grpo()
-    before = tiny.params_for(method)
-    assert_same(whole("grpo")[0].params["reference"], before["reference"], 0.0)
+    before = tabular.params_for(method)
+    assert_same(tabular.one_step(method, tabular.batch())[0].params["reference"], before["reference"], 0.0)
     refresh = make_refresh({"reference": Role(every=1, mix=0.25)})
-    state, _ = tiny.one_step(method, tiny.batch(), refresh=refresh)
+    state, _ = tabular.one_step(method, tabular.batch(), refresh=refresh)
     mixed = jax.tree.map(lambda p, r: 0.25 * p + 0.75 * r, state.params["policy"], before["reference"])
     assert_same(state.params["reference"], mixed)
 

@@ -130,7 +130,7 @@ def test_exits_are_answers_to_one_trajectory_whose_thought_is_trained_with_them_
 
 
 @pytest.mark.parametrize("oversample", [pytest.param(1, marks=pytest.mark.nightly), 2])
-@pytest.mark.parametrize("make", [budget_run, exit_run])
+@pytest.mark.parametrize("make", [pytest.param(budget_run, marks=pytest.mark.nightly), exit_run])
 def test_the_shapes_that_a_method_is_told_are_those_that_come(make, oversample, tmp_path):
     batch, stage, parts, _ = first_batch(make(tmp_path, curriculum={"oversample": oversample}))
     assert batch.rollouts is not None
@@ -140,7 +140,8 @@ def test_the_shapes_that_a_method_is_told_are_those_that_come(make, oversample, 
         assert (one.shape, one.dtype) == (other.shape, other.dtype), jax.tree_util.keystr(name)
 
 
-@pytest.mark.parametrize("make", [pytest.param(budget_run, marks=pytest.mark.nightly), exit_run])
+@pytest.mark.nightly
+@pytest.mark.parametrize("make", [budget_run, exit_run])
 def test_a_run_goes_on_from_its_checkpoint_as_if_nothing_had_happened(make, tmp_path):
     training = runs.training(steps=4, max_empty_steps=100)
     loop.run(configs.load(make(tmp_path / "whole", training=training)))
@@ -171,6 +172,7 @@ def test_evaluation_names_no_budgets_and_leaves_no_thought_early(tmp_path):
     assert found[0]["eval/problems"] == 8
 
 
+@pytest.mark.nightly
 def test_serial_groups_may_share_their_prompts(tmp_path):
     rows = {}
     for share in (False, True):

@@ -38,6 +38,22 @@ def first_batch(path):
     return batches.next(parts.begin(stage, parts.initial_params(), step=0), Cursor()), parts, batches
 
 
+def run_and_batches(path, monkeypatch, *overrides):
+    """Trains; the setup of the run, and its batches as host arrays."""
+    parts, batches = [], []
+    build, take = setup.build, Batches.next
+
+    def next_batch(*given):
+        batch = take(*given)
+        batches.append(jax.device_get(batch.rollouts))  # the step may take the arrays
+        return batch
+
+    monkeypatch.setattr(setup, "build", lambda *given, **named: parts.append(build(*given, **named)) or parts[-1])
+    monkeypatch.setattr(Batches, "next", next_batch)
+    loop.run(configs.load(path, overrides))
+    return parts[0], batches
+
+
 def test_the_reward_of_a_sequence_is_what_the_environment_gives_for_its_actions(tmp_path):
     rollout = {**WORLD["rollout"], "max_turns": 8, "max_turn_tokens": 1, "max_new_tokens": 32}
     batch, parts, batches = first_batch(world_run(tmp_path, rollout=rollout))
@@ -63,7 +79,7 @@ def test_the_reward_of_a_sequence_is_what_the_environment_gives_for_its_actions(
         assert total == earned[row].sum()
 
 
-@pytest.mark.parametrize("method", ["grpo", "gigpo"])
+@pytest.mark.parametrize("method", ["grpo", pytest.param("gigpo", marks=pytest.mark.nightly)])
 def test_a_run_in_an_environment_trains_and_measures(tmp_path, method):
     loop.run(configs.load(world_run(tmp_path, method={"name": method}, training=runs.training(steps=2))))
     rows = runs.lines(tmp_path / "run")
@@ -220,10 +236,8 @@ def runs_rollout():
     }
 
 
-def test_an_environment_in_python_answers_between_turns_and_its_words_are_not_trained(tmp_path):
-    path = host_run(tmp_path)
-    batch, parts, _ = first_batch(path)
-    rollouts = jax.device_get(batch.rollouts)
+def test_an_environment_in_python_answers_between_turns_and_its_words_are_not_trained(tmp_path, monkeypatch):
+    parts, (rollouts, *_) = run_and_batches(host_run(tmp_path), monkeypatch)
     separator = parts.tokenizer.encode(">")[0]
     for row, tokens in enumerate(rollouts.tokens):
         assert rollouts.step[row].max() == 1  # two turns each
@@ -236,7 +250,6 @@ def test_an_environment_in_python_answers_between_turns_and_its_words_are_not_tr
     assert jax.tree.map(lambda x: (x.shape, x.dtype), rollouts) == jax.tree.map(
         lambda x: (x.shape, x.dtype), parts.rollout_shapes(parts.stages[0])
     )
-    loop.run(configs.load(path))
     rows = runs.lines(tmp_path / "run")
     assert rows[0]["completions/mean_turns"] == 2
     assert rows[0]["environment/errors"] == 0
@@ -260,7 +273,8 @@ def jax_run(directory):
     return world_run(directory, rewards=[*WORLD["rewards"], {"path": f"{directory}/digits.py:digits"}])
 
 
-@pytest.mark.parametrize("make", [host_run, pytest.param(jax_run, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("make", [host_run, jax_run])
 def test_two_processes_each_answer_their_own_sequences_as_one_answers_all(tmp_path, make):
     one, two = (make(tmp_path / name) for name in ("one", "two"))
     loop.run(configs.load(one, ["eval.problems=4"]))
@@ -310,16 +324,15 @@ def test_tools_are_an_environment_of_a_run(tmp_path):
     assert np.isfinite(row["loss"])
 
 
-def test_no_sequence_gets_longer_than_the_run_allows_however_short_its_prompt_is(tmp_path):
+def test_no_sequence_gets_longer_than_the_run_allows_however_short_its_prompt_is(tmp_path, monkeypatch):
     """What is scored is bounded by `max_new_tokens`; what a short prompt leaves of its row stays empty."""
     path = host_run(tmp_path, max_new_tokens=4, max_turn_tokens=4, max_turns=8)
     (tmp_path / "counter.py").write_text(
         COUNTER.replace('state.endswith("!")', "False").replace('problem["prompt"]', '">"')
     )
     path.write_text(path.read_text().replace("max_prompt_length: 3", "max_prompt_length: 9"))
-    batch, *_ = first_batch(path)
-    assert np.asarray(batch.rollouts.length).max() <= 1 + 4
-    loop.run(configs.load(path))
+    _, batches = run_and_batches(path, monkeypatch, "eval.problems=0")
+    assert max(rollouts.length.max() for rollouts in batches) <= 1 + 4
     assert all(row["nonfinite_updates"] == 0 and np.isfinite(row["loss"]) for row in runs.lines(tmp_path / "run"))
 
 
