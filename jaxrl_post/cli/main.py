@@ -239,8 +239,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         return
     width = max(map(len, results), default=0)
     for name, value in results.items():
-        number = isinstance(value, float) and not value.is_integer()
-        print(f"{name:<{width}}  {value:.4f}" if number else f"{name:<{width}}  {value:g}")
+        digits = 0 if float(value).is_integer() else 4
+        print(f"{name:<{width}}  {value:.{digits}f}")
 
 
 def _finite(value: Any) -> Any:
