@@ -251,7 +251,9 @@ def run_stage(
         if batch.shown and every and (last or cursor.stage_step % every == 1 % every):
             log.completions(done, batch.shown)
             progress.completions(done, batch.shown)
-        progress.update(done, metrics, stage=stage.name, last_stage=stage is setup.stages[-1])
+        later = sum(following.steps for following in setup.stages[cursor.stage + 1 :])
+        total = done + later + (0 if cursor.ended else stage.steps - cursor.stage_step)
+        progress.update(done, metrics, stage=stage.name, total_steps=total, later=later)
         stop_if_stuck(config, cursor, metrics)
         stopping = stop_requested() or distributed.preemption_noticed(done)
         if failure := checkpoints.failure():

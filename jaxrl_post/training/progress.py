@@ -55,7 +55,7 @@ class Progress:
         self._messages = messages
         self._values: dict[str, Any] = {}
         self._step = 0
-        self._stage, self._last_stage = "", True
+        self._stage, self._later = "", 0
         self._history: deque[tuple[float, int, float | None]] = deque(maxlen=_RECENT)
         self._last_line = -math.inf
         self._live: Any = None
@@ -81,21 +81,31 @@ class Progress:
         elif self._enabled and self._values and self._history and self._last_line < self._history[-1][0]:
             self._print_plain()  # the last step is always told
 
-    def update(self, step: int, metrics: Mapping[str, Any], *, stage: str = "", last_stage: bool = True) -> None:
+    def update(
+        self,
+        step: int,
+        metrics: Mapping[str, Any],
+        *,
+        stage: str = "",
+        total_steps: int | None = None,
+        later: int = 0,
+    ) -> None:
         """Show the metrics of a step; what a step does not measure stays as it was.
 
         Args:
             step: the step, counted from 1.
             metrics: by the names of metrics.jsonl.
             stage: what the run is doing, e.g. `warm start`.
-            last_stage: whether the steps that are left are of this stage, whose speed tells the time left.
+            total_steps: of the whole run, where a stage has ended before its last step; None: as before.
+            later: steps of the stages after this one, whose speed does not tell how long they take.
         """
         if not self._enabled:
             return
         now = self._clock()
         if stage != self._stage or step < self._step:
             self._history.clear()  # another stage has another speed
-        self._step, self._stage, self._last_stage = step, stage, last_stage
+        self._step, self._stage, self._later = step, stage, later
+        self._total = self._total if total_steps is None else total_steps
         self._values.update({name: value for name, value in metrics.items() if value is not None})
         self._history.append((now, step, self._values.get("num_tokens")))
         if self._live is not None:
@@ -142,7 +152,7 @@ class Progress:
         if first_tokens is not None and last_tokens is not None:
             tokens = (last_tokens - first_tokens) / seconds
         left = max(self._total - last_step, 0) * seconds / steps
-        return tokens, left if self._last_stage else None
+        return tokens, None if self._later else left
 
     def _cells(self) -> list[tuple[str, str]]:
         cells = [("step", f"{self._step}/{self._total}")]

@@ -166,13 +166,13 @@ def test_what_a_step_does_not_measure_stays_as_it_was():
 
 def test_speed_is_measured_anew_in_each_stage_and_the_time_left_in_the_last():
     with Progress(100, True, stream=io.StringIO(), clock=clock_of([0.0, 1.0, 50.0, 52.0])) as progress:
-        progress.update(1, {"num_tokens": 5}, stage="warm start", last_stage=False)
-        progress.update(2, {"num_tokens": 9}, stage="warm start", last_stage=False)
+        progress.update(1, {"num_tokens": 5}, stage="warm start", later=50)
+        progress.update(2, {"num_tokens": 9}, stage="warm start", later=50, total_steps=52)  # and ends early
         assert progress.speed() == (4.0, None)  # steps of the next stage take another time
         progress.update(3, {}, stage="grpo")
         assert progress.speed() == (None, None)
         progress.update(4, {"num_tokens": 13}, stage="grpo")
-        assert progress.speed() == (2.0, 192.0)
+        assert progress.speed() == (2.0, 96.0)
 
 
 def test_completions_are_shown_literally_whatever_markup_or_control_codes_they_hold():
