@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jaxrl_post import data, rewards
@@ -39,15 +39,30 @@ def make_rewards(config: Config, train: Callable[[], data.Source]) -> list[rewar
     return made
 
 
-def reward_columns(config: Config, train: Any, *, in_turns: bool) -> list[str]:
-    """The names of what reward functions are given besides prompts and completions.
+def check_reward_columns(
+    config: Config, functions: Sequence[rewards.RewardFunction], problems: Any, *, in_turns: bool
+) -> None:
+    """Raise ConfigError for a column that a reward function needs and problems lack, before anything is sampled.
 
     Args:
         config: of the run.
-        train: a `data.Source` that knows its `columns`.
+        functions: as they were made.
+        problems: `problem_setup.Problems`.
         in_turns: whether an environment answers.
     """
-    names = [name for name in train.columns if name != "prompt"]
+    parts = {"rewards": problems.train.columns}
+    if config.data.eval_files and problems.held_out:
+        parts["data.eval_files"] = data.columns(problems.held_out)
+    for key, columns in parts.items():
+        try:
+            rewards.check_columns(functions, reward_columns(config, columns, in_turns=in_turns))
+        except ValueError as error:
+            raise ConfigError([f"{key}: {error}"]) from None
+
+
+def reward_columns(config: Config, columns: Iterable[str], *, in_turns: bool) -> list[str]:
+    """The names of what reward functions are given besides prompts and completions, of problems with such columns."""
+    names = [name for name in columns if name != "prompt"]
     added = {"prompt_messages": config.data.chat, "environment_reward": in_turns}
     return [*names, *(name for name, present in added.items() if present)]
 

@@ -37,7 +37,7 @@ from jaxrl_post.training.model_setup import (
     trainable,
 )
 from jaxrl_post.training.problem_setup import Problems, make_problems
-from jaxrl_post.training.reward_setup import make_rewards, reward_columns, reward_components
+from jaxrl_post.training.reward_setup import check_reward_columns, make_rewards, reward_components
 from jaxrl_post.training.roles import Role, check_same_shapes, make_refresh, role_params
 from jaxrl_post.training.server_setup import PolicyServer, as_if_served, check_served
 from jaxrl_post.training.stages import Stage, make_stages
@@ -107,9 +107,7 @@ class Setup:
     def prepare(self) -> None:
         """Make the problems, the reward functions and the roles' models now, so that what is wrong with them shows."""
         _ = self.problems, self.reward_functions, self.checkpoints
-        if self.reward_functions:
-            columns = reward_columns(self.config, self.problems.train, in_turns=self.turns is not None)
-            rewards.check_columns(self.reward_functions, columns)
+        check_reward_columns(self.config, self.reward_functions, self.problems, in_turns=self.turns is not None)
 
     @property
     def num_prompts(self) -> int:

@@ -8,11 +8,14 @@ from jaxrl_post.data import CharTokenizer, ChatSource, columns, open_source
 from jaxrl_post.training import config as configs
 from jaxrl_post.training import setup
 from jaxrl_post.training.reward_setup import reward_columns
+from tests.training import runs
 
 QUESTIONS = [{"question": f"q{n}"} for n in range(20)]
 ANSWERED = [{**row, "answer": 19} for row in QUESTIONS]
+ASKED = [{"question": f"z{n}"} for n in range(5)]
 PAIRS = [{**row, "chosen": "a", "rejected": "b"} for row in QUESTIONS]
 WARM_START = {"steps": 2, "examples": 4, "optimizer": {"learning_rate": 1e-3}}
+SMALL = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 16}
 VALUES = {
     "run_dir": "unused",
     "data": {"max_prompt_length": 12},
@@ -134,5 +137,15 @@ def test_the_columns_that_rewards_are_given_are_known_before_the_run(chat, tmp_p
     config = configs.from_dict(VALUES | {"data": VALUES["data"] | {"files": [path], "chat": chat}})
     given = columns([source[index] for index in range(len(source))])
     assert "level" in given
-    assert set(reward_columns(config, source, in_turns=False)) == set(given)
-    assert set(reward_columns(config, source, in_turns=True)) == {*given, "environment_reward"}
+    assert set(reward_columns(config, source.columns, in_turns=False)) == set(given)
+    assert set(reward_columns(config, source.columns, in_turns=True)) == {*given, "environment_reward"}
+
+
+@pytest.mark.parametrize(("key", "rows"), [("rewards", (QUESTIONS, ANSWERED)), ("data.eval_files", (ANSWERED, ASKED))])
+def test_a_column_that_a_reward_needs_is_missed_before_anything_is_sampled(key, rows, tmp_path):
+    train, held_out = (write(tmp_path / f"{n}.jsonl", part) for n, part in enumerate(rows))
+    files = {"files": [train], "eval_files": [held_out], "prompt": "{question}", "alphabet": "0123456789qz"}
+    sections = {"data": VALUES["data"] | files, "rewards": [{"path": f"{runs.__file__}:reward"}]}
+    parts = setup.build(configs.from_dict(VALUES | sections | {"run_dir": str(tmp_path / "run"), "model": SMALL}))
+    with pytest.raises(configs.ConfigError, match=f"{key}: reward function 'reward' needs 'answer', but the data has"):
+        parts.prepare()
