@@ -27,7 +27,7 @@ def chain(*stages: Method, **named: Method) -> Method:
 
     Raises:
         ValueError: for fewer than two stages, names that are not different, or stages that learn from different kinds
-            of batches.
+            of batches, as where some learn from sequences that are still running and some do not.
 
     Example:
         >>> from jaxrl_post import methods
@@ -49,6 +49,9 @@ def chain(*stages: Method, **named: Method) -> Method:
     kinds: dict[str, LearnsFrom] = {name: stage.learns_from for name, stage in every.items()}
     if len(set(kinds.values())) > 1:
         raise ValueError(f"the stages of a chain must learn from the same kind of batch, got {kinds}")
+    partial = {name: stage.partial for name, stage in every.items()}
+    if len(set(partial.values())) > 1:
+        raise ValueError(f"some stages learn from sequences that are still running, some do not: {partial}")
     units: list[Unit] = [stage.unit for stage in every.values()]
     needs: dict[str, frozenset[str]] = {}
     for stage in every.values():
@@ -69,6 +72,7 @@ def chain(*stages: Method, **named: Method) -> Method:
         min_group=max(stage.min_group for stage in every.values()),
         wants=frozenset().union(*(stage.wants for stage in every.values())),
         stages=every,
+        partial=next(iter(partial.values())),
     )
 
 

@@ -101,6 +101,9 @@ def test_chains_within_chains_are_laid_out_in_their_place():
 def test_what_cannot_be_chained_is_an_error():
     with pytest.raises(ValueError, match="two or more methods"):
         chain(methods.grpo())
+    with pytest.raises(ValueError, match="still running, some do not"):
+        methods.chain(methods.ppo(), methods.t_ppo())
+    assert methods.chain(methods.t_ppo(), methods.t_ppo(lam=0.9)).partial
     with pytest.raises(ValueError, match="same kind of batch"):
         chain(methods.grpo(), methods.dpo())
     with pytest.raises(ValueError, match="two stages are called 'stage_0'"):
