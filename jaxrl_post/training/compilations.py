@@ -1,4 +1,4 @@
-"""How many programs JAX compiles while a run goes on: after the first steps, none."""
+"""How many programs JAX compiles while a run goes on: none but in the first step and evaluation of a stage."""
 
 from __future__ import annotations
 
