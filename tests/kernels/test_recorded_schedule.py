@@ -10,6 +10,7 @@ writes them anew. They belong to one version of libtpu; with another the compari
 
 import importlib.metadata
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,13 @@ def recorded_fractions(chip: str, width: int) -> dict[str, float]:
     if recorded["libtpu"] != libtpu():
         pytest.skip(f"recorded with libtpu {recorded['libtpu']}; {libtpu()} schedules differently")
     return recorded["fractions"][chip][str(width)]
+
+
+def test_the_record_is_of_the_compiler_that_the_tests_install():
+    """So that the comparisons are skipped beside another one only, and not for good once the pin has moved."""
+    pinned = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    recorded = json.loads(RECORDED.read_text())["libtpu"]
+    assert f"libtpu=={recorded}" in pinned["project"]["optional-dependencies"]["compile"]
 
 
 def test_the_schedule_of_a_gradient_is_no_worse_than_recorded_and_than_promised():
