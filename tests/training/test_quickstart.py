@@ -41,6 +41,7 @@ def test_the_quickstart_warms_up_and_begins_to_learn(tmp_path):
     assert 0 < last["reward"] < 1
     assert last["eval/problems"] == 256
     assert "completions at step" in out
+    assert f"step {last['step']}/{last['step']} " in out  # though the warm start ended early
     measured = json.loads(jaxrl_post("evaluate", run_dir, "--json"))
     assert measured["eval/accuracy"] == last["eval/accuracy"]
     assert jaxrl_post("generate", run_dir, "stevia>").startswith("stevia>")
