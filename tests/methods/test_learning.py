@@ -57,7 +57,7 @@ def test_ppo_trains_its_critic_towards_the_returns():
     assert float(metrics["critic/values/mean"]) == pytest.approx(0.7, abs=0.1)
 
 
-@pytest.mark.nightly
+@pytest.mark.nightly  # on every commit a run does, tests/training/test_loop.py
 def test_dpo_prefers_the_chosen_completions():
     method = methods.dpo()
     optimizer = optax.adam(3e-3)
@@ -78,7 +78,7 @@ def test_dpo_prefers_the_chosen_completions():
     )
 
 
-@pytest.mark.nightly
+@pytest.mark.nightly  # on every commit a warm start does, tests/training/test_loop.py
 def test_sft_makes_the_given_completions_probable():
     method = methods.sft()
     optimizer = optax.adam(1e-2)

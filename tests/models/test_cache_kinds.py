@@ -145,7 +145,7 @@ def sampled_in_int8(**options):
     return sampled(*model("mixed"), cache_dtype=jnp.int8, **options)
 
 
-@pytest.mark.nightly
+@pytest.mark.nightly  # on every commit a pool in int8 is, tests/rollout/test_slots_pages.py
 def test_samples_of_an_int8_cache_are_nearly_the_models_own():
     (policy, params), found = model("mixed"), sampled_in_int8(slots=3, refill=2)
     logp = jax.jit(models.score(policy), static_argnums=2)(params, found, frozenset({"logp"}), None).logp

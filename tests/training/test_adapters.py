@@ -41,7 +41,7 @@ def test_a_run_trains_the_adapters_alone_and_its_reference_is_the_model_without_
     assert inference.generate_text(tmp_path / "run", ["12>"])[0][0]["text"] is not None
 
 
-@pytest.mark.nightly
+@pytest.mark.nightly  # on every commit whole models are, tests/training/test_resume.py
 def test_a_run_of_adapters_that_is_stopped_goes_on_as_if_it_had_not_been(tmp_path):
     run(tmp_path / "whole", quantize="int8", eval={"problems": 0})
     run(tmp_path / "parts", "training.steps=3", quantize="int8", eval={"problems": 0})
@@ -83,7 +83,7 @@ def test_a_critic_on_adapters_has_weights_of_its_own(tmp_path):
     assert sorted(parts.trainable(stage)) == ["critic", "policy"]
 
 
-@pytest.mark.nightly
+@pytest.mark.nightly  # on every commit it is built, above
 def test_a_critic_on_adapters_that_was_drawn_is_trained(tmp_path):
     path = critic_run(tmp_path)
     loop.run(configs.load(path, ["training.steps=1"]))

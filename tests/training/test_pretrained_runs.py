@@ -177,7 +177,7 @@ def of_three_sizes(tmp_path, checkpoint, monkeypatch):
     return runs.tiny_run(tmp_path, **values), critic, reference
 
 
-@pytest.mark.nightly
+@pytest.mark.nightly  # on every commit they are built, below
 def test_a_policy_and_a_critic_of_different_sizes_train(of_three_sizes):
     path, *_ = of_three_sizes
     loop.run(configs.load(path, ["training.steps=1", "eval.problems=0"]))

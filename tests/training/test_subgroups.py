@@ -140,7 +140,7 @@ def test_the_shapes_that_a_method_is_told_are_those_that_come(make, oversample, 
         assert (one.shape, one.dtype) == (other.shape, other.dtype), jax.tree_util.keystr(name)
 
 
-@pytest.mark.nightly
+@pytest.mark.nightly  # on every commit other runs do, tests/training/test_resume.py and test_over_steps.py
 @pytest.mark.parametrize("make", [budget_run, exit_run])
 def test_a_run_goes_on_from_its_checkpoint_as_if_nothing_had_happened(make, tmp_path):
     training = runs.training(steps=4, max_empty_steps=100)
@@ -172,7 +172,7 @@ def test_evaluation_names_no_budgets_and_leaves_no_thought_early(tmp_path):
     assert found[0]["eval/problems"] == 8
 
 
-@pytest.mark.nightly
+@pytest.mark.nightly  # on every commit plain groups do, tests/training/test_router.py
 def test_serial_groups_may_share_their_prompts(tmp_path):
     rows = {}
     for share in (False, True):

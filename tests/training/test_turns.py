@@ -273,8 +273,7 @@ def jax_run(directory):
     return world_run(directory, rewards=[*WORLD["rewards"], {"path": f"{directory}/digits.py:digits"}])
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("make", [host_run, jax_run])
+@pytest.mark.parametrize("make", [host_run, pytest.param(jax_run, marks=pytest.mark.nightly)])
 def test_two_processes_each_answer_their_own_sequences_as_one_answers_all(tmp_path, make):
     one, two = (make(tmp_path / name) for name in ("one", "two"))
     loop.run(configs.load(one, ["eval.problems=4"]))
