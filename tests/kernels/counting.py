@@ -7,7 +7,7 @@ import re
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import Jaxpr, jaxprs_in_params
 
 
 def dot_flops(function: Any, *arguments: Any) -> int:
@@ -22,8 +22,7 @@ def _flops(jaxpr: Jaxpr) -> int:
             (contracted, _), _ = equation.params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
             total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
-        values = [x for v in equation.params.values() for x in (v if isinstance(v, tuple | list) else (v,))]
-        bodies = [x.jaxpr if isinstance(x, ClosedJaxpr) else x for x in values if isinstance(x, ClosedJaxpr | Jaxpr)]
+        bodies = list(jaxprs_in_params(equation.params))
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
         assert not bodies or equation.primitive.name != "while", "a loop of unknown length"
         total += times * sum(map(_flops, bodies))

@@ -3,8 +3,8 @@
 An implementation gives the sums over the vocabulary rows that it holds and, going back, the gradients of its inputs.
 Everything else is here: joining the sums of devices, finishing the outputs, the rule of differentiation. On a mesh
 (`jax.set_mesh`) tokens are split over every axis but `tensor`, the vocabulary stays split over `tensor` and is never
-gathered; an unembedding split over `fsdp` is gathered once a pass and its gradient scattered once; by `token_logprob`
-a piece of the vocabulary after the other where the whole would be large.
+gathered; an unembedding split over `fsdp` is gathered once a pass and its gradient scattered once, a piece of the
+vocabulary after the other where the whole would be large.
 """
 
 from __future__ import annotations
@@ -120,13 +120,6 @@ def per_device(at: Layout, function: Callable, in_specs: Any, out_specs: Any) ->
     if not at.rows and not at.vocab:
         return function
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
-def local_rows(at: Layout, unembedding: Array) -> tuple[Array, Array | int]:
-    """The device's rows of the unembedding, whole, and the place of the first in the vocabulary."""
-    if at.width:
-        unembedding = jax.lax.all_gather(unembedding, at.width, axis=1, tiled=True)
-    return unembedding, jax.lax.axis_index(at.vocab) * unembedding.shape[0] if at.vocab else 0
 
 
 def piece_rows(at: Layout, unembedding: Array) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import Jaxpr, Literal, jaxprs_in_params
 
 from jaxrl_post.types import PyTree
 
@@ -81,16 +81,10 @@ def _shape(variable: Any) -> tuple[int, ...]:
 def _check(jaxpr: Jaxpr, tokens: int, name: str) -> None:
     for equation in jaxpr.eqns:
         variables = [v for v in (*equation.invars, *equation.outvars) if not isinstance(v, Literal)]
-        inner = _inner(equation.params)
         if any(tokens in _shape(v) for v in variables) and not _fine(equation, tokens):
             raise ValueError(f"{name} mixes tokens: its `{equation.primitive.name}` works along their axis. {ADVICE}")
-        for body in inner:
+        for body in jaxprs_in_params(equation.params):
             _check(body, tokens, name)
-
-
-def _inner(params: dict[str, Any]) -> list[Jaxpr]:
-    values = [x for value in params.values() for x in (value if isinstance(value, tuple | list) else (value,))]
-    return [x.jaxpr if isinstance(x, ClosedJaxpr) else x for x in values if isinstance(x, ClosedJaxpr | Jaxpr)]
 
 
 def _fine(equation: Any, tokens: int) -> bool:

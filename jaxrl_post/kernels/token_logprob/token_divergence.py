@@ -17,11 +17,10 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jaxrl_post.kernels.ambient import vary_alike, without_typed_shardings
-from jaxrl_post.kernels.token_logprob import core
+from jaxrl_post.kernels.token_logprob import core, exchange
 from jaxrl_post.kernels.token_logprob.arguments import check_logit_arguments
 from jaxrl_post.kernels.token_logprob.reference import matmul, raise_to_float32, soft_cap
 from jaxrl_post.kernels.token_logprob.selection import Selection, check_mask
-from jaxrl_post.kernels.token_logprob.statistics import Gradients
 from jaxrl_post.kernels.token_logprob.token_chunks import rows_per_chunk, scan_chunks, shards
 from jaxrl_post.types import Array
 
@@ -57,8 +56,9 @@ def token_divergence(
     is a constant: no gradient flows into its arguments, nor through `temperature` where it stands for the teacher's.
     Sums are float32 or wider, of terms that are never negative, so that divergences near 0 keep their digits.
 
-    On a mesh (`jax.set_mesh`) tokens are split over all axes but `tensor` and the vocabulary stays split over `tensor`;
-    unembeddings split over `fsdp` are gathered once a pass and the gradient scattered once.
+    On a mesh (`jax.set_mesh`) the vocabulary is split over `tensor` and `fsdp` and tokens over all axes but `tensor`;
+    those of devices along `fsdp` are gathered a chunk at a time, and no device has a whole unembedding or gradient of
+    it, unless one width can be split over `fsdp` and the other not.
 
     Args:
         hidden: `[N, D]`, bfloat16, float32 or float64; the student's states.
@@ -139,7 +139,7 @@ def _in_chunks(
     chunk_bytes: int | None,
 ) -> Array:
     (num_tokens, width), vocab_size = hidden.shape, unembedding.shape[0]
-    student_at, teacher_at = core.layout(vocab_size, width), core.layout(*teacher_unembedding.shape)
+    student_at, teacher_at = exchange.layouts(vocab_size, width, teacher_unembedding.shape[1])
     chosen = Selection(num_tokens, mask, max_tokens, student_at)
     wide = functools.reduce(
         jnp.promote_types, (x.dtype for x in (unembedding, teacher_hidden, teacher_unembedding)), hidden.dtype
@@ -262,33 +262,35 @@ _token_divergence.defvjp(_forward, _backward, symbolic_zeros=True)
 
 def _run(problem, hidden, unembedding, temperature, teacher, want_hidden, want_temperature) -> _Known:
     at = problem.student_at
+    axes = exchange.vocabulary(at)
     specs, teacher_specs = core.specs(at), core.specs(problem.teacher_at)
     narrow = jnp.promote_types(hidden.dtype, unembedding.dtype)
 
     def local(hidden, unembedding, temperature, teacher) -> _Known:
         teacher_hidden, teacher_unembedding, teacher_temperature = teacher
-        weight, _ = core.local_rows(at, unembedding)
-        teacher_weight, _ = core.local_rows(problem.teacher_at, teacher_unembedding)
+        weight, _ = exchange.rows_of(at, unembedding)
+        teacher_weight, _ = exchange.rows_of(problem.teacher_at, teacher_unembedding)
 
         def step(_, chunk):
-            hidden, teacher_hidden = chunk
+            hidden, teacher_hidden = exchange.gather(at, chunk)
             z = _logits(hidden, weight, problem.softcap)
             teacher_z = _logits(teacher_hidden, teacher_weight, problem.teacher_softcap)
             tops = jnp.stack([jnp.max(z, axis=-1), jnp.max(teacher_z, axis=-1)]).astype(temperature.dtype)
-            top, teacher_top = jax.lax.pmax(tops, at.vocab) if at.vocab else tops
+            top, teacher_top = jax.lax.pmax(tops, axes) if axes else tops
             x, teacher_x = (z - top[:, None]) / temperature, (teacher_z - teacher_top[:, None]) / teacher_temperature
-            log_total, teacher_log_total = jnp.log(_add_stacked((jnp.exp(x), jnp.exp(teacher_x)), at.vocab))
+            log_total, teacher_log_total = jnp.log(_add_stacked((jnp.exp(x), jnp.exp(teacher_x)), axes))
             log_q, log_p = x - log_total[:, None], teacher_x - teacher_log_total[:, None]
-            value, center = _value(problem, log_p, log_q, at.vocab)
+            value, center = _value(problem, log_p, log_q, axes)
             d_hidden = d_temperature = None
             if want_hidden or want_temperature:
                 tempered, raw = _slope(problem, log_p, log_q, center, z, temperature)
             if want_temperature:
-                d_temperature = -_add(jnp.sum(tempered * (z - top[:, None]), axis=-1), at.vocab) / temperature**2
+                d_temperature = -exchange.add(jnp.sum(tempered * (z - top[:, None]), axis=-1), axes) / temperature**2
             if want_hidden:
-                d_hidden = _add(matmul(raw.astype(narrow), weight, ((1,), (0,))), at.vocab).astype(hidden.dtype)
+                d_hidden = exchange.add_own(at, matmul(raw.astype(narrow), weight, ((1,), (0,)))).astype(hidden.dtype)
             student, of_teacher = _Normalizer(top, log_total), _Normalizer(teacher_top, teacher_log_total)
-            return None, _Known(value, student, of_teacher, center, d_hidden, d_temperature)
+            known = exchange.own(at, _Known(value, student, of_teacher, center, None, d_temperature))
+            return None, known._replace(d_hidden=d_hidden)
 
         return scan_chunks(step, None, (hidden, teacher_hidden), problem.rows)[1]
 
@@ -309,11 +311,11 @@ def _gradient_of_unembedding(problem: _Problem, saved: _Saved, cotangent: Array)
 
     def local(hidden, unembedding, temperature, teacher, known: _Known, cotangent) -> Array:
         teacher_hidden, teacher_unembedding, teacher_temperature = teacher
-        weight, _ = core.local_rows(at, unembedding)
-        teacher_weight, _ = core.local_rows(problem.teacher_at, teacher_unembedding)
+        weight, _ = exchange.rows_of(at, unembedding)
+        teacher_weight, _ = exchange.rows_of(problem.teacher_at, teacher_unembedding)
 
         def step(d_weight, chunk):
-            hidden, teacher_hidden, known, cotangent = chunk
+            hidden, teacher_hidden, known, cotangent = exchange.gather(at, chunk)
             z = _logits(hidden, weight, problem.softcap)
             teacher_z = _logits(teacher_hidden, teacher_weight, problem.teacher_softcap)
             log_q = _log_probs(z, known.student, temperature)
@@ -325,9 +327,7 @@ def _gradient_of_unembedding(problem: _Problem, saved: _Saved, cotangent: Array)
 
         start = jnp.zeros(weight.shape, jnp.promote_types(dtype, jnp.float32))
         d_weight, _ = scan_chunks(step, start, (hidden, teacher_hidden, known, cotangent), problem.rows)
-        summed = core.add_up(at, Gradients(None, core.scatter(at, d_weight), None, None)).unembedding
-        assert summed is not None
-        return summed.astype(dtype)
+        return exchange.d_unembedding(at, d_weight, dtype)
 
     run = core.per_device(
         at,
@@ -377,7 +377,7 @@ def _value(problem: _Problem, log_p: Array, log_q: Array, axes: tuple[str, ...])
         from_p, from_q = _add_stacked((_kl_terms(p, m, -log_m_p), _kl_terms(q, m, -log_m_q)), axes)
         return problem.beta * from_p + (1 - problem.beta) * from_q, from_q
     terms = _kl_terms(p, q, gap) if problem.kind == "forward_kl" else _kl_terms(q, p, -gap)
-    value = _add(jnp.sum(terms, axis=-1), axes)
+    value = exchange.add(jnp.sum(terms, axis=-1), axes)
     return value, value
 
 
@@ -399,10 +399,6 @@ def _slope(
     return tempered, raw if problem.softcap is None else raw * (1 - (z / problem.softcap) ** 2)
 
 
-def _add(x: Array, axes: tuple[str, ...]) -> Array:
-    return jax.lax.psum(x, axes) if axes else x
-
-
 def _add_stacked(parts: tuple[Array, ...], axes: tuple[str, ...]) -> Array:
     """Sums over the vocabulary of several `[rows, columns]` arrays, in one reduction between devices."""
-    return _add(jnp.stack([jnp.sum(part, axis=-1) for part in parts]), axes)
+    return exchange.add(jnp.stack([jnp.sum(part, axis=-1) for part in parts]), axes)

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import eval_jaxpr
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+from jax.extend.core import Jaxpr
 from jax.sharding import AxisType
 
 from jaxrl_post.kernels.ambient import vary_alike, without_typed_shardings
-from jaxrl_post.kernels.token_logprob import core
+from jaxrl_post.kernels.token_logprob import core, exchange
 from jaxrl_post.kernels.token_logprob.arguments import check_arguments
 from jaxrl_post.kernels.token_logprob.chunked import logit_gradient, sums_of_logits
 from jaxrl_post.kernels.token_logprob.independence import check_independent
@@ -55,8 +56,8 @@ def token_loss(
     once, to the dtype of the states, before they are multiplied.
 
     For means, divide the total by its denominator or bring weights in `aux`; both must be known beforehand. On a mesh
-    (`jax.set_mesh`) tokens are split over all axes but `tensor` and the vocabulary stays split over `tensor`; an
-    unembedding split over `fsdp` is gathered once a call and its gradient scattered once.
+    (`jax.set_mesh`) the vocabulary is split over `tensor` and `fsdp` and tokens over all axes but `tensor`; those of
+    devices along `fsdp` are gathered a chunk at a time, and no device has the whole unembedding or gradient of it.
 
     Args:
         hidden: `[N, D]`, bfloat16, float32 or float64.
@@ -134,7 +135,7 @@ def _in_chunks(
     chunk_bytes: int | None,
 ) -> tuple[Array, TokenLogprob]:
     num_tokens, (vocab_size, width) = hidden.shape[0], unembedding.shape
-    at = core.layout(vocab_size, width)
+    (at,) = exchange.layouts(vocab_size, width)
     chosen = Selection(num_tokens, mask, max_tokens, at)
     wide = temperature.dtype
     if num_tokens == 0:
@@ -145,9 +146,10 @@ def _in_chunks(
     hidden, targets, keep, aux_leaves = chosen.take(tokens)
     local_tokens, local_vocab = hidden.shape[0] // at.row_shards, vocab_size // shards(at.vocab)
     rows = rows_per_chunk(local_tokens, 4 * local_vocab, chunk_bytes)
-    loss = _trace(loss_fn, at, _stats_structs(rows, wide, outputs), _structs(rows, aux))
-    problem = _Problem(loss.jaxpr, outputs, softcap, vocab_size, rows, at)
-    constants = vary_alike((list(loss.consts), hidden))[0]
+    together = rows * shards(at.width)
+    loss, closed_over = _trace(loss_fn, at, _stats_structs(together, wide, outputs), _structs(together, aux))
+    problem = _Problem(loss, outputs, softcap, vocab_size, rows, at)
+    constants = vary_alike((list(closed_over), hidden))[0]
     result: Any = _token_loss(problem, hidden, unembedding, bias, temperature, targets, keep, aux_leaves, constants)
     total, stats = result
     stats = jax.tree.map(lambda x: chosen.put_back(jax.lax.stop_gradient(x)), stats)
@@ -175,23 +177,24 @@ def _stats_structs(n: int, dtype: Any, outputs: tuple[str, ...]) -> TokenLogprob
     return TokenLogprob(**fields)
 
 
-def _trace(loss_fn: Callable, at: core.Layout, *arguments: Any) -> ClosedJaxpr:
-    """The loss with closed-over values as arguments: a rule of differentiation cannot close over what is traced."""
+def _trace(loss_fn: Callable, at: core.Layout, *arguments: Any) -> tuple[Jaxpr, list[Any]]:
+    """The loss, and the values it closes over: a rule of differentiation cannot close over what is traced."""
     mesh = jax.sharding.get_abstract_mesh()
     if at.rows or at.vocab:  # it will run on each device by itself
         mesh = mesh.update(axis_types=(AxisType.Manual,) * len(mesh.axis_names))
     with jax.sharding.use_abstract_mesh(mesh):
-        return jax.make_jaxpr(loss_fn)(*arguments)
+        traced = jax.make_jaxpr(loss_fn)(*arguments)
+    return traced.jaxpr, traced.consts
 
 
 class _Problem(NamedTuple):
     """What is known when a call is traced."""
 
-    loss: Jaxpr  # leaves of stats and aux, `[rows, ...]`, to `[rows]`
+    loss: Jaxpr  # leaves of stats and aux, `[n, ...]`, to `[n]`, for the `n` tokens that a device sees at a time
     outputs: tuple[str, ...]
     softcap: float | None
     vocab_size: int
-    rows: int
+    rows: int  # of them its own
     layout: core.Layout
 
 
@@ -264,18 +267,21 @@ def _run(problem, hidden, unembedding, bias, temperature, targets, keep, aux, co
     wide = temperature.dtype
 
     def local(hidden, unembedding, bias, temperature, targets, keep, aux, constants) -> _Found:
-        weight, first = core.local_rows(at, unembedding)
+        weight, first = exchange.rows_of(at, unembedding)
+        if bias is not None:
+            bias = exchange.own(at, bias)
+        axes = exchange.vocabulary(at)
         index = jnp.arange(weight.shape[0])
-        loss_fn = jaxpr_as_fun(ClosedJaxpr(problem.loss, constants))
+        loss_fn = functools.partial(eval_jaxpr, problem.loss, constants)
 
         def step(carry, chunk):
-            hidden, targets, keep, aux = chunk
+            hidden, targets, keep, aux = exchange.gather(at, chunk)
             z = matmul(hidden, weight, ((1,), (1,)))
             z = soft_cap(z if bias is None else z + bias.astype(z.dtype), problem.softcap)
             sums = sums_of_logits(z, index, targets - first, temperature, needed(problem.outputs))
             if sums.best is not None:
                 sums = sums._replace(best=sums.best + first)
-            whole = core.join_over(at.vocab, sums, temperature)
+            whole = core.join_over(axes, sums, temperature)
             stats, distribution = finish(whole, targets, problem.vocab_size, temperature, problem.outputs)
 
             def loss_of(real: TokenLogprob, floats: list[Array | None]) -> Array:
@@ -286,7 +292,8 @@ def _run(problem, hidden, unembedding, bias, temperature, targets, keep, aux, co
             real = stats._replace(argmax=None)
             floats = [x if is_wanted else None for x, is_wanted in zip(aux, wanted_aux, strict=True)]
             if not differentiated and not any(wanted_aux):
-                return carry, _Found(jnp.where(keep, loss_of(real, floats), 0.0), stats, Gradients(*(None,) * 4), [])
+                losses = jnp.where(keep, loss_of(real, floats), 0.0)
+                return carry, exchange.own(at, _Found(losses, stats, Gradients(*(None,) * 4), []))
             losses, pull = jax.vjp(loss_of, real, floats)
             # Twice masked, since what stands at a masked token may turn a zero into NaN on the way.
             slope, d_aux = jax.tree.map(lambda x: _where(keep, x), pull(keep.astype(losses.dtype)))
@@ -305,12 +312,12 @@ def _run(problem, hidden, unembedding, bias, temperature, targets, keep, aux, co
                     # From top, as in `chunked.gradients`; the rest of it once, not on every device of the vocabulary.
                     share = jnp.where(tempered == 0, 0.0, tempered * (z - distribution.top[:, None]))
                     rest = 0.0 if slope.logsumexp is None else jnp.sum(distribution.top * slope.logsumexp)
-                    d_temperature -= (jnp.sum(share) + rest / shards(at.vocab)) / temperature**2
+                    d_temperature -= (jnp.sum(share) + rest / shards(axes)) / temperature**2
                 carry = (d_weight, d_bias, d_temperature)
                 if wanted.hidden:
-                    d_hidden = _add(matmul(rounded, weight, ((1,), (0,))), at.vocab).astype(hidden.dtype)
-            gradients = Gradients(d_hidden, None, None, None)
-            return carry, _Found(jnp.where(keep, losses, 0.0), stats, gradients, d_aux)
+                    d_hidden = exchange.add_own(at, matmul(rounded, weight, ((1,), (0,)))).astype(hidden.dtype)
+            losses, stats, d_aux = exchange.own(at, (jnp.where(keep, losses, 0.0), stats, d_aux))
+            return carry, _Found(losses, stats, Gradients(d_hidden, None, None, None), d_aux)
 
         start = (
             None if wanted.unembedding is None else jnp.zeros(weight.shape, wide),
@@ -318,15 +325,14 @@ def _run(problem, hidden, unembedding, bias, temperature, targets, keep, aux, co
             jnp.zeros((), wide) if wanted.temperature else None,
         )
         (d_weight, d_bias, d_temperature), found = scan_chunks(step, start, (hidden, targets, keep, aux), problem.rows)
-        summed = core.add_up(at, Gradients(None, core.scatter(at, d_weight), d_bias, d_temperature))
-        return found._replace(
-            gradients=Gradients(
-                found.gradients.hidden,
-                None if summed.unembedding is None else summed.unembedding.astype(wanted.unembedding),
-                None if summed.bias is None else summed.bias.astype(bias.dtype),
-                summed.temperature,
-            )
+        dtype = wanted.unembedding
+        gradients = Gradients(
+            found.gradients.hidden,
+            None if d_weight is None or dtype is None else exchange.d_unembedding(at, d_weight, dtype),
+            None if d_bias is None or bias is None else exchange.d_bias(at, d_bias, bias.dtype),
+            None if d_temperature is None else exchange.add(d_temperature, at.rows + at.vocab),
         )
+        return found._replace(gradients=gradients)
 
     run = core.per_device(
         at,
@@ -349,10 +355,6 @@ def _run(problem, hidden, unembedding, bias, temperature, targets, keep, aux, co
         ),
     )
     return run(hidden, unembedding, bias, temperature, targets, keep, aux, constants)
-
-
-def _add(x: Array, axes: tuple[str, ...]) -> Array:
-    return jax.lax.psum(x, axes) if axes else x
 
 
 def _where(keep: Array, x: Array) -> Array:
