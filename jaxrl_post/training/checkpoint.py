@@ -33,6 +33,11 @@ SLOW_SECONDS = 60.0
 """A save that keeps training waiting for longer is reported."""
 
 
+BACKGROUND_SECONDS = 1200
+"""How long a save may take in the background. Where one of several processes fails in it, the others wait for so long
+before all of them try again."""
+
+
 class CheckpointError(ValueError):
     """No checkpoint could be read."""
 
@@ -119,7 +124,10 @@ class Checkpointer:
             options = self._ocp.CheckpointManagerOptions(read_only=True)
         else:
             options = self._ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+                max_to_keep=self._keep,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+                async_options=self._ocp.AsyncOptions(timeout_secs=BACKGROUND_SECONDS),
             )
         return self._ocp.CheckpointManager(self.directory, options=options)
 

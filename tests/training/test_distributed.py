@@ -195,6 +195,44 @@ def test_a_process_that_hangs_is_given_up_within_a_minute(tmp_path):
             process.kill()
 
 
+FAILING_STORE = """
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint._src.path import atomicity
+from jaxrl_post.training import checkpoint, distributed
+
+checkpoint.BACKGROUND_SECONDS = 4
+finalize, failures = atomicity.AtomicRenameTemporaryPath.finalize, []
+
+async def failing(self, *rest, **options):
+    if not failures:
+        failures.append(self)
+        raise OSError("no space left")
+    await finalize(self, *rest, **options)
+
+with distributed.session(lambda error: print("failed:", error) or 1):
+    if distributed.is_main():
+        atomicity.AtomicRenameTemporaryPath.finalize = failing
+    mesh = jax.make_mesh((2,), ("data",))
+    values = np.arange(4.0)
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    x = jax.make_array_from_callback((4,), split, lambda index: values[index])
+    with checkpoint.Checkpointer("saved") as checkpointer:
+        checkpointer.save(1, {"x": x}, {})
+        checkpointer.commit(2, {"x": x}, {})
+        print("steps", checkpointer.steps())
+"""
+
+
+@pytest.mark.nightly
+def test_a_save_that_fails_in_the_background_of_one_process_is_tried_again_by_all(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    statuses, outputs = ended(start(["-c", FAILING_STORE], tmp_path, 2, 1), tmp_path)
+    assert statuses == [0, 0], outputs
+    assert "checkpoint 2 could not be saved" in outputs[0]
+    assert all("trying again" in output and "steps [2]" in output for output in outputs)
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
