@@ -48,7 +48,7 @@ def history_keys(what: Sequence[Array], exists: Array, *, history: int = 1) -> t
     keys = []
     for number, x in enumerate(what):
         x = jnp.asarray(x)
-        masked.check_like(f"what {number}", x, "exists", exists, "give every step its number")
+        masked.check_like(f"array {number} of what", x, "exists", exists, "give every step its number")
         keys.append(jnp.where(exists, x, jnp.zeros((), x.dtype)))
     keys.append(exists.astype(jnp.int32))
     length = exists.shape[-1]

@@ -37,7 +37,8 @@ def token_reward(better_logp: Array, worse_logp: Array, mask: Array) -> Array:
     """
     better_logp, mask = masked.as_float(better_logp), jnp.asarray(mask)
     masked.check_axes("better_logp", better_logp, "[B, T]")
-    masked.check_like("mask", mask, "better_logp", better_logp)
+    for name, x in (("mask", mask), ("worse_logp", worse_logp)):
+        masked.check_like(name, x, "better_logp", better_logp)
     ratio = log_ratio(better_logp, worse_logp)
     return jax.lax.stop_gradient(jnp.where(mask != 0, jax.nn.sigmoid(ratio) - 0.5, 0.0))
 

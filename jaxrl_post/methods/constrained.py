@@ -102,7 +102,7 @@ def c_morl(
         begun = jnp.where(state.known, state.returns, means)
         found, own = [], []
         for reward, inner in zip(objective_rewards(s.rollouts, names), state.inner, strict=True):
-            credit, inner = base.apply(inner, s._replace(rollouts=s.rollouts.replace(reward=reward)))
+            credit, inner = base.apply(inner, s.with_reward(reward))
             found.append(credit if isinstance(credit, Credit) else Credit(credit))
             own.append(inner)
         new = Start(begun, state.known | jnp.any(s.valid), tuple(own))
@@ -115,7 +115,7 @@ def c_morl(
         slack = jnp.min((means - limits)[1:])
         return found[0]._replace(advantages=mixed, extras={**found[0].extras, "slack": slack}), new
 
-    method = clipped(base._replace(apply=credit, init=init), {}, options)
+    method = clipped(base._replace(apply=credit, init=init, penalized=False), {}, options)
     inner_loss, inner_metrics = method.loss, method.metrics
 
     def loss(stats: Stats, rollouts: Rollouts, targets: Targets) -> dict[str, Term]:

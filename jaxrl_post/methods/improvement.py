@@ -95,7 +95,8 @@ def policy_improvement(
         signal = s.rollouts.extras[_SIGNAL][:, None]
         return found._replace(advantages=attribution(found.advantages, valid) * signal), state
 
-    inner = clipped(base._replace(apply=credit), {}, options)
+    # A preset would take the policy as it is now for the one that sampled the batch before.
+    inner = clipped(base._replace(apply=credit), {}, {**options, "old_logp": "rollout"})
 
     def init(rollouts: Any, num_prompts: int) -> Memory:
         if rollouts is None:

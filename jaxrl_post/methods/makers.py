@@ -44,7 +44,7 @@ def opd(*, clip: float | None = None) -> Advantage:
     def apply(state, s: Signals):
         return advantages.opd(s.stats["teacher"].logp, s.old_logp, s.mask, clip=clip), state
 
-    return Advantage(apply, needs={"teacher": frozenset({"logp"})})
+    return Advantage(apply, needs={"teacher": frozenset({"logp"})}, penalized=False)
 
 
 def dr_mas(*, normalize_std: bool = True, ddof: int = 1, eps: float = 1e-6, max_turns: int | None = None) -> Advantage:
@@ -150,7 +150,7 @@ def gdpo(
             eps=eps,
         )
 
-    return stateless(apply, min_group=2)
+    return stateless(apply, min_group=2, penalized=False)
 
 
 def log_tamed(
@@ -167,7 +167,7 @@ def log_tamed(
         total = advantages.log_tamed(stacked, s.valid, weights=factors, threshold=threshold)
         return advantages.grpo(total, s.valid, normalize_std=normalize_std, std_level=std_level)
 
-    return stateless(apply, min_group=2)
+    return stateless(apply, min_group=2, penalized=False)
 
 
 def bnpo(*, low: float = 0.0, high: float = 1.0, decompose: bool = False) -> Advantage:
@@ -184,7 +184,7 @@ def bnpo(*, low: float = 0.0, high: float = 1.0, decompose: bool = False) -> Adv
         parts = [advantages.bnpo(stacked[..., n], scored[..., n], low=low, high=high) for n in range(stacked.shape[2])]
         return jnp.mean(jnp.stack(parts), axis=0)
 
-    return stateless(apply, min_group=2)
+    return stateless(apply, min_group=2, penalized=False)
 
 
 def riskpo(
@@ -249,7 +249,7 @@ def copo(
             extras={"global_advantages": across, "local_weight": rows},
         )
 
-    return stateless(apply)
+    return stateless(apply, penalized=blend == "entropy")
 
 
 def _prompt(s: Signals) -> Array:

@@ -251,13 +251,12 @@ def hypervolume_weighting(
         grown = jax.tree.map(lambda n, o: jnp.where((added > 0) & known, n, o), new, state.archive)
         factor = jnp.where(state.count > 0, hypervolume_factor(added, floor=floor, gain=gain), 1.0)
         mixed = sum(fixed[i] * value for i, value in enumerate(objective_rewards(s.rollouts, names)))
-        judged = s._replace(rollouts=s.rollouts.replace(reward=factor * mixed))
-        found, own = base.apply(state.inner, judged)
+        found, own = base.apply(state.inner, s.with_reward(factor * mixed))
         found = found if isinstance(found, Credit) else Credit(found)
         extras = {**found.extras, "hypervolume_factor": factor}
         return found._replace(extras=extras), Progress(grown, state.count + 1, own)
 
-    method = clipped(base._replace(apply=credit, init=init), {}, options)
+    method = clipped(base._replace(apply=credit, init=init, penalized=False), {}, options)
     inner_metrics = method.metrics
 
     def metrics(stats: Stats, rollouts: Rollouts, targets: Targets) -> dict[str, Metric]:

@@ -156,6 +156,8 @@ def policy_gradient(
         raise ValueError(f"policy_gradient has no keyword {unknown[0]!r}; it has {', '.join(sorted(DEFAULTS))}")
     _check(given)
     credit = as_advantage(advantage, preset.advantages)
+    if not credit.penalized:
+        checks.kl_in_loss(given, "its advantage does not read the reward less the KL")
     surrogate = as_surrogate(loss, preset.losses)
     corrections = as_corrections(given["correction"])
     if corrections and given["old_logp"] != "recompute":
@@ -178,6 +180,7 @@ def policy_gradient(
     def targets(state, rollouts: Rollouts, stats: Stats, key) -> tuple[Targets, Any]:
         mask = rollouts.valid_mask
         start = rollouts.logp if given["old_logp"] == "rollout" else stats["policy"].logp
+        start = jnp.where(mask != 0, start, 0.0)  # where it is 0 anything may stand, NaN too
         new, extras = dict(state) if state else {}, {}
         weight = new.get("beta", beta)
         if beta and (in_reward or kl_target is not None):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from jaxrl_post.advantages import on_last_token
 from jaxrl_post.types import Array, PyTree, Rollouts, Stats
 
 
@@ -43,6 +44,11 @@ class Signals(NamedTuple):
     def lengths(self) -> Array:
         """`[P, G]` float, trained tokens of each sequence."""
         return jnp.sum(self.mask != 0, axis=1).astype(jnp.float32).reshape(self.reward.shape)
+
+    def with_reward(self, reward: Array) -> Signals:
+        """The same with another reward `[P, G]` of sequences, whole or on their last trained tokens."""
+        rollouts, by_token = self.rollouts.replace(reward=reward), on_last_token(reward, self.mask)
+        return self._replace(rollouts=rollouts, token_rewards=by_token)
 
     def extra(self, name: str, why: str) -> Array:
         """An array of `rollouts.extras`.
@@ -85,6 +91,8 @@ class Advantage(NamedTuple):
         min_group: the smallest group that gives any advantage.
         wants: of `Method.wants`: names of `rollouts.extras`, one number per prompt.
         probes: of `Method.probes`; `needs` names them too.
+        penalized: whether it can be given a reward less the KL; where it reads components, or takes the reward for a
+            judgement, `kl_in="reward"` is an error.
     """
 
     apply: Callable[[PyTree, Signals], tuple[Credit | Array, PyTree]]
@@ -93,13 +101,16 @@ class Advantage(NamedTuple):
     min_group: int = 1
     wants: frozenset[str] = frozenset()
     probes: Callable[[Rollouts], Mapping[str, tuple[Rollouts, str]]] | None = None
+    penalized: bool = True
 
 
-def stateless(function: Callable[[Signals], Credit | Array], min_group: int = 1) -> Advantage:
+def stateless(
+    function: Callable[[Signals], Credit | Array], min_group: int = 1, *, penalized: bool = True
+) -> Advantage:
     """A plain function of `Signals` as an `Advantage`.
 
     Example:
         >>> stateless(lambda s: s.reward).min_group
         1
     """
-    return Advantage(lambda state, signals: (function(signals), state), min_group=min_group)
+    return Advantage(lambda state, signals: (function(signals), state), min_group=min_group, penalized=penalized)

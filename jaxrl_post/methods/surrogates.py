@@ -358,7 +358,8 @@ def m2po(*, threshold: float = 0.04, **options: Unpack[Options]) -> Method:
         return advantages.per_token(advantages.grpo(s.reward, s.valid), s.mask) * (kept != 0).astype(jnp.float32)
 
     credit = stateless(trusted, min_group=2)._replace(needs={"policy": frozenset({"logp"})})
-    return with_defaults(credit, {"name": "ppo", "clip_low": 1.0, "clip_high": math.inf}, {}, options)
+    loss = {"name": "ppo", "clip_low": 1.0, "clip_high": math.inf, "dual_clip": None}
+    return with_defaults(credit, loss, {}, {**options, "old_logp": "rollout"})
 
 
 def _fixed(method: str, options: Mapping[str, Any], name: str, value: str) -> None:

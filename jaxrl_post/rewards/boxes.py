@@ -185,16 +185,25 @@ def box_grounding(
     del prompts
 
     def one(completion: str, gold: Any, *image: Any) -> float | None:
-        gold = parse_box(gold) if isinstance(gold, str) else gold
-        if gold is None or any(side is None or not float(side) > 0 for side in image):
+        edges = _numbers(parse_box(gold) if isinstance(gold, str) else gold, 4)
+        size = _numbers(image, 2)
+        if edges is None or size is None or min(size) <= 0:
             return None
         pred = parse_box(completion)
         if pred is None:
             return 0.0
-        size = jnp.array([float(side) for side in image])
-        return float(box_reward(jnp.array(pred), jnp.array([float(edge) for edge in gold]), size))
+        return float(box_reward(jnp.array(pred), jnp.array(edges), jnp.array(size)))
 
     return [one(*row) for row in zip(completions, box, width, height, strict=True)]
+
+
+def _numbers(values: Any, count: int) -> list[float] | None:
+    """So many finite numbers, or None."""
+    try:
+        found = [float(value) for value in values]
+    except (TypeError, ValueError):
+        return None
+    return found if len(found) == count and all(map(math.isfinite, found)) else None
 
 
 def difficulty_weights(share: Array) -> Array:

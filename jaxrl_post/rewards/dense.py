@@ -59,7 +59,8 @@ def rto(
             raise ValueError(f"{name} must be above 0, got {bound}; None for no bound")
     dpo_logp, mask = masked.as_float(dpo_logp), jnp.asarray(mask)
     masked.check_axes("dpo_logp", dpo_logp, "[B, T]")
-    masked.check_like("mask", mask, "dpo_logp", dpo_logp)
+    for name, x in (("mask", mask), ("ref_logp", ref_logp), ("old_logp", old_logp)):
+        masked.check_like(name, x, "dpo_logp", dpo_logp)
     dense = beta1 * losses.log_ratio(dpo_logp, ref_logp)
     if clip is not None:
         dense = jnp.clip(dense, -clip, clip)

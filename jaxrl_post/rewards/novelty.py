@@ -274,7 +274,7 @@ def fingerprint(tokens: Array, mask: Array) -> Array:
     masked.check_like("mask", counts, "tokens", tokens)
     place = jnp.cumsum(counts, axis=1)
     powers = jnp.cumprod(jnp.full(tokens.shape[1] + 1, _MULTIPLIER, jnp.uint32))  # modulo 2^32, as is the sum
-    return jnp.sum(jnp.where(counts, (tokens.astype(jnp.uint32) + 1) * powers[place], 0), axis=1)
+    return jnp.sum(jnp.where(counts, (tokens.astype(jnp.uint32) + 1) * powers[place], 0), axis=1, dtype=jnp.uint32)
 
 
 def token_embedding(tokens: Array, mask: Array, *, size: int = 64) -> Array:

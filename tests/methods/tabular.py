@@ -44,7 +44,8 @@ def params_for(method: Method) -> dict:
 def start(method: Method, optimizer=None, rollouts: Rollouts | None = None):
     """The state before the first step."""
     optimizer = optax.sgd(1.0) if optimizer is None else optimizer
-    shapes = jax.eval_shape(batch if rollouts is None else lambda: rollouts)
+    rollouts = batch() if rollouts is None else rollouts  # not while it is traced, as it is kept
+    shapes = jax.eval_shape(lambda: rollouts)
     return training.init(params_for(method), method, optimizer, jax.random.key(5), rollouts=shapes, num_prompts=PROMPTS)
 
 

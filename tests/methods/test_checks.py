@@ -64,3 +64,21 @@ def test_a_kl_in_the_reward_is_refused_where_the_reward_tells_what_is_right(name
     with pytest.raises(ValueError, match="kl_in='reward' does not apply: "):
         make(**keywords, beta=0.1, kl_in="reward")
     assert "reference" in make(**keywords, beta=0.1).needs
+
+
+@pytest.mark.parametrize(
+    ("name", "keywords"),
+    [
+        ("gdpo", {}),
+        ("paco_grpo", {}),
+        ("bnpo", {}),
+        ("opd", {}),
+        ("copo", {"blend": "uniform"}),
+        ("hypervolume_weighting", {"objectives": ("first", "second")}),
+        ("c_morl", {"objective": "first", "constraints": ("second",)}),
+    ],
+)
+def test_a_kl_in_the_reward_is_refused_where_it_would_not_reach_the_advantage(name, keywords):
+    with pytest.raises(ValueError, match="kl_in='reward' does not apply: its advantage does not read the reward less"):
+        getattr(methods, name)(**keywords, beta=0.1, kl_in="reward")
+    assert methods.copo(blend="entropy", beta=0.1, kl_in="reward").min_group == 1

@@ -8,6 +8,8 @@ import pytest
 
 from jaxrl_post import methods
 from jaxrl_post.methods.improvement import pipo, policy_improvement
+from jaxrl_post.types import TokenStats
+from tests.advantages.compiled import compiled
 from tests.methods import tabular
 
 
@@ -90,6 +92,19 @@ def test_a_batch_without_valid_sequences_is_not_a_mean_reward_of_zero():
     _, after = method.batch(state.method_state, nothing)
     assert int(after.count) == 0
     assert after.means.tolist() == [0.0, 0.0]
+
+
+def test_a_preset_leaves_the_policy_that_sampled_the_batch_before():
+    found = []
+    for preset in (None, "trl"):
+        method = policy_improvement(window=2, preset=preset)
+        rollouts = batch(0.4, 0).replace(extras={"improvement": jnp.ones(tabular.PROMPTS)})
+        moved = {"policy": TokenStats(logp=rollouts.logp - 0.5)}
+        memory = tabular.start(method).method_state
+        targets, _ = compiled(method.targets)(memory, rollouts, moved, jax.random.key(0))
+        found.append(targets.old_logp)
+        np.testing.assert_array_equal(targets.old_logp, jnp.where(targets.mask != 0, rollouts.logp, 0.0))
+    np.testing.assert_array_equal(*found)
 
 
 def test_keywords_without_meaning_are_errors():

@@ -16,6 +16,8 @@ from jaxrl_post.methods.multi_objective import (
     hypervolume_weighting,
     objective_means,
 )
+from jaxrl_post.types import TokenStats
+from tests.advantages.compiled import compiled
 from tests.methods import tabular
 
 BOTH = ("first", "second")
@@ -104,6 +106,28 @@ def test_the_first_factor_is_one_and_then_follows_the_volume_that_a_batch_adds()
     again, _ = plain_step(expected, mixed(second, 0.5 + 1.5 * np.tanh(added)))
     assert_same(new.params, again.params, 2e-6)
     assert int(new.method_state["advantage"].archive.valid.sum()) in (1, 2)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda advantage: hypervolume_weighting(objectives=BOTH, weights=(1.0, 0.0), advantage=advantage),
+        lambda advantage: c_morl(objective="first", constraints=("second",), barrier="ratio", advantage=advantage),
+    ],
+)
+def test_an_advantage_of_tokens_is_given_the_objectives_and_not_the_total(make):
+    rollouts = batch()
+    expected = methods.policy_gradient(advantage="reinforce_plus_plus")
+    found = {}
+    for total in (1.0, 100.0):
+        method = make("reinforce_plus_plus")
+        rows, stats = rollouts.replace(reward=total * rollouts.reward), {"policy": TokenStats(logp=rollouts.logp)}
+        state = tabular.start(method, rollouts=rows).method_state
+        found[total], _ = compiled(method.targets)(state, rows, stats, jax.random.key(0))
+    np.testing.assert_array_equal(found[1.0].advantages, found[100.0].advantages)
+    first = rollouts.replace(reward=rollouts.rewards["first"])
+    plain, _ = compiled(expected.targets)(expected.init(first, 4), first, stats, jax.random.key(0))
+    np.testing.assert_allclose(found[1.0].advantages, plain.advantages, rtol=1e-6)
 
 
 def test_c_morl_adds_the_held_objective_s_advantages_with_the_slope_of_the_barrier():

@@ -47,10 +47,11 @@ def test_the_soft_punishment_of_dapo_lowers_the_reward_of_answers_near_the_limit
     assert not plain.advantages.any()
 
 
-def test_tokens_that_m2po_leaves_out_stay_in_the_denominator():
+@pytest.mark.parametrize("preset", [None, "trl", "verl"])
+def test_tokens_that_m2po_leaves_out_stay_in_the_denominator(preset):
     rollouts = _rollouts()
     moved = rollouts.logp.at[0, 1].add(3.0)
-    method = methods.m2po()
+    method = methods.m2po(preset=preset)
     start = {"policy": TokenStats(logp=moved)}
     targets, _ = compiled(method.targets)(method.init(rollouts, 2), rollouts, start, jax.random.key(2))
     assert float(targets.advantages[0, 1]) == 0.0

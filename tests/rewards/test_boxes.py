@@ -80,6 +80,26 @@ def test_the_reward_reads_columns_and_tells_wrong_answers_from_unusable_problems
     assert rewards[2:] == [None, None, None]
 
 
+@pytest.mark.parametrize(
+    ("box", "width"),
+    [
+        ([10, 10, 30], 100),
+        ({"a": 1}, 100),
+        ([GOLD.tolist()], 100),
+        ([10, 10, 30, np.nan], 100),
+        (7, 100),
+        (GOLD.tolist(), "abc"),
+        (GOLD.tolist(), np.inf),
+        (GOLD.tolist(), [100]),
+    ],
+)
+def test_a_box_or_size_that_makes_no_sense_makes_its_own_row_unusable(box, width):
+    answers = ["[10, 10, 30, 30]"] * 2
+    rewards = boxes.box_grounding([""] * 2, answers, [box, GOLD.tolist()], [width, 100], [100, 100])
+    assert rewards[0] is None
+    assert rewards[1] > 1
+
+
 def test_smaller_targets_weigh_more_with_mean_one():
     share = np.array([0.5, 0.01, 0.2, 0.05])
     weights = boxes.difficulty_weights(share)
