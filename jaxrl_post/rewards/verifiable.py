@@ -101,10 +101,10 @@ def task_solved(score_answer: Callable[[str, Mapping[str, Any]], float]) -> Call
 
     Example:
         >>> def letters_right(text, entry):
-        ...     return 1.0 if text == entry["answer"] else sum(1 / 6 for a, b in zip(text, entry["answer"]) if a == b)
+        ...     return 1.0 if text == entry["answer"] else 0.99 * float(text.startswith(entry["answer"]))
         >>> entry = [{"answer": "abcdef"}, {"answer": "abcdef"}]
         >>> task_score(letters_right)(["", ""], ["abcdef", "abcdefg"], entry=entry)
-        [1.0, 0.9999999999999999]
+        [1.0, 0.99]
         >>> task_solved(letters_right)(["", ""], ["abcdef", "abcdefg"], entry=entry)
         [1.0, 0.0]
     """

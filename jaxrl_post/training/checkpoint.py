@@ -261,7 +261,8 @@ class Checkpointer:
         """The newest checkpoint that is whole.
 
         Args:
-            template: makes, from the checkpoint's `run`, a state of the right structure, shapes and shardings.
+            template: makes, from the checkpoint's `run`, a state of the right structure, shapes and shardings; what it
+                raises is passed on.
             partial: read only the arrays that the template has, found by their paths.
 
         Returns:
@@ -272,24 +273,30 @@ class Checkpointer:
             CheckpointError: if there are checkpoints and all of them are damaged, or the newest whole one holds other
                 arrays than the template.
         """
-        damaged: dict[int, str] = {}
+        args, damaged = self._ocp.args, dict[int, str]()
         for step in reversed(self.steps()):
-            found: tuple[PyTree, dict[str, Any]] | None = None
+            record: dict[str, Any] | None = None
+            found: PyTree | None = None
             reason = "on another host"
             try:
-                found = self._read(step, template, partial)
-            except MismatchError:
-                raise
+                record = self._manager.restore(step, args=args.Composite(record=args.JsonRestore()))["record"]
             except Exception as error:  # whatever a damaged file makes the storage layers raise
                 reason = _reason(error)
-            if distributed.any_process(found is None) or found is None:
+            like = None if record is None else template(record["run"])  # what it raises is no damage
+            try:
+                found = None if record is None else self._read(step, record, like, partial)
+            except MismatchError:
+                raise
+            except Exception as error:
+                reason = _reason(error)
+            if distributed.any_process(found is None) or found is None or record is None:
                 damaged[step] = f"checkpoint {step} is damaged ({reason})"
                 logger.warning("%s; trying the one before it", damaged[step])
                 continue
             if not self._read_only:
                 for bad in damaged:
                     self._set_aside(bad)
-            return Restored(step, *found, list(damaged.values()))
+            return Restored(step, found, record["run"], list(damaged.values()))
         if damaged:
             raise CheckpointError(
                 f"no checkpoint in {self.directory} can be read:\n  "
@@ -298,12 +305,8 @@ class Checkpointer:
             )
         return None
 
-    def _read(
-        self, step: int, template: Callable[[dict[str, Any]], PyTree], partial: bool
-    ) -> tuple[PyTree, dict[str, Any]]:
+    def _read(self, step: int, record: dict[str, Any], like: PyTree, partial: bool) -> PyTree:
         args = self._ocp.args
-        record = self._manager.restore(step, args=args.Composite(record=args.JsonRestore()))["record"]
-        like = template(record["run"])
         wanted = named(_with_raw_keys(like))
         _check_shapes(step, record["shapes"], shapes(wanted), partial)
         places: dict[str | None, dict[str, jax.ShapeDtypeStruct]] = {}
@@ -327,10 +330,9 @@ class Checkpointer:
         if wrong := [name for name in prints if prints[name] != record["fingerprint"][name]]:
             raise CheckpointError(f"its arrays are not those that were saved, e.g. {wrong[0]}")
         raw = jax.tree.unflatten(jax.tree.structure(like), list(leaves.values()))
-        state = jax.tree.map(
+        return jax.tree.map(
             lambda x, t: jax.random.wrap_key_data(x, impl=jax.random.key_impl(t)) if _is_key(t) else x, raw, like
         )
-        return state, record["run"]
 
     def _set_aside(self, step: int) -> None:
         self._manager.close()

@@ -58,7 +58,9 @@ def load_run(
         raise CheckpointError(f"{run_dir} holds no checkpoint yet; train first, or wait for the first save")
     with Checkpointer(checkpoint_dir, read_only=True) as checkpoints:
         restored = checkpoints.restore(
-            lambda saved: policy_alone(setup.template(setup.stages[saved["stage"]])), partial=True
+            # The policy does not depend on how many problems there are.
+            lambda saved: policy_alone(setup.state_shapes(setup.stages[saved["stage"]], num_prompts=1)),
+            partial=True,
         )
     if restored is None:
         raise CheckpointError(f"{run_dir} holds no checkpoint yet; train first, or wait for the first save")

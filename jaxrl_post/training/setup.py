@@ -334,8 +334,14 @@ class Setup:
         key = mesh_lib.place(self.key, shapes.key.sharding)
         return shapes.replace(key=key, curriculum_state=self.carried(stage))
 
-    def state_shapes(self, stage: Stage) -> TrainState:
-        """Shapes and shardings of a stage's state, on devices that need not be there."""
+    def state_shapes(self, stage: Stage, num_prompts: int | None = None) -> TrainState:
+        """Shapes and shardings of a stage's state, on devices that need not be there.
+
+        Args:
+            stage: one of `stages`.
+            num_prompts: `num_prompts`, which reads the data, if None.
+        """
+        num_prompts = self.num_prompts if num_prompts is None else num_prompts
         key, rollouts, chosen = self.key, self.rollout_shapes(stage), self.trainable(stage)
 
         def build() -> TrainState:
@@ -352,7 +358,7 @@ class Setup:
                 stage.optimizer,
                 key,
                 rollouts=rollouts,
-                num_prompts=self.num_prompts,
+                num_prompts=num_prompts,
                 trainable=chosen,
                 borrows=self.borrows(stage),
             )

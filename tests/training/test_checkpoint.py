@@ -139,6 +139,19 @@ def test_a_store_that_goes_on_failing_is_an_error_and_leaves_what_was_saved(tmp_
     assert (restored.step, restored.damaged) == (1, [])
 
 
+def test_what_goes_wrong_before_its_arrays_are_read_does_not_make_a_checkpoint_damaged(tmp_path):
+    checkpoint.save(tmp_path / "c", 1, state(1))
+
+    def template(run):
+        raise FileNotFoundError("train.jsonl")
+
+    with checkpoint.Checkpointer(tmp_path / "c") as store:
+        with pytest.raises(FileNotFoundError, match=r"train\.jsonl"):
+            store.restore(template)
+        assert store.steps() == [1]
+    assert not (tmp_path / "c-damaged").exists()
+
+
 def test_a_save_that_fails_in_the_background_is_told_once_and_the_next_one_holds(tmp_path, monkeypatch):
     with checkpoint.Checkpointer(tmp_path / "c", keep=2) as store:
         assert store.failure() is None

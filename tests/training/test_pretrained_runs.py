@@ -295,6 +295,7 @@ def test_plain_prompts_can_be_put_through_the_chat_template(tmp_path, checkpoint
     monkeypatch.setattr(
         data, "encode_prompt", lambda tokenizer, problem: asked.append(problem) or real(tokenizer, problem)
     )
+    (tmp_path / "train.jsonl").unlink()  # which is not needed any more
     inference.generate_text(tmp_path / "run", ["12>"])
     assert asked[0]["prompt_messages"][-1] == {"role": "user", "content": "12>"}
     with pytest.raises(ConfigError, match=r"data\.system"):
