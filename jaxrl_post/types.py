@@ -342,6 +342,8 @@ class Method(NamedTuple):
             `methods.chain`. Their states are the method's state by the same names; `targets` and `loss` are not used.
         partial: it learns from sequences that are still running (`finish` is `FINISH_NONE`) as well: they are valid,
             and have no reward yet.
+        contrasts: it learns from differences between the rewards of a group alone, so that sampling a batch in which no
+            group has any is for nothing.
     """
 
     targets: Callable[..., tuple[Targets, PyTree]]
@@ -359,6 +361,7 @@ class Method(NamedTuple):
     combine: Callable[[PyTree, Array, tuple[str, ...]], tuple[Array, PyTree]] | None = None
     stages: Mapping[str, Method] = {}
     partial: bool = False
+    contrasts: bool = False
 
     @property
     def roles(self) -> frozenset[str]:

@@ -73,6 +73,7 @@ def chain(*stages: Method, **named: Method) -> Method:
         wants=frozenset().union(*(stage.wants for stage in every.values())),
         stages=every,
         partial=next(iter(partial.values())),
+        contrasts=all(stage.contrasts for stage in every.values()),
     )
 
 

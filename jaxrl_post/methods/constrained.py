@@ -115,7 +115,7 @@ def c_morl(
         slack = jnp.min((means - limits)[1:])
         return found[0]._replace(advantages=mixed, extras={**found[0].extras, "slack": slack}), new
 
-    method = clipped(base._replace(apply=credit, init=init, penalized=False), {}, options)
+    method = clipped(base._replace(apply=credit, init=init, penalized=False, contrasts=False), {}, options)
     inner_loss, inner_metrics = method.loss, method.metrics
 
     def loss(stats: Stats, rollouts: Rollouts, targets: Targets) -> dict[str, Term]:

@@ -90,4 +90,5 @@ def as_advantage(choice: Choice | Advantage, defaults: Mapping[str, Mapping[str,
         return Credit(*found) if isinstance(found, tuple) else Credit(found)
 
     found = stateless(apply, min_group=1 if name in WITHOUT_GROUP else 2)
+    found = found._replace(contrasts=name in ON_GROUPS and name not in WITHOUT_GROUP)
     return found._replace(wants=frozenset({"greedy_reward"})) if "greedy_rewards" in inputs(function) else found

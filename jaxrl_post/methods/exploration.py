@@ -303,7 +303,7 @@ def rapo(
         return {**terms, "forward_kl": Term(value, targets.mask, like.mode, weight=alpha, horizon=like.horizon)}
 
     needs = {**inner.needs, "reference": inner.needs.get("reference", frozenset()) | {"logp"}}
-    return inner._replace(loss=loss, needs=needs)
+    return inner._replace(loss=loss, needs=needs, contrasts=False)
 
 
 def _after(advantage: Choice | Advantage, change: Callable[[Signals, Credit], Credit], fields: set[str]) -> Advantage:
@@ -315,7 +315,7 @@ def _after(advantage: Choice | Advantage, change: Callable[[Signals, Credit], Cr
         return change(s, found if isinstance(found, Credit) else Credit(found)), state
 
     needs = {**base.needs, "policy": base.needs.get("policy", frozenset()) | fields}
-    return base._replace(apply=apply, needs=needs)
+    return base._replace(apply=apply, needs=needs, contrasts=False)
 
 
 def _with_selected(

@@ -121,7 +121,7 @@ def novelty_bonus(
         credit, own = base.apply(state.advantage, shaped)
         return credit, Visited(counts, moments, own)
 
-    return clipped(base._replace(apply=apply, init=init), {}, options)
+    return clipped(base._replace(apply=apply, init=init, contrasts=False), {}, options)
 
 
 def _mixed(x: Array) -> Array:

@@ -114,7 +114,7 @@ def _on_reward(
     def whole(rollouts: Any, num_prompts: int) -> Any:
         return {"reward": init(rollouts, num_prompts), "method": base.init(rollouts, num_prompts)}
 
-    return base._replace(targets=targets, metrics=metrics, init=whole)
+    return base._replace(targets=targets, metrics=metrics, init=whole, contrasts=False)
 
 
 def hapo(

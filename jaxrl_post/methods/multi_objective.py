@@ -256,7 +256,7 @@ def hypervolume_weighting(
         extras = {**found.extras, "hypervolume_factor": factor}
         return found._replace(extras=extras), Progress(grown, state.count + 1, own)
 
-    method = clipped(base._replace(apply=credit, init=init, penalized=False), {}, options)
+    method = clipped(base._replace(apply=credit, init=init, penalized=False, contrasts=False), {}, options)
     inner_metrics = method.metrics
 
     def metrics(stats: Stats, rollouts: Rollouts, targets: Targets) -> dict[str, Metric]:

@@ -278,6 +278,7 @@ def policy_gradient(
         min_group=credit.min_group,
         wants=credit.wants,
         probes=credit.probes,
+        contrasts=credit.contrasts and not given["nll_weight"],
     )
 
 

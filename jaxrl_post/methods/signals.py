@@ -93,6 +93,7 @@ class Advantage(NamedTuple):
         probes: of `Method.probes`; `needs` names them too.
         penalized: whether it can be given a reward less the KL; where it reads components, or takes the reward for a
             judgement, `kl_in="reward"` is an error.
+        contrasts: whether it is 0 in groups of equal rewards.
     """
 
     apply: Callable[[PyTree, Signals], tuple[Credit | Array, PyTree]]
@@ -102,6 +103,7 @@ class Advantage(NamedTuple):
     wants: frozenset[str] = frozenset()
     probes: Callable[[Rollouts], Mapping[str, tuple[Rollouts, str]]] | None = None
     penalized: bool = True
+    contrasts: bool = False
 
 
 def stateless(

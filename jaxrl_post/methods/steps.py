@@ -309,7 +309,7 @@ def ppr_renorm(
         known = (number > 0).astype(number.dtype)
         return base.metrics(stats, rollouts, targets) | {"steps/mean": Metric.mean(number, known)}  # type: ignore[misc]
 
-    return base._replace(targets=targets, metrics=metrics)
+    return base._replace(targets=targets, metrics=metrics, contrasts=False)
 
 
 def _outcome(rollouts: Rollouts, name: str | None) -> Array:

@@ -153,4 +153,4 @@ def vapo(
             terms["nll"] = Term(value, targets.extras["positive"], aggregation, weight=nll_weight, horizon=horizon)
         return terms
 
-    return base._replace(targets=targets, loss=loss)
+    return base._replace(targets=targets, loss=loss, contrasts=False)

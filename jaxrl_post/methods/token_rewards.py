@@ -133,7 +133,7 @@ def t_reg(
 
     logp = frozenset({"logp"})
     needs = {"reference": frozenset[str](), **base.needs, "probe/better": logp, "probe/worse": logp}
-    return base._replace(targets=targets, loss=with_regularizer, needs=needs, probes=probes)
+    return base._replace(targets=targets, loss=with_regularizer, needs=needs, probes=probes, contrasts=False)
 
 
 def tw_grpo(

@@ -233,7 +233,9 @@ class Batches:
                 curation.informative(jnp.asarray(distributed.to_host(every.reward)), jnp.asarray(valid))
             )
             metrics["curriculum/informative_groups"] = float(useful.mean())
-            chosen = self._select(every, config.rollout.prompts) if useful.any() else None
+            if chosen is not None:
+                some = useful.any() or not self._stage.method.contrasts
+                chosen = self._select(every, config.rollout.prompts) if some else None
         tokens = int(sampled.rows["new_tokens"].sum())
         waiting = len(self.problems) - len(sampled.ended)
         return Batch(chosen, metrics, sampled, every.batch_size, tokens, shown(sampled, self.problems), waiting)

@@ -122,6 +122,14 @@ def test_rewards_of_none_are_left_out_and_counted(tmp_path):
     assert [row["rewards/unscored"] for row in runs.lines(directory)] == [0.25, 0.25]
 
 
+def test_oversampling_leaves_out_no_step_of_a_method_that_learns_from_equal_rewards(tmp_path):
+    method = {"name": "reinforce"}
+    directory = train(tmp_path, "training.steps=2", "curriculum.oversample=2", method=method, **faulty("constant"))
+    for row in runs.lines(directory):
+        assert row["curriculum/informative_groups"] == row["empty_steps"] == 0.0
+        assert row["grad_norm"] > 0
+
+
 def test_steps_without_any_reward_are_skipped_counted_and_end_the_run(tmp_path):
     with pytest.raises(loop.TrainingError, match="3 steps in a row had nothing to train on"):
         train(tmp_path, "training.max_empty_steps=3", **faulty("nothing"))

@@ -166,7 +166,10 @@ class CurriculumConfig:
 
     name: Literal["uniform"] = option("uniform: every problem once, in random order, then again", "uniform")
     oversample: int = option(
-        "sample this many times the prompts of a step and train on those whose rewards vary first", 1, minimum=1
+        "sample this many times the prompts of a step and train on those whose rewards vary first; where none do, a "
+        "method that learns from differences alone leaves the step out",
+        1,
+        minimum=1,
     )
 
 
