@@ -270,8 +270,12 @@ def _methods(arguments: argparse.Namespace) -> None:
     if words[:1] == ["show"]:
         if len(words) != 2:
             raise CommandError("show takes one id, as in `jaxrl-post methods show mc-grpo`")
-        known = {record.id: record for record in records.catalog()}
+        known = {record.method: record for record in reversed(records.catalog()) if record.method is not None}
+        known |= {record.id: record for record in records.catalog()}
         if words[1] not in known:
+            if not arguments.json and (described := records.without_record(words[1])):
+                print(described)
+                return
             near = difflib.get_close_matches(words[1], known, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "`jaxrl-post methods` lists them"
             raise CommandError(f"there is no method {words[1]!r}; {hint}")

@@ -107,6 +107,20 @@ def describe(record: Record) -> str:
     return "\n\n".join(parts)
 
 
+def without_record(name: str) -> str | None:
+    """What is known of a public function of `jaxrl_post.methods` that no record is about; None if there is none.
+
+    Example:
+        >>> without_record("dpo").splitlines()[0].startswith("methods.dpo(")
+        True
+    """
+    module = importlib.import_module("jaxrl_post.methods")
+    function = getattr(module, name, None) if name in module.__all__ else None
+    if not inspect.isfunction(function):
+        return None
+    return f"methods.{name}{_signature(f'jaxrl_post.methods.{name}')}\n\n{inspect.getdoc(function)}"
+
+
 def _resolve(name: str) -> Any:
     module, _, attribute = name.rpartition(".")
     return getattr(importlib.import_module(module), attribute)

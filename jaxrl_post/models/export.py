@@ -99,7 +99,9 @@ def save_pretrained(
     described = config_for(config, head=head, labels=labels, dtype=stored.name)
     exists = target.exists() and any(_is_ours(path.name) for path in target.iterdir())
     if exists and not overwrite:
-        raise ValueError(f"{target} holds a model already; choose another directory, or pass overwrite=True")
+        raise ValueError(
+            f"{target} holds a model already; choose another directory, or remove it (from Python: pass overwrite=True)"
+        )
 
     specs, make = _tensors(found, leaves, None if dtype is None else stored)
     if jax.process_index() != 0:

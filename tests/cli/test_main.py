@@ -233,6 +233,10 @@ def test_methods_lists_searches_and_shows(capsys):
         "seeds",
     ):
         assert text in shown
+    assert cli.main(["methods", "show", "novelty_bonus"]) == 0  # as a configuration names it
+    assert capsys.readouterr().out.startswith("e3b-global: ")
+    assert cli.main(["methods", "show", "dpo"]) == 0
+    assert "Direct Preference Optimization" in capsys.readouterr().out
     assert cli.main(["methods", "--json", "mc-grpo", "median"]) == 0
     assert "mc-grpo" in [record["id"] for record in json.loads(capsys.readouterr().out)]
 

@@ -67,6 +67,24 @@ def show(value: Any) -> str:
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
+def near(name: str, known: Iterable[str]) -> list[str]:
+    """The known names that may have been meant, the likeliest first.
+
+    Example:
+        >>> near("lr", ["learning_rate", "b1"]), near("temp", ["temperature", "top_p"]), near("gpro", ["igpo", "grpo"])
+        (['learning_rate'], ['temperature'], ['grpo', 'igpo'])
+    """
+    known = list(known)
+    short = [one for one in known if len(name) > 1 and (one.startswith(name) or _initials(one) == name)]
+    close = [one for one in difflib.get_close_matches(name, known, n=5, cutoff=0.6) if one not in short]
+    close.sort(key=lambda one: sorted(one) != sorted(name))  # letters that changed places are the likelier mistake
+    return short + close
+
+
+def _initials(name: str) -> str:
+    return "".join(word[:1] for word in name.split("_"))
+
+
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     """A hint for a name that is not known: the nearest known one, or all of them.
 
@@ -77,9 +95,7 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
         "did you mean 'grpo'?"
     """
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=5, cutoff=0.6)
-    close.sort(key=lambda one: sorted(one) != sorted(name))  # letters that changed places are the likelier mistake
-    if close:
+    if close := near(name, known):
         full = f"{prefix}.{close[0]}" if prefix else close[0]
         return f"did you mean {full!r}?"
     return "known here: " + (", ".join(known) if known else "nothing")

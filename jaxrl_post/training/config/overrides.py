@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxrl_post.training.config import yaml_text
-from jaxrl_post.training.config.errors import ConfigError, Problems, nearest
+from jaxrl_post.training.config.errors import ConfigError, Problems, near, nearest
 from jaxrl_post.training.config.parsing import all_keys, members, section_fields
 from jaxrl_post.training.config.schema import Config, MethodConfig
 
@@ -113,8 +113,7 @@ def _follow(path: Sequence[str]) -> tuple[Any, str]:
 def _suggestion(path: Sequence[str], depth: int, known: Iterable[str]) -> str:
     # The part that is wrong put right, if the rest then leads somewhere; or the same last part in another section.
     hint = nearest(path[depth], known, prefix=".".join(path[:depth]))
-    close = difflib.get_close_matches(path[depth], known, n=1, cutoff=0.6)
-    if close:
+    if close := near(path[depth], known):
         corrected = [*path[:depth], close[0], *path[depth + 1 :]]
         _, wrong = _follow(corrected)
         if not wrong:
