@@ -149,7 +149,11 @@ def _parser() -> argparse.ArgumentParser:
 
     plot = command("plot", _plot, "draw the curves of one or several runs")
     plot.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="directories of runs")
-    plot.add_argument("--output", metavar="FILE", help="the picture (curves.png in the first run's directory)")
+    plot.add_argument(
+        "--output",
+        metavar="FILE",
+        help="the picture (curves.png in the run's directory, comparison.png in the first)",
+    )
 
     methods = command("methods", _methods, "list the methods, or show one: methods show mc-grpo")
     methods.add_argument(

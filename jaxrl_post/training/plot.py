@@ -33,8 +33,8 @@ def plot(run_dirs: Sequence[str | Path], output: str | Path | None = None) -> Pa
 
     Args:
         run_dirs: directories of the runs, drawn over each other.
-        output: the picture, in a directory that exists; its ending gives the format. `curves.png` in the first run's
-            directory if None.
+        output: the picture, in a directory that exists; its ending gives the format. In the first run's directory if
+            None: `curves.png`, or `comparison.png` of several runs.
 
     Returns:
         The path of the picture.
@@ -48,7 +48,8 @@ def plot(run_dirs: Sequence[str | Path], output: str | Path | None = None) -> Pa
 
     if not run_dirs:
         raise ValueError("run_dirs is empty; give the directory of at least one run")
-    output = Path(run_dirs[0]) / "curves.png" if output is None else Path(output)
+    name = "curves.png" if len(run_dirs) == 1 else "comparison.png"
+    output = Path(run_dirs[0]) / name if output is None else Path(output)
     if output.suffix.lower() not in _SUFFIXES:
         raise ValueError(f"output {output} must end in one of {', '.join(_SUFFIXES)}, which gives its format")
     if output.parent != Path(run_dirs[0]) and not output.parent.is_dir():

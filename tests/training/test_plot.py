@@ -39,8 +39,8 @@ def test_one_picture_is_drawn_of_several_runs_and_no_part_of_it_is_left_behind(t
     first = write_run(tmp_path / "one", rows(150))
     second = write_run(tmp_path / "two", rows(20))
     path = plot([first, second])
-    assert path == first / "curves.png"
-    assert sorted(file.name for file in first.iterdir()) == ["curves.png", "metrics.jsonl"]
+    assert path == first / "comparison.png"  # the run keeps its own
+    assert sorted(file.name for file in first.iterdir()) == ["comparison.png", "metrics.jsonl"]
     together = read_picture(path)
     alone = read_picture(plot([first], tmp_path / "alone.png"))
     assert together.shape == alone.shape
