@@ -38,8 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     debug = getattr(arguments, "debug", False)
     if not debug:
-        # The storage layer warns of options that it sets itself.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # The storage layer warns of options that it sets itself, and prints what it raises as well.
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         arguments.handler(arguments)
         sys.stdout.flush()

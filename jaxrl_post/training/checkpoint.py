@@ -359,8 +359,13 @@ class Checkpointer:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # After an error the other processes may be gone, and a commit would wait for them.
-        if kind is None or issubclass(kind, KeyboardInterrupt) or jax.process_count() == 1:
+        if kind is None:
             self.close()
+        elif issubclass(kind, KeyboardInterrupt) or jax.process_count() == 1:
+            try:
+                self.close()
+            except Exception as error:  # what ended the run is told, and not only what came of it
+                logger.warning("a checkpoint could not be saved (%s); the newest is %s", _reason(error), self._newest())
 
 
 def _reason(error: BaseException) -> str:
