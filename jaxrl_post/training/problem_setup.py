@@ -65,11 +65,13 @@ def make_problems(config: Config, tokenizer: data.Tokenizer, turns: Turns | Host
             raise ConfigError([f"data.task = {options.task!r}: {error}"]) from None
         return spoken(source)
 
-    def read(files: tuple[str, ...], *, supervised: bool, pairs: bool, split: str | None = None) -> data.Source:
+    def read(files: tuple[str, ...], *, kind: str, supervised: bool = False, split: str | None = None) -> data.Source:
+        pairs = kind == "pairs"
         names = ("prompt", "answer", *(("chosen", "rejected") if pairs else ()))
         templates = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
         columns = {name: text for name, text in options.columns.items() if pairs or name not in ("chosen", "rejected")}
-        compared = any(reward.name is not None and reads_answer(reward.name) for reward in config.rewards)
+        scored = kind == "rollouts"
+        compared = scored and any(reward.name is not None and reads_answer(reward.name) for reward in config.rewards)
         need = {"chosen", "rejected"} if pairs else set()
         if compared or "answer" in templates or ANSWER_TOKENS in make_method(config).wants:
             need.add("answer")
@@ -100,11 +102,11 @@ def make_problems(config: Config, tokenizer: data.Tokenizer, turns: Turns | Host
         kind = make_method(config).learns_from
         supervised = kind == "completions" or warm is not None
         train = warm_source = validation_source = read(
-            options.files, supervised=supervised, pairs=kind == "pairs", split=options.split
+            options.files, kind=kind, supervised=supervised, split=options.split
         )
         held_out = []
         if options.eval_files and held_out_count:
-            source = read(options.eval_files, supervised=False, pairs=False)
+            source = read(options.eval_files, kind="rollouts")  # whatever is trained on, these are sampled for
             fitting = {data.identity(p) for p in (source[i] for i in range(len(source))) if fits(p)}
             held_out = some(source, min(held_out_count, len(fitting)), frozenset())
     exclude = frozenset(map(data.identity, held_out))

@@ -40,7 +40,7 @@ def make_rewards(config: Config, train: Callable[[], data.Source]) -> list[rewar
 
 
 def check_reward_columns(
-    config: Config, functions: Sequence[rewards.RewardFunction], problems: Any, *, in_turns: bool
+    config: Config, functions: Sequence[rewards.RewardFunction], problems: Any, *, sampled: bool, in_turns: bool
 ) -> None:
     """Raise ConfigError for a column that a reward function needs and problems lack, before anything is sampled.
 
@@ -48,9 +48,10 @@ def check_reward_columns(
         config: of the run.
         functions: as they were made.
         problems: `problem_setup.Problems`.
+        sampled: whether training samples completions; else held-out problems alone are scored.
         in_turns: whether an environment answers.
     """
-    parts = {"rewards": problems.train.columns}
+    parts = {"rewards": problems.train.columns} if sampled else {}
     if config.data.eval_files and problems.held_out:
         parts["data.eval_files"] = data.columns(problems.held_out)
     for key, columns in parts.items():

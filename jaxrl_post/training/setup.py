@@ -107,7 +107,8 @@ class Setup:
     def prepare(self) -> None:
         """Make the problems, the reward functions and the roles' models now, so that what is wrong with them shows."""
         _ = self.problems, self.reward_functions, self.checkpoints
-        check_reward_columns(self.config, self.reward_functions, self.problems, in_turns=self.turns is not None)
+        sampled, in_turns = self.stages[-1].kind == "rollouts", self.turns is not None
+        check_reward_columns(self.config, self.reward_functions, self.problems, sampled=sampled, in_turns=in_turns)
 
     @property
     def num_prompts(self) -> int:

@@ -141,6 +141,23 @@ def test_the_columns_that_rewards_are_given_are_known_before_the_run(chat, tmp_p
     assert set(reward_columns(config, source.columns, in_turns=True)) == {*given, "environment_reward"}
 
 
+def test_held_out_files_that_nothing_scores_are_a_warning(tmp_path):
+    train, held_out = write(tmp_path / "train.jsonl", PAIRS), write(tmp_path / "held.jsonl", QUESTIONS)
+    sections = {"data": VALUES["data"] | {"files": [train], "eval_files": [held_out], "prompt": "{question}"}}
+    with pytest.warns(configs.ConfigWarning, match="data.eval_files: nothing scores"):
+        configs.from_dict(VALUES | sections | {"rewards": [], "method": {"name": "dpo"}})
+
+
+@pytest.mark.parametrize("reward", [{"name": "exact_match"}, {"path": f"{runs.__file__}:reward"}])
+def test_where_nothing_is_sampled_only_held_out_problems_need_what_rewards_read(reward, tmp_path):
+    train, held_out = write(tmp_path / "train.jsonl", PAIRS), write(tmp_path / "held.jsonl", ANSWERED)
+    files = {"files": [train], "eval_files": [held_out], "prompt": "{question}", "alphabet": "0123456789qz"}
+    sections = {"data": VALUES["data"] | files, "rewards": [reward], "method": {"name": "dpo"}, "model": SMALL}
+    parts = setup.build(configs.from_dict(VALUES | sections | {"run_dir": str(tmp_path / "run")}))
+    parts.prepare()
+    assert parts.problems.held_out[0]["answer"] == "19"
+
+
 @pytest.mark.parametrize(("key", "rows"), [("rewards", (QUESTIONS, ANSWERED)), ("data.eval_files", (ANSWERED, ASKED))])
 def test_a_column_that_a_reward_needs_is_missed_before_anything_is_sampled(key, rows, tmp_path):
     train, held_out = (write(tmp_path / f"{n}.jsonl", part) for n, part in enumerate(rows))
