@@ -136,7 +136,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("evaluate", _evaluate, "measure the model of a run on its held-out problems")
     evaluate.add_argument("run_dir", metavar="RUN_DIR", help="directory of the run")
     evaluate.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="how to measure, e.g. eval.samples=64 mesh.data=2"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="how to measure, e.g. data.eval_files=[other.jsonl]",
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 

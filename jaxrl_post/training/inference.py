@@ -81,7 +81,8 @@ def evaluate_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str
 
     Args:
         run_dir: the run's directory.
-        overrides: `key=value` changes of its configuration, e.g. `eval.samples=64`.
+        overrides: `key=value` changes of its configuration, e.g. `eval.samples=64`, or
+            `data.eval_files=[other.jsonl]` for other problems.
 
     Raises:
         ValueError: if the run has no held-out problems or no rewards.

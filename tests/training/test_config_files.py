@@ -69,6 +69,7 @@ def test_an_evaluation_may_change_how_a_model_is_measured_and_not_how_it_was_mad
     configs.check_evaluation_overrides(
         [
             "eval.problems=64",
+            "data.eval_files=[other.jsonl]",
             "mesh={data: 2}",
             "logging.progress=false",
             "on_reward_error=invalid",

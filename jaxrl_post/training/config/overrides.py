@@ -16,7 +16,16 @@ from jaxrl_post.training.config.errors import ConfigError, Problems, near, neare
 from jaxrl_post.training.config.parsing import all_keys, members, section_fields
 from jaxrl_post.training.config.schema import Config, MethodConfig
 
-EVALUATION_KEYS = ("eval", "mesh", "logging", "rewards", "on_reward_error", "rollout.sampling", "rollout.mesh")
+EVALUATION_KEYS = (
+    "eval",
+    "data.eval_files",
+    "mesh",
+    "logging",
+    "rewards",
+    "on_reward_error",
+    "rollout.sampling",
+    "rollout.mesh",
+)
 """Keys, or sections, that say how a model is measured; all others say how it was made."""
 
 
