@@ -17,6 +17,7 @@ PRINTABLE = "".join(chr(code) for code in range(32, 127)) + "\n"
 """The alphabet of printable ASCII, space included, and newline."""
 
 _CHAR_FILE = "char_tokenizer.json"
+_PAD, _END = "<pad>", "<end>"  # as other tokenizers know them
 _GENERATION_FILE = "generation_config.json"
 
 
@@ -132,13 +133,34 @@ class CharTokenizer:
         return "".join(characters)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `char_tokenizer.json` into `directory`, which is made if it is not there."""
-        target = Path(directory) / _CHAR_FILE
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Written beside and then renamed, so that a reader never sees half a file.
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps({"alphabet": self.alphabet}) + "\n", encoding="utf-8")
-        os.replace(partial, target)
+        """Write `char_tokenizer.json` into `directory`, which is made if it is not there, and the same for others.
+
+        `tokenizer.json` and `tokenizer_config.json` are what `transformers.AutoTokenizer` and whoever serves the model
+        read; `load` does not.
+        """
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": _PAD, "eos_token": _END}
+        files = {
+            "tokenizer.json": self._fast().to_str(pretty=True),
+            "tokenizer_config.json": json.dumps({**config, "clean_up_tokenization_spaces": False}, indent=2),
+            _CHAR_FILE: json.dumps({"alphabet": self.alphabet}),
+        }
+        for name, text in files.items():
+            target = Path(directory) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Written beside and then renamed, so that a reader never sees half a file.
+            partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+            partial.write_text(text + "\n", encoding="utf-8")
+            os.replace(partial, target)
+
+    def _fast(self) -> Any:
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+        # Without a token for what is unknown a character outside the alphabet is an error there too.
+        fast = Tokenizer(models.WordLevel({_PAD: self.pad_id, _END: self.eos_ids[0], **self._ids}))
+        fast.add_special_tokens([_PAD, _END])
+        fast.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        fast.decoder = decoders.Fuse()
+        return fast
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> CharTokenizer:

@@ -63,7 +63,23 @@ def test_a_saved_character_tokenizer_is_recognised_and_equal(tmp_path):
     loaded = load_tokenizer(tmp_path / "new" / "folder")
     assert isinstance(loaded, CharTokenizer)
     assert loaded.alphabet == "zyé\n"
-    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["char_tokenizer.json"]
+    assert not list((tmp_path / "new" / "folder").glob("*partial"))
+
+
+def test_a_saved_character_tokenizer_is_one_of_transformers_too(tmp_path):
+    ours = CharTokenizer("abpd <>\n\té\u200d2")
+    ours.save(tmp_path)
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("a  b", "<a>\n\t", " é\u200d22 ", "<pad", ""):
+        ids = ours.encode(text)
+        assert theirs.encode(text) == ids
+        assert theirs.decode([*ids, *ours.eos_ids], skip_special_tokens=True) == text
+    assert (theirs.pad_token_id, theirs.eos_token_id) == (0, 1)
+    assert len(theirs) == ours.vocab_size
+    with pytest.raises(Exception, match="UNK"):
+        theirs.encode("c")
 
 
 @pytest.mark.parametrize("text", ["", '{"alphabet": ', "[1]", '{"letters": "ab"}', '{"alphabet": "aa"}'])
