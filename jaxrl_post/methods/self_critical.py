@@ -94,7 +94,8 @@ def subpo(
         set_function: `"distinct_ngrams"`, a mapping of it with `n`, or a function of tokens and mask `[B, T]` that
             gives the value of each prefix (see `rewards.coverage`).
         greedy: weigh each action by its immediate gain alone.
-        baseline: `"leave_one_out"` or `"none"`.
+        baseline: `"leave_one_out"` or `"none"`. With one, a token at whose place no other sequence of the group goes on
+            has nothing to be compared with and gets 0.
         gain_weight: weight of the gains beside the reward of the sequence.
         **options: `aggregation` (`"seq_mean_token_sum"`) and the others of `policy_gradient`.
 
