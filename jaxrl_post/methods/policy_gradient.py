@@ -180,7 +180,7 @@ def policy_gradient(
     def targets(state, rollouts: Rollouts, stats: Stats, key) -> tuple[Targets, Any]:
         mask = rollouts.valid_mask
         start = rollouts.logp if given["old_logp"] == "rollout" else stats["policy"].logp
-        start = jnp.where(mask != 0, start, 0.0)  # where it is 0 anything may stand, NaN too
+        start = jnp.where((mask == 0) & jnp.isnan(start), 0.0, start)  # anything may stand where it is 0
         new, extras = dict(state) if state else {}, {}
         weight = new.get("beta", beta)
         if beta and (in_reward or kl_target is not None):

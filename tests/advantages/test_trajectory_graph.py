@@ -159,7 +159,7 @@ def test_impossible_arguments_are_refused():
         salt(same, same, same, history=0)
     with pytest.raises(ValueError, match=r"exists must be \[P, G, S\] with \[P, G\] = \(1, 2\), got shape \(1, 3, 2\)"):
         salt(same, same, jnp.ones((1, 3, 2)))
-    with pytest.raises(ValueError, match="what 1 must have the shape of exists"):
+    with pytest.raises(ValueError, match="array 1 of what must have the shape of exists"):
         salt(same, same[:, :, :2], same)
     with pytest.raises(ValueError, match="at least one array"):
         advantages.history_keys([], same)

@@ -103,7 +103,7 @@ def test_a_preset_leaves_the_policy_that_sampled_the_batch_before():
         memory = tabular.start(method).method_state
         targets, _ = compiled(method.targets)(memory, rollouts, moved, jax.random.key(0))
         found.append(targets.old_logp)
-        np.testing.assert_array_equal(targets.old_logp, jnp.where(targets.mask != 0, rollouts.logp, 0.0))
+        np.testing.assert_array_equal(targets.old_logp, rollouts.logp)
     np.testing.assert_array_equal(*found)
 
 

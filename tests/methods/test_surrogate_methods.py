@@ -47,6 +47,16 @@ def test_the_soft_punishment_of_dapo_lowers_the_reward_of_answers_near_the_limit
     assert not plain.advantages.any()
 
 
+def test_what_stands_at_masked_tokens_reaches_no_gradient():
+    rollouts = _rollouts()
+    rollouts = rollouts.replace(mask=rollouts.mask.at[:5, 2:].set(0.0))
+    missing = rollouts.replace(logp=jnp.where(rollouts.mask == 0, jnp.nan, rollouts.logp))
+    method = methods.grpo(beta=0.0)
+    one, other = (jax.grad(lambda p, r=r: _loss(method, r, p)[0])(0.9 * rollouts.logp) for r in (rollouts, missing))
+    np.testing.assert_array_equal(one, other)
+    assert other.any()
+
+
 @pytest.mark.parametrize("preset", [None, "trl", "verl"])
 def test_tokens_that_m2po_leaves_out_stay_in_the_denominator(preset):
     rollouts = _rollouts()
