@@ -24,10 +24,10 @@ from jaxrl_post.rollout import SamplingParams
 from jaxrl_post.rollout.slots import together
 from jaxrl_post.training import executables
 from jaxrl_post.training import setup as setups
-from jaxrl_post.training.batches import GREEDY_REWARD
 from jaxrl_post.training.config import Config, ConfigError
 from jaxrl_post.training.environment_setup import Turns
 from jaxrl_post.training.generation import Continued, Generation, compiled_generate
+from jaxrl_post.training.given import GREEDY_REWARD
 from jaxrl_post.training.setup import Setup
 from jaxrl_post.training.splitting import split, unsplit_rows
 from jaxrl_post.training.stages import Stage

@@ -4,36 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
 
 from jaxrl_post import curation, data
 from jaxrl_post import mesh as mesh_lib
-from jaxrl_post.rollout import BUDGET, EXIT, SamplingParams
+from jaxrl_post.rollout import SamplingParams
 from jaxrl_post.training import distributed
-from jaxrl_post.training.problem_setup import answer_column, completion_fits
+from jaxrl_post.training.given import GREEDY_REWARD, TrainingError, given_rollouts, wanted_columns
+from jaxrl_post.training.problem_setup import completion_fits, given_columns
 from jaxrl_post.training.sampler import Begun, Sampled, Sampler, sampled_metrics
 from jaxrl_post.training.setup import Setup, Stage
 from jaxrl_post.training.shares import make_share
 from jaxrl_post.training.state import TrainState
 from jaxrl_post.training.subgroups import make_budgets
-from jaxrl_post.types import ANSWER_TOKENS, FINISH_NONE, PyTree, Rollouts
-
-GREEDY_REWARD = "greedy_reward"
-"""What a method wants (`Method.wants`) that is sampled for it alone."""
-
-NO_COLUMNS = frozenset({GREEDY_REWARD, ANSWER_TOKENS, BUDGET, EXIT})
-"""What a method may want that is not a column of the data."""
-
-
-class TrainingError(ValueError):
-    """The run cannot go on; the message says what was seen and what to try."""
+from jaxrl_post.types import FINISH_NONE, PyTree, Rollouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +103,7 @@ class Batches:
                 f"{stage.name} trains on {stage.batch_size} different problems a step, but there are only "
                 f"{len(source)}; make the batch smaller or give more problems"
             )
-        given = answer_column(problems.train)
-        self._names = {"rollouts": (), "completions": (given,), "pairs": ("chosen", "rejected")}[stage.kind]
+        self._names = given_columns(stage.kind, problems.train)
         # Completions that go on keep their problems, of which the others take the next ones singly.
         partial = stage.kind == "rollouts" and config.rollout.tokens_per_step is not None
         each = 1 if partial else stage.batch_size
@@ -223,7 +211,8 @@ class Batches:
                 metrics["rewards/greedy"] = float(distributed.to_host(greedy.reward)[known].mean())
             metrics["rewards/greedy_unscored"] = float(1.0 - known.mean())
             sampled = sampled._replace(rollouts=with_greedy_reward(sampled.rollouts, greedy))
-        every = sampled.rollouts.replace(extras={**sampled.rollouts.extras, **self._columns()})
+        columns = wanted_columns(self._setup, self._stage, self.problems, self._share)
+        every = sampled.rollouts.replace(extras={**sampled.rollouts.extras, **columns})
         if self._stage.method.partial:
             every = every.replace(valid=every.valid | (every.finish == FINISH_NONE))
         valid = distributed.to_host(every.valid)
@@ -274,51 +263,9 @@ class Batches:
         return fits
 
     def _given(self) -> Batch:
-        """The given completions as rollouts; a process makes those that its devices hold."""
-        tokenizer = self._setup.tokenizer
-        held = [self.problems[i] for i in self._share.held]
-        local = data.to_rollouts(
-            [data.encode_prompt(tokenizer, problem) for problem in held],
-            [[data.encode_completion(tokenizer, problem, name) for name in self._names] for problem in held],
-            length=self._length,
-            prompt_id=[problem["prompt_id"] for problem in held],
-            rows=self._share.held,
-        )
-        rollouts = self._share.place(local)
-        rollouts = rollouts.replace(extras={**rollouts.extras, **self._columns()})
+        rollouts = given_rollouts(self._setup, self._stage, self.problems, self._names, self._share)
         tokens = int(jnp.sum(rollouts.mask))
         return Batch(rollouts, {"completions/mean_length": tokens / rollouts.batch_size}, None, 0, tokens)
-
-    def _columns(self) -> dict[str, jax.Array]:
-        """What the method wants of the data: columns of numbers, `[P]` each, and the answers' tokens."""
-        found = {}
-        held = [self.problems[i] for i in self._share.held]
-        if ANSWER_TOKENS in self._stage.method.wants:
-            found[ANSWER_TOKENS] = self._answer_tokens(held)
-        for name in sorted(self._stage.method.wants - NO_COLUMNS):
-            values = [problem.get(name) for problem in held]
-            for problem, value in zip(held, values, strict=True):
-                if not isinstance(value, int | float) or not math.isfinite(value):
-                    raise TrainingError(
-                        f"{self._stage.name} reads the column {name!r} of the data, which must hold a number for every "
-                        f"problem, but is {value!r} for {problem['prompt'][:80]!r}"
-                    )
-            found[name] = np.asarray(values, np.float32)
-        return self._share.place(found)
-
-    def _answer_tokens(self, problems: list[data.Problem]) -> NDArray[np.int32]:
-        """`[H, N]`: -1 behind the tokens, and everywhere for an answer that is longer than a completion may be."""
-        tokenizer, room = self._setup.tokenizer, self._setup.config.rollout.max_new_tokens
-        found = np.full((len(problems), room), -1, np.int32)
-        for row, problem in zip(found, problems, strict=True):
-            if not isinstance(problem.get("answer"), str):
-                raise TrainingError(
-                    f"{self._stage.name} reads the right answers, but a problem has no 'answer': "
-                    f"{problem['prompt'][:80]!r}; set data.answer to a template over its columns"
-                )
-            tokens = tokenizer.encode(problem["answer"])
-            row[: len(tokens)] = tokens if len(tokens) <= room else -1
-        return found
 
 
 def shown(sampled: Sampled, problems: list[data.Problem]) -> list[dict[str, Any]]:

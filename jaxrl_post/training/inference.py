@@ -18,6 +18,7 @@ from jaxrl_post.training import config as configs
 from jaxrl_post.training import setup as setups
 from jaxrl_post.training.checkpoint import Checkpointer, CheckpointError
 from jaxrl_post.training.evaluate import Evaluator
+from jaxrl_post.training.held_out import HeldOutLoss
 from jaxrl_post.training.run_files import RunFiles
 from jaxrl_post.training.run_log import CHECKPOINTS, CONFIG_FILE
 from jaxrl_post.training.sampler import Sampler
@@ -79,16 +80,21 @@ def policy_alone(state: TrainState) -> dict[str, Any]:
 def evaluate_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str, float]:
     """Accuracy, pass@k and lengths of a run's policy on its held-out problems.
 
+    Where it was trained on completions or pairs that the data gives, by a method that reads the policy alone, the loss
+    on the held-out ones too.
+
     Args:
         run_dir: the run's directory.
         overrides: `key=value` changes of its configuration, e.g. `eval.samples=64`, or
             `data.eval_files=[other.jsonl]` for other problems.
 
     Raises:
-        ValueError: if the run has no held-out problems or no rewards.
+        ValueError: if the run has no held-out problems, or neither rewards nor such a loss.
     """
     setup, params = load_run(run_dir, overrides)
-    results = Evaluator(setup)(params)
+    results, stage = Evaluator(setup)(params), setup.stages[-1]
+    if stage.method.roles == {"policy"} and setup.state_shapes(stage, num_prompts=1).method_state == ():
+        results |= HeldOutLoss(setup, stage)({"policy": params}, ())
     if not results:
         raise ValueError("nothing to evaluate: the run holds out no problems (data.eval_files) or has no rewards")
     return results

@@ -20,12 +20,14 @@ import numpy as np
 from jaxrl_post.training import config as configs
 from jaxrl_post.training import distributed
 from jaxrl_post.training import setup as setups
-from jaxrl_post.training.batches import Batches, Cursor, TrainingError
+from jaxrl_post.training.batches import Batches, Cursor
 from jaxrl_post.training.checkpoint import Checkpointer
 from jaxrl_post.training.compilations import Compilations
 from jaxrl_post.training.config import Config
 from jaxrl_post.training.evaluate import Evaluator
 from jaxrl_post.training.fingerprints import named
+from jaxrl_post.training.given import TrainingError
+from jaxrl_post.training.held_out import HeldOutLoss
 from jaxrl_post.training.in_flight import InFlight
 from jaxrl_post.training.interrupt import stop_requests
 from jaxrl_post.training.model_setup import export
@@ -195,6 +197,7 @@ def run_stage(
     state = state.replace(curriculum_state=())
     refresh = make_refresh(stage.roles)
     skip = make_skip(refresh)
+    held_out_loss = HeldOutLoss(setup, stage)
     step = setup.program(setup.step_name(stage), setup.step(stage))
     while not (cursor.ended or cursor.stage_step >= stage.steps):
         started, _ = time.perf_counter(), compilations.since()  # saving may compile a copy
@@ -244,7 +247,7 @@ def run_stage(
             cursor = dataclasses.replace(cursor, ended=accuracy >= stage.until)
         last = cursor.ended or cursor.stage_step >= stage.steps
         if last or (config.eval.every and cursor.stage_step % config.eval.every == 0):
-            metrics |= evaluator(state.params["policy"])
+            metrics |= evaluator(state.params["policy"]) | held_out_loss(state.params, state.method_state)
         metrics["compilations"], metrics["time/compile"] = compilations.since()
         log.write(done, metrics)
         every = config.training.log_completions_every

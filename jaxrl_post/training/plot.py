@@ -20,6 +20,13 @@ PANELS = (
 )
 """Metric, title and unit of each panel."""
 
+WITHOUT_SAMPLING = {
+    "reward": ("loss", "Loss", "as the method reduces it"),
+    "kl": ("eval/loss", "Held-out loss", "as the method reduces it"),
+    "entropy": ("rewards/margins", "Margin of the chosen", "implicit reward"),
+}
+"""What stands in the place of a panel that no run has anything for, where runs train on given completions or pairs."""
+
 # Lightness and dash differ together, so that runs stay apart in print.
 _STYLES = (("#000000", "-", "o"), ("#d55e00", "--", "s"), ("#56b4e9", "-.", "^"), ("#009e73", ":", "D"))
 _SMOOTH_ABOVE = 60  # points; fewer are drawn as they are
@@ -29,7 +36,8 @@ _SUFFIXES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", 
 def plot(run_dirs: Sequence[str | Path], output: str | Path | None = None) -> Path:
     """Draw reward, accuracy, KL, entropy and completion length against the training step.
 
-    Long series are drawn faintly, with their running mean over it.
+    Of runs that sample nothing, losses and margins in their places. Long series are drawn faintly, with their running
+    mean over it.
 
     Args:
         run_dirs: directories of the runs, drawn over each other.
@@ -62,7 +70,13 @@ def plot(run_dirs: Sequence[str | Path], output: str | Path | None = None) -> Pa
     figure = Figure(figsize=(12, 7), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(2, 3).flatten()
-    for axes, (metric, title, unit) in zip(grid, PANELS, strict=False):
+
+    def logged(metric: str) -> bool:
+        return any(len(series(rows, metric)[0]) for rows in runs.values())
+
+    for axes, panel in zip(grid, PANELS, strict=False):
+        instead = WITHOUT_SAMPLING.get(panel[0], panel)
+        metric, title, unit = panel if logged(panel[0]) or not logged(instead[0]) else instead
         drawn = [_draw(axes, rows, metric, index) for index, rows in enumerate(runs.values())]
         axes.set(title=title, xlabel="training step", ylabel=unit)
         axes.grid(True, color="0.85", linewidth=0.6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jaxrl_post import data, rewards
@@ -24,13 +25,15 @@ class Problems(NamedTuple):
         warm_start: the worked examples of the supervised stage.
         validation: decides when the supervised stage is over.
         held_out: what accuracy is measured on.
-        exclude: prompts (what `data.identity` gives) that training must not see: of `validation` and `held_out`.
+        held_out_given: held-out problems with the completions that the method trains on, for its loss on them.
+        exclude: prompts (what `data.identity` gives) that training must not see: of `validation` and what is held out.
     """
 
     train: data.Source
     warm_start: list[data.Problem]
     validation: list[data.Problem]
     held_out: list[data.Problem]
+    held_out_given: list[data.Problem]
     exclude: frozenset[str]
 
 
@@ -86,14 +89,33 @@ def make_problems(config: Config, tokenizer: data.Tokenizer, turns: Turns | Host
         )
         check_kind(source.row_type, options.kind)
         if supervised and answer_column(source) not in source.columns:
-            raise ConfigError([f"data.files: rows have no {answer_column(source)!r} to train on; give data.answer"])
+            key = "data.files" if files is options.files else "data.eval_files"
+            raise ConfigError([f"{key}: rows have no {answer_column(source)!r} to train on; give data.answer"])
         return spoken(source)
 
     def some(source: data.Source, count: int, exclude: frozenset[str]) -> list[data.Problem]:
         return data.held_out(source, count, exclude=exclude, keep=fits) if count else []
 
+    def as_many_as_fit(source: data.Source, keep: Callable[[data.Problem], bool]) -> list[data.Problem]:
+        fitting = {data.identity(problem) for problem in map(source.__getitem__, range(len(source))) if keep(problem)}
+        count = min(held_out_count, len(fitting))
+        return data.held_out(source, count, keep=keep) if count else []
+
+    def held_out_given(kind: str) -> list[data.Problem]:
+        try:
+            source = read(options.eval_files, kind=kind, supervised=kind == "completions")
+        except ValueError:
+            if config.rewards:
+                return []  # these problems are for accuracy alone
+            raise
+        names, limit = given_columns(kind, source), config.rollout.max_new_tokens
+        return as_many_as_fit(
+            source, lambda problem: fits(problem) and all(completion_fits(tokenizer, problem, n, limit) for n in names)
+        )
+
     warm = config.warm_start
     held_out_count = config.eval.problems
+    with_given: list[data.Problem] = []
     if not options.files:
         held_out = some(generated(_HELD_OUT_SEED, _HELD_OUT), held_out_count, frozenset())
         train = generated(config.seed, _TRAIN)
@@ -106,16 +128,16 @@ def make_problems(config: Config, tokenizer: data.Tokenizer, turns: Turns | Host
         )
         held_out = []
         if options.eval_files and held_out_count:
-            source = read(options.eval_files, kind="rollouts")  # whatever is trained on, these are sampled for
-            fitting = {data.identity(p) for p in (source[i] for i in range(len(source))) if fits(p)}
-            held_out = some(source, min(held_out_count, len(fitting)), frozenset())
-    exclude = frozenset(map(data.identity, held_out))
+            # Whatever is trained on, these are sampled for.
+            held_out = as_many_as_fit(read(options.eval_files, kind="rollouts"), fits)
+            with_given = [] if kind == "rollouts" else held_out_given(kind)
+    exclude = frozenset(map(data.identity, (*held_out, *with_given)))
     wants_check = warm is not None and warm.until is not None
     validation = some(validation_source, warm.check_problems, exclude) if warm is not None and wants_check else []
     exclude |= set(map(data.identity, validation))
     examples = data.held_out(warm_source, warm.examples, exclude=exclude, keep=answer_fits) if warm is not None else []
     data.check_disjoint(map(data.identity, examples), exclude)
-    return Problems(train, examples, validation, held_out, exclude)
+    return Problems(train, examples, validation, held_out, with_given, exclude)
 
 
 def check_kind(found: data.RowType | None, given: str | None) -> None:
@@ -145,6 +167,18 @@ def answer_column(source: data.Source) -> str:
     """The column that supervised training learns from: `completion` where the data's layout has it, else `answer`."""
     row_type = getattr(source, "row_type", None)
     return "completion" if row_type is not None and row_type.kind in ("completion", "conversation") else "answer"
+
+
+def given_columns(kind: str, source: data.Source) -> tuple[str, ...]:
+    """The columns of the completions that a method of this kind trains on: none if it samples them.
+
+    Args:
+        kind: `Method.learns_from`.
+        source: of the problems.
+    """
+    if kind == "pairs":
+        return ("chosen", "rejected")
+    return (answer_column(source),) if kind == "completions" else ()
 
 
 def completion_fits(tokenizer: data.Tokenizer, problem: data.Problem, name: str, limit: int) -> bool:

@@ -11,6 +11,9 @@ from typing import Any, TextIO
 
 _SHOWN = (
     ("reward", "reward", "{:.3f}"),
+    ("loss", "loss", "{:.4f}"),
+    ("held-out loss", "eval/loss", "{:.4f}"),
+    ("margin", "rewards/margins", "{:.4f}"),
     ("accuracy", "eval/accuracy", "{:.3f}"),
     ("KL", "kl", "{:.4f}"),
     ("entropy", "entropy", "{:.3f}"),
@@ -158,6 +161,8 @@ class Progress:
         cells = [("step", f"{self._step}/{self._total}")]
         for title, name, form in _SHOWN:
             value = self._values.get(name)
+            if name == "loss" and "reward" in self._values:
+                continue  # of a policy gradient it says nothing
             if value is not None:
                 cells.append((title, form.format(float(value))))
         tokens, left = self.speed()

@@ -1,6 +1,7 @@
 """Whole runs: what they leave behind, and what they say when something is wrong."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -197,18 +198,23 @@ def test_supervised_and_preference_data_need_no_rewards(tmp_path):
     training = {"steps": 3, "batch_size": 4, "optimizer": {"learning_rate": 0.01}, "log_completions_every": 0}
     rows = runs.lines(train(tmp_path / "sft", method={"name": "sft"}, training=training, **offline))
     assert rows[-1]["loss"] < rows[0]["loss"]
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("".join(json.dumps({"question": f"{n}>", "good": "1", "bad": "23"}) + "\n" for n in range(10, 20)))
+    pairs, held_out = tmp_path / "pairs.jsonl", tmp_path / "eval.jsonl"
+    for path, numbers in ((pairs, range(10, 20)), (held_out, range(20, 23))):
+        path.write_text("".join(json.dumps({"question": f"{n}>", "good": "1", "bad": "23"}) + "\n" for n in numbers))
     data = {
         "files": [str(pairs)],
         "alphabet": ">0123456789",
         "max_prompt_length": 3,
         "chosen": "{good}",
         "rejected": "{bad}",
+        "eval_files": [str(held_out)],
     }
+    offline["eval"] = {"problems": 3}
     rows = runs.lines(train(tmp_path / "dpo", method={"name": "dpo"}, training=training, data=data, **offline))
     assert rows[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-6)
     assert rows[-1]["rewards/margins"] > 0
+    assert rows[-1]["eval/loss"] < math.log(2)
+    assert rows[-1]["eval/rewards/accuracies"] == 1.0
 
 
 @pytest.mark.nightly  # on every commit one does in tests/training/test_roles.py

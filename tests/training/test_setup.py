@@ -141,11 +141,30 @@ def test_the_columns_that_rewards_are_given_are_known_before_the_run(chat, tmp_p
     assert set(reward_columns(config, source.columns, in_turns=True)) == {*given, "environment_reward"}
 
 
-def test_held_out_files_that_nothing_scores_are_a_warning(tmp_path):
-    train, held_out = write(tmp_path / "train.jsonl", PAIRS), write(tmp_path / "held.jsonl", QUESTIONS)
-    sections = {"data": VALUES["data"] | {"files": [train], "eval_files": [held_out], "prompt": "{question}"}}
-    with pytest.warns(configs.ConfigWarning, match="data.eval_files: nothing scores"):
-        configs.from_dict(VALUES | sections | {"rewards": [], "method": {"name": "dpo"}})
+def test_held_out_pairs_are_measured_where_they_fit_and_never_trained_on(tmp_path):
+    rows = [{**row, "chosen": "c" * n, "rejected": "r"} for n, row in enumerate(ASKED)]
+    held_out = write(tmp_path / "eval.jsonl", [*rows, {**ASKED[0], "chosen": "x" * 50, "rejected": "r"}])
+    made = problems(tmp_path, PAIRS, "dpo", {"eval_files": [held_out]})
+    assert [problem["chosen"] for problem in made.held_out_given] == ["", "c", "cc", "ccc", "cccc"]
+    assert {"z0", "z4"} <= made.exclude
+    fewer = problems(tmp_path, PAIRS, "dpo", {"eval_files": [held_out]}, eval={"problems": 2})
+    assert fewer.held_out_given == made.held_out_given[:2]
+
+
+@pytest.mark.parametrize(
+    ("rows", "method", "message"),
+    [
+        (PAIRS, "dpo", r"eval\.jsonl.*column 'chosen' is missing"),
+        (ANSWERED, "sft", "data.eval_files: rows have no 'answer'"),
+    ],
+    ids=["pairs", "completions"],
+)
+def test_held_out_rows_that_nothing_can_measure_are_an_error(rows, method, message, tmp_path):
+    held_out = write(tmp_path / "eval.jsonl", ASKED)
+    with pytest.raises(ValueError, match=message):
+        problems(tmp_path, rows, method, {"eval_files": [held_out]}, rewards=[])
+    made = problems(tmp_path, rows, method, {"eval_files": [held_out]})  # rewards score what is sampled for them
+    assert (len(made.held_out), made.held_out_given) == (5, [])
 
 
 @pytest.mark.parametrize("reward", [{"name": "exact_match"}, {"path": f"{runs.__file__}:reward"}])

@@ -150,11 +150,6 @@ def check_rewards(config: Config, made: Method | None, problems: Problems) -> No
         problems.add(
             "rewards", f"method {config.method.name} needs at least one reward, e.g. [{{name: task_score}}]", []
         )
-    elif problems.ok("rewards", "data") and not config.rewards and config.data is not None and config.data.eval_files:
-        problems.warnings.append(
-            "data.eval_files: nothing scores what is sampled for these problems, so that they are only left out of "
-            "training; give rewards to evaluate on them"
-        )
 
 
 def check_files_exist(config: Config, problems: Problems) -> None:
