@@ -256,8 +256,8 @@ def std(x: Array, mask: Array, axis: Axis = None, *, ddof: int = 1, keepdims: bo
         1.414214
     """
     variance = var(x, mask, axis, ddof=ddof, keepdims=keepdims)
-    positive = variance > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1.0)), 0.0)
+    none = variance <= 0  # not of NaN, which stays
+    return jnp.where(none, 0.0, jnp.sqrt(jnp.where(none, 1.0, variance)))
 
 
 def whiten(x: Array, mask: Array, *, shift_mean: bool = True, eps: float = 1e-8, axis: Axis = None) -> Array:

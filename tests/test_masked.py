@@ -59,6 +59,13 @@ def test_quantile_of_infinities_is_not_nan_and_a_counted_nan_is_seen():
     assert np.isnan(masked.quantile(x.at[2].set(jnp.nan), jnp.ones(3), 0.0))
 
 
+def test_a_counted_nan_is_seen_in_a_standard_deviation():
+    x = jnp.array([[1.0, jnp.nan, 2.0], [1.0, 3.0, jnp.nan]])
+    found = masked.std(x, jnp.array([[1, 1, 1], [1, 1, 0]]), 1)
+    assert np.isnan(found[0])
+    np.testing.assert_allclose(found[1], np.sqrt(2.0), rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_an_empty_mask_gives_zero_with_zero_gradient(name):
     x = jnp.array([1.0, jnp.nan, -jnp.inf])

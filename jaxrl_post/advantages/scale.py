@@ -39,7 +39,8 @@ def spread(x: Array, mask: Array, axis: masked.Axis = None, *, ddof: int = 1, ke
         raise ValueError(f"ddof must be 1 (unbiased) or 0 (population), got {ddof}")
     x = masked.as_float(x)
     std = masked.std(x, mask, axis, ddof=ddof, keepdims=keepdims)
-    return jnp.where(std > resolution(x, mask, axis, keepdims=keepdims), std, 0.0)
+    # So compared, NaN is not taken for equal numbers.
+    return jnp.where(std <= resolution(x, mask, axis, keepdims=keepdims), 0.0, std)
 
 
 def resolution(x: Array, mask: Array, axis: masked.Axis = None, *, keepdims: bool = True) -> Array:
@@ -57,11 +58,11 @@ def divide_by_spread(x: Array, deviation: Array, eps: float = 0.0) -> Array:
         eps: $\epsilon$, in units of `x`.
 
     Returns:
-        `x`'s shape; values and gradients are finite.
+        `x`'s shape; values and gradients are finite where `x` and `s` are.
 
     Example:
         >>> divide_by_spread(jnp.array([1.0, 2.0]), jnp.array([0.0, 4.0])).tolist()
         [0.0, 0.5]
     """
-    real = deviation > 0
-    return jnp.where(real, x / jnp.where(real, deviation + eps, 1.0), 0.0)
+    none = deviation <= 0  # not of NaN, which stays
+    return jnp.where(none, 0.0, x / jnp.where(none, 1.0, deviation + eps))

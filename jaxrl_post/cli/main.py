@@ -307,7 +307,12 @@ def _methods(arguments: argparse.Namespace) -> None:
             print(f"{family} ({len(members)})")
         for record in members:
             print(f"  {record.id:<{width}}  {record.summary or record.title}")
-    if not found:
+    others = records.unrecorded(words) if arguments.family is None else {}
+    if others:
+        print(f"without a record of its own ({len(others)})")
+    for name, summary in others.items():
+        print(f"  {name:<{width}}  {summary}")
+    if not found and not others:
         raise CommandError(f"no method's record holds {' and '.join(map(repr, words))}")
 
 

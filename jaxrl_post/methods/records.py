@@ -107,6 +107,29 @@ def describe(record: Record) -> str:
     return "\n\n".join(parts)
 
 
+def unrecorded(words: Sequence[str] = ()) -> dict[str, str]:
+    """Methods that no record is about, as a configuration names them, and what each is; those that hold every word.
+
+    Example:
+        >>> list(unrecorded(["supervised"]))
+        ['sft']
+    """
+    module = importlib.import_module("jaxrl_post.methods")
+    known = {record.method for record in catalog()}
+    found = {}
+    for name in sorted(set(module.__all__) - known):
+        function = getattr(module, name)
+        if not inspect.isfunction(function):
+            continue
+        signature = inspect.signature(function)
+        alone = all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in signature.parameters.values())
+        if signature.return_annotation == "Method" and alone:
+            first = (inspect.getdoc(function) or "").partition("\n")[0]
+            if all(word.lower() in f"{name} {first}".lower() for word in words):
+                found[name] = first
+    return found
+
+
 def without_record(name: str) -> str | None:
     """What is known of a public function of `jaxrl_post.methods` that no record is about; None if there is none.
 

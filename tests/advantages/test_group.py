@@ -102,6 +102,15 @@ def test_estimators_agree_with_a_float64_loop_and_never_read_invalid_rewards(nam
     np.testing.assert_array_equal(np.asarray(given)[~valid], 0)
 
 
+@pytest.mark.parametrize("name", PER_GROUP)
+def test_a_reward_that_is_not_a_number_is_seen_in_its_group_and_in_no_other(name):
+    rewards, valid = _random()
+    rewards[0, 1] = np.nan
+    given = np.asarray(ESTIMATORS[name](rewards, valid))
+    assert np.isnan(given[0]).any()
+    assert np.isfinite(given[1:]).all()
+
+
 @pytest.mark.parametrize("name", OWN_BASELINE)
 def test_a_single_valid_rollout_and_equal_rewards_give_exactly_zero(name):
     rewards, valid = _random()
