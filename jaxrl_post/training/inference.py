@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from jaxrl_post.training.run_files import RunFiles
 from jaxrl_post.training.run_log import CHECKPOINTS, CONFIG_FILE
 from jaxrl_post.training.sampler import Sampler
 from jaxrl_post.training.setup import Setup
-from jaxrl_post.training.state import TrainState
 from jaxrl_post.types import FINISH_STOP, Params
 
 logger = logging.getLogger(__name__)
@@ -43,6 +42,18 @@ def load_run(
         FileNotFoundError: if the directory is not one of a run.
         CheckpointError: if it holds no checkpoint that can be read.
     """
+    setup, params = load_roles(run_dir, lambda _: {"policy"}, overrides, mesh=mesh)
+    return setup, params["policy"]
+
+
+def load_roles(
+    run_dir: str | Path,
+    roles: Callable[[Setup], Collection[str]],
+    overrides: Sequence[str] = (),
+    *,
+    mesh: configs.MeshConfig | None = None,
+) -> tuple[Setup, dict[str, Params]]:
+    """`load_run` for the roles that are wanted and that the newest checkpoint has."""
     files = RunFiles(run_dir)
     checkpoint_dir = files.root / CHECKPOINTS
     with files.reading(CONFIG_FILE) as path:
@@ -57,31 +68,28 @@ def load_run(
     setup = setups.build(config)
     if not checkpoint_dir.is_dir():
         raise CheckpointError(f"{run_dir} holds no checkpoint yet; train first, or wait for the first save")
+    wanted = roles(setup)
+
+    def template(saved: dict[str, Any]) -> dict[str, Any]:
+        # Parameters do not depend on how many problems there are.
+        params = setup.state_shapes(setup.stages[saved["stage"]], num_prompts=1).params
+        return {"params": {role: params[role] for role in wanted if role in params}}
+
     with Checkpointer(checkpoint_dir, read_only=True) as checkpoints:
-        restored = checkpoints.restore(
-            # The policy does not depend on how many problems there are.
-            lambda saved: policy_alone(setup.state_shapes(setup.stages[saved["stage"]], num_prompts=1)),
-            partial=True,
-        )
+        restored = checkpoints.restore(template, partial=True)
     if restored is None:
         raise CheckpointError(f"{run_dir} holds no checkpoint yet; train first, or wait for the first save")
-    return setup, restored.state["params"]["policy"]
+    return setup, restored.state["params"]
 
 
 def _laid_out(config: configs.Config, mesh: configs.MeshConfig) -> configs.Config:
     return dataclasses.replace(config, mesh=mesh, rollout=dataclasses.replace(config.rollout, mesh=None))
 
 
-def policy_alone(state: TrainState) -> dict[str, Any]:
-    """The part of a state that holds the policy's parameters, as a checkpoint names them."""
-    return {"params": {"policy": state.params["policy"]}}
-
-
 def evaluate_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str, float]:
     """Accuracy, pass@k and lengths of a run's policy on its held-out problems.
 
-    Where it was trained on completions or pairs that the data gives, by a method that reads the policy alone, the loss
-    on the held-out ones too.
+    Where it was trained on completions or pairs that the data gives, the loss on the held-out ones too.
 
     Args:
         run_dir: the run's directory.
@@ -91,10 +99,16 @@ def evaluate_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str
     Raises:
         ValueError: if the run has no held-out problems, or neither rewards nor such a loss.
     """
-    setup, params = load_run(run_dir, overrides)
-    results, stage = Evaluator(setup)(params), setup.stages[-1]
-    if stage.method.roles == {"policy"} and setup.state_shapes(stage, num_prompts=1).method_state == ():
-        results |= HeldOutLoss(setup, stage)({"policy": params}, ())
+
+    def roles(setup: Setup) -> set[str]:
+        stage = setup.stages[-1]
+        return {"policy"} if stage.kind == "rollouts" else {"policy", *stage.method.roles} - set(setup.borrows(stage))
+
+    setup, params = load_roles(run_dir, roles, overrides)
+    results, stage = Evaluator(setup)(params["policy"]), setup.stages[-1]
+    stateless = setup.state_shapes(stage, num_prompts=1).method_state == ()
+    if stateless and roles(setup) <= set(params):
+        results |= HeldOutLoss(setup, stage)(params, ())
     if not results:
         raise ValueError("nothing to evaluate: the run holds out no problems (data.eval_files) or has no rewards")
     return results

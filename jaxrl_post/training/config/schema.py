@@ -117,7 +117,10 @@ class DataConfig:
         "verl, or any with templates",
         factory=tuple,
     )
-    eval_files: tuple[str, ...] = option("the same with the held-out problems", factory=tuple)
+    eval_files: tuple[str, ...] = option(
+        "the same with the held-out problems; with completions or pairs, where the method trains on such, for its loss",
+        factory=tuple,
+    )
     kind: str | None = option("layout of the rows; null: told from the first one", None)
     split: str | None = option("part of a data set directory that has several, e.g. train", None)
     columns: dict[str, str] = option("further columns from templates, e.g. {level: '{extra_info.level}'}", factory=dict)
