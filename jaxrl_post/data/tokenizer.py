@@ -108,7 +108,7 @@ class CharTokenizer:
                 hint = f" (it does have {character.swapcase()!r}: should the data be lower-cased?)"
             raise ValueError(
                 f"character {character!r} at position {position} of {_shorten(text)!r} is not in the alphabet of this "
-                f"tokenizer{hint}; add it to the alphabet or remove it from the data"
+                f"tokenizer{hint}; add it to the alphabet (data.alphabet of a run) or remove it from the data"
             ) from None
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -112,8 +112,6 @@ class Batches:
             self._stream.set_state(cursor.data)
         self.problems: list[data.Problem] = []
         self._share = make_share(stage.batch_size, setup.mesh)
-        rollout = config.rollout
-        self._length = config.data.max_prompt_length + rollout.max_new_tokens
         if stage.kind == "rollouts":
             sampler = functools.partial(
                 Sampler,

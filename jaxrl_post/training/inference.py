@@ -53,7 +53,13 @@ def load_roles(
     *,
     mesh: configs.MeshConfig | None = None,
 ) -> tuple[Setup, dict[str, Params]]:
-    """`load_run` for the roles that are wanted and that the newest checkpoint has."""
+    """`load_run` with parameters by role.
+
+    Args:
+        run_dir: the run's directory.
+        roles: which of the run's roles are wanted; one that the newest checkpoint does not have is left out.
+        overrides: as for `load_run`, as is `mesh`.
+    """
     files = RunFiles(run_dir)
     checkpoint_dir = files.root / CHECKPOINTS
     with files.reading(CONFIG_FILE) as path:
@@ -106,8 +112,8 @@ def evaluate_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str
 
     setup, params = load_roles(run_dir, roles, overrides)
     results, stage = Evaluator(setup)(params["policy"]), setup.stages[-1]
-    stateless = setup.state_shapes(stage, num_prompts=1).method_state == ()
-    if stateless and roles(setup) <= set(params):
+    given = stage.kind != "rollouts" and roles(setup) <= set(params)
+    if given and setup.state_shapes(stage, num_prompts=1).method_state == ():
         results |= HeldOutLoss(setup, stage)(params, ())
     if not results:
         raise ValueError("nothing to evaluate: the run holds out no problems (data.eval_files) or has no rewards")
