@@ -56,8 +56,8 @@ def _moments(rewards: Array, valid: Array, ids: Array, ddof: int) -> tuple[Array
     centered = jnp.where(valid & (count > 1), rewards - mean, 0.0)
     variance = _sum(jnp.square(centered), ids) / jnp.maximum(count - ddof, 1)
     largest = jax.ops.segment_max(jnp.abs(rewards), ids, num_segments=ids.shape[0])[ids]
-    real = variance > jnp.square(8 * jnp.finfo(rewards.dtype).eps * largest)
-    return centered, jnp.where(real, jnp.sqrt(jnp.where(real, variance, 1.0)), 0.0), count
+    none = variance <= jnp.square(8 * jnp.finfo(rewards.dtype).eps * largest)  # not of NaN, which stays
+    return centered, jnp.where(none, 0.0, jnp.sqrt(jnp.where(none, 1.0, variance))), count
 
 
 def grpo_by_key(
@@ -203,6 +203,6 @@ def second_moment_factor(
     from_whole, spread_whole, _ = _moments(flat, counts, whole, ddof)
     _, spread_part, count = _moments(flat, counts, parts, ddof)
     offset = _sum(from_whole, parts) / jnp.maximum(count, 1)
-    real = counts & (spread_whole > 0)
+    real = counts & ~(spread_whole <= 0)
     scale = jnp.where(real, spread_whole, 1.0)
     return jnp.where(real, (jnp.square(spread_part) + jnp.square(offset)) / jnp.square(scale), 0.0).reshape(shape)

@@ -15,8 +15,8 @@ from jaxrl_post import curation, data
 from jaxrl_post import mesh as mesh_lib
 from jaxrl_post.rollout import SamplingParams
 from jaxrl_post.training import distributed
-from jaxrl_post.training.given import GREEDY_REWARD, TrainingError, given_rollouts, wanted_columns
-from jaxrl_post.training.problem_setup import completion_fits, given_columns
+from jaxrl_post.training.given import GREEDY_REWARD, given_rollouts, wanted_columns
+from jaxrl_post.training.problem_setup import TrainingError, given_columns, given_fits
 from jaxrl_post.training.sampler import Begun, Sampled, Sampler, sampled_metrics
 from jaxrl_post.training.setup import Setup, Stage
 from jaxrl_post.training.shares import make_share
@@ -92,7 +92,8 @@ class Batches:
         config, problems = setup.config, setup.problems
         self._setup, self._stage = setup, stage
         warm = stage.name == "warm_start"
-        fits = self._prompt_fits()
+        self._names = given_columns(stage.kind, problems.train)
+        fits = given_fits(config, setup.tokenizer, self._names, self._prompt_fits(), stage.name)
         # Fresh problems for the method: what the warm start has shown the answers of is left out as well. Files may
         # hold no others.
         shown = frozenset(map(data.identity, problems.warm_start))
@@ -103,11 +104,10 @@ class Batches:
                 f"{stage.name} trains on {stage.batch_size} different problems a step, but there are only "
                 f"{len(source)}; make the batch smaller or give more problems"
             )
-        self._names = given_columns(stage.kind, problems.train)
         # Completions that go on keep their problems, of which the others take the next ones singly.
         partial = stage.kind == "rollouts" and config.rollout.tokens_per_step is not None
         each = 1 if partial else stage.batch_size
-        self._stream = data.stream(source, batch_size=each, seed=config.seed, exclude=exclude, keep=self._fits(fits))
+        self._stream = data.stream(source, batch_size=each, seed=config.seed, exclude=exclude, keep=fits)
         if cursor.data is not None:
             self._stream.set_state(cursor.data)
         self.problems: list[data.Problem] = []
@@ -236,29 +236,6 @@ class Batches:
             return fits
         every = budgets.within(stage.steps)
         return lambda problem: all(fits(data.extend_prompt(problem, budgets.prompt("", budget))) for budget in every)
-
-    def _fits(self, prompt_fits: Callable[[data.Problem], bool]) -> Callable[[data.Problem], bool]:
-        """Whether a problem's prompt, and the completions that are trained on, are within the limits."""
-        config, tokenizer = self._setup.config, self._setup.tokenizer
-        limit = config.rollout.max_new_tokens
-
-        def fits(problem: data.Problem) -> bool:
-            for name in self._names:
-                if not isinstance(problem.get(name), str):
-                    raise TrainingError(
-                        f"{self._stage.name} trains on given completions, but a problem has no {name!r}: "
-                        f"{problem['prompt'][:80]!r}; set data.{name} to a template over its columns"
-                    )
-            long = [name for name in self._names if not completion_fits(tokenizer, problem, name, limit)]
-            if long and config.data.on_long_prompt == "error":
-                raise TrainingError(
-                    f"the {long[0]} {problem[long[0]][:80]!r} and its stop token are more than "
-                    f"rollout.max_new_tokens = {limit}; raise the limit, or set data.on_long_prompt to filter to skip "
-                    "such problems"
-                )
-            return prompt_fits(problem) and not long
-
-        return fits
 
     def _given(self) -> Batch:
         rollouts = given_rollouts(self._setup, self._stage, self.problems, self._names, self._share)

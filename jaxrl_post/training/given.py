@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from jaxrl_post import data
 from jaxrl_post.rollout import BUDGET, EXIT
+from jaxrl_post.training.problem_setup import TrainingError
 from jaxrl_post.training.setup import Setup, Stage
 from jaxrl_post.training.shares import Share
 from jaxrl_post.types import ANSWER_TOKENS, Rollouts
@@ -20,10 +21,6 @@ GREEDY_REWARD = "greedy_reward"
 
 NO_COLUMNS = frozenset({GREEDY_REWARD, ANSWER_TOKENS, BUDGET, EXIT})
 """What a method may want that is not a column of the data."""
-
-
-class TrainingError(ValueError):
-    """The run cannot go on; the message says what was seen and what to try."""
 
 
 def given_rollouts(

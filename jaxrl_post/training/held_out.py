@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrl_post import losses
+from jaxrl_post import data, losses
 from jaxrl_post.training.given import given_rollouts
 from jaxrl_post.training.problem_setup import given_columns
 from jaxrl_post.training.setup import Setup, Stage
@@ -19,11 +19,25 @@ from jaxrl_post.training.shares import make_share
 from jaxrl_post.types import Method, Metric, Params, PyTree, Rollouts, Score
 
 
+def measured_problems(setup: Setup, stage: Stage) -> list[data.Problem]:
+    """The held-out problems that a stage's loss can be measured on; none of a stage that has no such loss.
+
+    Args:
+        setup: the run's parts.
+        stage: one of its stages.
+    """
+    method = stage.method
+    by_itself = not (method.stages or method.batch or method.probes or method.wants)
+    measured = by_itself and stage is setup.stages[-1] and stage.kind != "rollouts"
+    return setup.problems.held_out_given if measured else []
+
+
 class HeldOutLoss:
     """`eval/loss`, and the method's own metrics, on given completions that are not trained on.
 
-    A method that cannot be measured without a step (a chain, one that makes its batch or reads probes) has none, nor
-    has the warm start.
+    The loss is the sum of the method's weighted terms, without that which balances experts. A method that cannot be
+    measured without a step (a chain, one that makes its batch, reads probes or wants columns) has none, nor has the
+    warm start.
 
     Args:
         setup: the run's parts.
@@ -32,10 +46,7 @@ class HeldOutLoss:
 
     def __init__(self, setup: Setup, stage: Stage):
         self._setup, self._stage = setup, stage
-        method = stage.method
-        by_itself = not method.stages and method.batch is None and method.probes is None
-        measured = by_itself and stage is setup.stages[-1] and stage.kind != "rollouts"
-        self._problems = setup.problems.held_out_given if measured else []
+        self._problems = measured_problems(setup, stage)
 
     def __call__(self, params: Mapping[str, Params], method_state: PyTree) -> dict[str, float]:
         """The metrics, as those of training with `eval/` before them; empty if nothing is held out.
@@ -47,18 +58,19 @@ class HeldOutLoss:
         if not self._problems:
             return {}
         stage, problems = self._stage, self._problems
-        size = max(1, min(stage.batch_size // stage.micro_batches, len(problems)))
+        size = max(1, stage.batch_size // stage.micro_batches)  # as it is spread over the mesh in training
         parts = []
-        with jax.set_mesh(self._setup.mesh):
-            for start in range(0, len(problems), size):
-                parts.append(self._measure(params, method_state, self._rollouts(problems[start : start + size], size)))
+        for start in range(0, len(problems), size):
+            rollouts = self._rollouts(problems[start : start + size], size)
+            with jax.set_mesh(self._setup.mesh):
+                parts.append(self._measure(params, method_state, rollouts))
         merged = jax.tree.map(lambda *x: np.stack([np.asarray(part) for part in x]), *parts)
         found = jax.tree.map(lambda metric: metric.merge().result(), merged, is_leaf=lambda x: isinstance(x, Metric))
         every = {f"loss/{name}": value for name, value in found["terms"].items()} if len(found["terms"]) > 1 else {}
         every = {"loss": sum(found["terms"].values()), **every, **found["metrics"]}
         return {f"eval/{name}": float(value) for name, value in every.items()}
 
-    def _rollouts(self, problems: list[Any], size: int) -> Rollouts:
+    def _rollouts(self, problems: list[data.Problem], size: int) -> Rollouts:
         """The problems' completions, with copies that do not count in the place of those that are missing."""
         setup, share = self._setup, make_share(size, self._setup.mesh)
         names = given_columns(self._stage.kind, setup.problems.train)

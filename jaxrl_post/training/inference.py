@@ -18,7 +18,7 @@ from jaxrl_post.training import config as configs
 from jaxrl_post.training import setup as setups
 from jaxrl_post.training.checkpoint import Checkpointer, CheckpointError
 from jaxrl_post.training.evaluate import Evaluator
-from jaxrl_post.training.held_out import HeldOutLoss
+from jaxrl_post.training.held_out import HeldOutLoss, measured_problems
 from jaxrl_post.training.run_files import RunFiles
 from jaxrl_post.training.run_log import CHECKPOINTS, CONFIG_FILE
 from jaxrl_post.training.sampler import Sampler
@@ -108,13 +108,20 @@ def evaluate_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str
 
     def roles(setup: Setup) -> set[str]:
         stage = setup.stages[-1]
-        return {"policy"} if stage.kind == "rollouts" else {"policy", *stage.method.roles} - set(setup.borrows(stage))
+        if not measured_problems(setup, stage):
+            return {"policy"}
+        return {"policy", *stage.method.roles} - set(setup.borrows(stage))
 
     setup, params = load_roles(run_dir, roles, overrides)
     results, stage = Evaluator(setup)(params["policy"]), setup.stages[-1]
-    given = stage.kind != "rollouts" and roles(setup) <= set(params)
-    if given and setup.state_shapes(stage, num_prompts=1).method_state == ():
-        results |= HeldOutLoss(setup, stage)(params, ())
+    if missing := roles(setup) - set(params):
+        logger.warning("no loss of %s on held-out data: the newest checkpoint has no %s", stage.name, sorted(missing))
+    elif measured_problems(setup, stage):
+        state = setup.state_shapes(stage, num_prompts=1).method_state
+        if state == ():
+            results |= HeldOutLoss(setup, stage)(params, ())
+        else:
+            logger.warning("no loss of %s on held-out data: it depends on a state that training keeps", stage.name)
     if not results:
         raise ValueError("nothing to evaluate: the run holds out no problems (data.eval_files) or has no rewards")
     return results

@@ -26,13 +26,13 @@ from jaxrl_post.training.compilations import Compilations
 from jaxrl_post.training.config import Config
 from jaxrl_post.training.evaluate import Evaluator
 from jaxrl_post.training.fingerprints import named
-from jaxrl_post.training.given import TrainingError
 from jaxrl_post.training.held_out import HeldOutLoss
 from jaxrl_post.training.in_flight import InFlight
 from jaxrl_post.training.interrupt import stop_requests
 from jaxrl_post.training.model_setup import export
 from jaxrl_post.training.optimizers import parted
 from jaxrl_post.training.plot import plot
+from jaxrl_post.training.problem_setup import TrainingError
 from jaxrl_post.training.progress import Progress
 from jaxrl_post.training.roles import Refresh, make_refresh
 from jaxrl_post.training.run_files import RunFiles

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import re
+import string
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jaxrl_post import data, rewards
-from jaxrl_post.training.config import Config, ConfigError
+from jaxrl_post.training.config import Config, ConfigError, DataConfig
 from jaxrl_post.training.environment_setup import HostTurns, TaskSource, Turns
 from jaxrl_post.training.stages import make_method
 from jaxrl_post.types import ANSWER_TOKENS
@@ -15,6 +18,10 @@ from jaxrl_post.types import ANSWER_TOKENS
 # Parts of the data that must not share problems: each draws from seeds of its own.
 _TRAIN, _WARM_START, _VALIDATION, _HELD_OUT = range(4)
 _HELD_OUT_SEED = 0  # the same problems whatever the run's seed, so that runs can be compared
+
+
+class TrainingError(ValueError):
+    """The run cannot go on; the message says what was seen and what to try."""
 
 
 class Problems(NamedTuple):
@@ -89,29 +96,27 @@ def make_problems(config: Config, tokenizer: data.Tokenizer, turns: Turns | Host
         )
         check_kind(source.row_type, options.kind)
         if supervised and answer_column(source) not in source.columns:
-            key = "data.files" if files is options.files else "data.eval_files"
-            raise ConfigError([f"{key}: rows have no {answer_column(source)!r} to train on; give data.answer"])
+            raise ConfigError([f"data.files: rows have no {answer_column(source)!r} to train on; give data.answer"])
         return spoken(source)
 
     def some(source: data.Source, count: int, exclude: frozenset[str]) -> list[data.Problem]:
         return data.held_out(source, count, exclude=exclude, keep=fits) if count else []
 
-    def as_many_as_fit(source: data.Source, keep: Callable[[data.Problem], bool]) -> list[data.Problem]:
-        fitting = {data.identity(problem) for problem in map(source.__getitem__, range(len(source))) if keep(problem)}
-        count = min(held_out_count, len(fitting))
-        return data.held_out(source, count, keep=keep) if count else []
-
-    def held_out_given(kind: str) -> list[data.Problem]:
-        try:
-            source = read(options.eval_files, kind=kind, supervised=kind == "completions")
-        except ValueError:
-            if config.rewards:
-                return []  # these problems are for accuracy alone
-            raise
-        names, limit = given_columns(kind, source), config.rollout.max_new_tokens
-        return as_many_as_fit(
-            source, lambda problem: fits(problem) and all(completion_fits(tokenizer, problem, n, limit) for n in names)
-        )
+    def held_out_given(kind: str, plain: data.Source) -> list[data.Problem]:
+        names = given_columns(kind, train)
+        absent = [name for name in names if not made_of(name, options) <= set(plain.columns)]
+        if absent and not config.rewards:
+            why = f"rows have no {absent[0]!r} for the method's loss, and no rewards score what is sampled for them"
+            raise ConfigError([f"data.eval_files: {why}; give one or the other"])
+        if absent or not names:
+            return []  # these problems are for accuracy alone
+        source = read(options.eval_files, kind=kind)
+        keep = given_fits(config, tokenizer, names, fits, config.method.name)
+        found = [*itertools.islice(filter(keep, map(source.__getitem__, range(len(source)))), held_out_count)]
+        if not found and not config.rewards:
+            limits = "data.max_prompt_length and rollout.max_new_tokens"
+            raise ConfigError([f"data.eval_files: no row is within {limits}; raise them or give shorter ones"])
+        return found
 
     warm = config.warm_start
     held_out_count = config.eval.problems
@@ -128,9 +133,10 @@ def make_problems(config: Config, tokenizer: data.Tokenizer, turns: Turns | Host
         )
         held_out = []
         if options.eval_files and held_out_count:
-            # Whatever is trained on, these are sampled for.
-            held_out = as_many_as_fit(read(options.eval_files, kind="rollouts"), fits)
-            with_given = [] if kind == "rollouts" else held_out_given(kind)
+            source = read(options.eval_files, kind="rollouts")  # whatever is trained on, these are sampled for
+            fitting = {data.identity(p) for p in (source[i] for i in range(len(source))) if fits(p)}
+            held_out = some(source, min(held_out_count, len(fitting)), frozenset())
+            with_given = held_out_given(kind, source)
     exclude = frozenset(map(data.identity, (*held_out, *with_given)))
     wants_check = warm is not None and warm.until is not None
     validation = some(validation_source, warm.check_problems, exclude) if warm is not None and wants_check else []
@@ -179,6 +185,63 @@ def given_columns(kind: str, source: data.Source) -> tuple[str, ...]:
     if kind == "pairs":
         return ("chosen", "rejected")
     return (answer_column(source),) if kind == "completions" else ()
+
+
+def made_of(name: str, options: DataConfig) -> set[str]:
+    """The columns of a file's rows that a problem's column is made of: those that its template names, or itself.
+
+    Example:
+        >>> sorted(made_of("chosen", DataConfig(chosen="{good.text}{end}")))
+        ['end', 'good']
+        >>> made_of("chosen", DataConfig())
+        {'chosen'}
+    """
+    template = options.columns.get(name) or getattr(options, name, None)
+    if template is None:
+        return {name}
+    fields = [field for _, field, _, _ in string.Formatter().parse(template) if field]
+    return {re.split(r"[.\[]", field)[0] for field in fields}
+
+
+def given_fits(
+    config: Config,
+    tokenizer: data.Tokenizer,
+    names: tuple[str, ...],
+    prompt_fits: Callable[[data.Problem], bool],
+    method: str,
+) -> Callable[[data.Problem], bool]:
+    """Whether a problem's prompt, and the completions that are trained on, are within the limits.
+
+    Args:
+        config: of the run.
+        tokenizer: of the run.
+        names: columns of the completions.
+        prompt_fits: whether its prompt is.
+        method: what trains on them, for the errors.
+
+    Returns:
+        The condition. It raises TrainingError where a completion is missing, and under `data.on_long_prompt: error`
+        where one is too long.
+    """
+    limit = config.rollout.max_new_tokens
+
+    def fits(problem: data.Problem) -> bool:
+        for name in names:
+            if not isinstance(problem.get(name), str):
+                raise TrainingError(
+                    f"{method} trains on given completions, but a problem has no {name!r}: "
+                    f"{problem['prompt'][:80]!r}; set data.{name} to a template over its columns"
+                )
+        long = [name for name in names if not completion_fits(tokenizer, problem, name, limit)]
+        if long and config.data.on_long_prompt == "error":
+            raise TrainingError(
+                f"the {long[0]} {problem[long[0]][:80]!r} and its stop token are more than "
+                f"rollout.max_new_tokens = {limit}; raise the limit, or set data.on_long_prompt to filter to skip "
+                "such problems"
+            )
+        return prompt_fits(problem) and not long
+
+    return fits
 
 
 def completion_fits(tokenizer: data.Tokenizer, problem: data.Problem, name: str, limit: int) -> bool:

@@ -45,6 +45,12 @@ def test_groups_by_row_equal_grpo():
     np.testing.assert_allclose(centered, advantages.dr_grpo(rewards, valid), atol=1e-6)
 
 
+def test_a_reward_that_is_not_a_number_is_seen_by_key_in_its_group_alone():
+    given = np.asarray(BY_KEY(jnp.array([1.0, jnp.nan, 1.0, 0.0]), jnp.array([0, 0, 1, 1])))
+    assert np.isnan(given[:2]).all()
+    assert np.isfinite(given[2:]).all()
+
+
 def test_equal_rewards_but_for_rounding_by_key_are_no_signal_and_gradients_are_finite():
     rewards = np.float32([0.3, 0.3, np.nextafter(np.float32(0.3), np.float32(1)), 5.0])
     key = np.array([0, 0, 0, 1])

@@ -7,6 +7,7 @@ import pytest
 from jaxrl_post.data import CharTokenizer, ChatSource, columns, open_source
 from jaxrl_post.training import config as configs
 from jaxrl_post.training import setup
+from jaxrl_post.training.problem_setup import TrainingError
 from jaxrl_post.training.reward_setup import reward_columns
 from tests.training import runs
 
@@ -154,8 +155,8 @@ def test_held_out_pairs_are_measured_where_they_fit_and_never_trained_on(tmp_pat
 @pytest.mark.parametrize(
     ("rows", "method", "message"),
     [
-        (PAIRS, "dpo", r"eval\.jsonl.*column 'chosen' is missing"),
-        (ANSWERED, "sft", "data.eval_files: rows have no 'answer'"),
+        (PAIRS, "dpo", "data.eval_files: rows have no 'chosen' for the method's loss, and no rewards"),
+        (ANSWERED, "sft", "data.eval_files: rows have no 'answer' for the method's loss, and no rewards"),
     ],
     ids=["pairs", "completions"],
 )
@@ -165,6 +166,25 @@ def test_held_out_rows_that_nothing_can_measure_are_an_error(rows, method, messa
         problems(tmp_path, rows, method, {"eval_files": [held_out]}, rewards=[])
     made = problems(tmp_path, rows, method, {"eval_files": [held_out]})  # rewards score what is sampled for them
     assert (len(made.held_out), made.held_out_given) == (5, [])
+
+
+def test_held_out_rows_of_another_layout_are_for_accuracy_alone(tmp_path):
+    rows = [{"prompt": row["question"], "completion": "19"} for row in QUESTIONS]
+    held_out = write(tmp_path / "eval.jsonl", [{"prompt": row["question"], "answer": "19"} for row in ASKED])
+    made = problems(tmp_path, rows, "sft", {"eval_files": [held_out]})
+    assert (len(made.held_out), made.held_out_given) == (5, [])
+
+
+def test_every_held_out_pair_of_a_prompt_is_measured(tmp_path):
+    rows = [{**ASKED[0], "chosen": chosen, "rejected": "r"} for chosen in ("a", "b", "x" * 50)]
+    held_out = write(tmp_path / "eval.jsonl", rows)
+    made = problems(tmp_path, PAIRS, "dpo", {"eval_files": [held_out], "chosen": "{chosen}"})
+    assert [problem["chosen"] for problem in made.held_out_given] == ["a", "b"]
+    with pytest.raises(TrainingError, match="the chosen 'xxx.* and its stop token are more than"):
+        problems(tmp_path, PAIRS, "dpo", {"eval_files": [held_out], "on_long_prompt": "error"})
+    broken = write(tmp_path / "eval.jsonl", [*rows, {**ASKED[1], "chosen": "a", "rejected": None}])
+    with pytest.raises(ValueError, match="line 4: column 'rejected' is null"):
+        problems(tmp_path, PAIRS, "dpo", {"eval_files": [broken]})
 
 
 @pytest.mark.parametrize("reward", [{"name": "exact_match"}, {"path": f"{runs.__file__}:reward"}])
