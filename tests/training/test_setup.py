@@ -180,7 +180,7 @@ def test_every_held_out_pair_of_a_prompt_is_measured(tmp_path):
     held_out = write(tmp_path / "eval.jsonl", rows)
     made = problems(tmp_path, PAIRS, "dpo", {"eval_files": [held_out], "chosen": "{chosen}"})
     assert [problem["chosen"] for problem in made.held_out_given] == ["a", "b"]
-    with pytest.raises(TrainingError, match="the chosen 'xxx.* and its stop token are more than"):
+    with pytest.raises(TrainingError, match=r"the chosen 'xxx.* and its stop token are more than"):
         problems(tmp_path, PAIRS, "dpo", {"eval_files": [held_out], "on_long_prompt": "error"})
     broken = write(tmp_path / "eval.jsonl", [*rows, {**ASKED[1], "chosen": "a", "rejected": None}])
     with pytest.raises(ValueError, match="line 4: column 'rejected' is null"):
