@@ -49,11 +49,21 @@ def main(directory: Path) -> None:
     models.save_pretrained(directory / "model", zeros, BIG, max_shard_size=20 * TENSOR)
     del zeros
     models.from_pretrained(directory / "model")
-    with peaks() as reading:
-        found = models.from_pretrained(directory / "model")
-    with peaks() as writing:
-        models.save_pretrained(directory / "again", found.params, BIG)
+    reading = least(lambda: models.from_pretrained(directory / "model"))
+    found = models.from_pretrained(directory / "model")
+    writing = least(lambda: models.save_pretrained(directory / "again", found.params, BIG, overwrite=True))
     print(json.dumps({"size": size, "reading": reading, "writing": writing}))
+
+
+def least(action):
+    """The least peaks of three times: what else happens in a process adds to them, now more and now less."""
+    every = []
+    for _ in range(3):
+        with peaks() as found:
+            result = action()
+        del result
+        every.append(found)
+    return {name: min(peak[name] for peak in every) for name in found}
 
 
 if __name__ == "__main__":
