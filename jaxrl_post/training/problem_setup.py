@@ -191,9 +191,9 @@ def made_of(name: str, options: DataConfig) -> set[str]:
     """The columns of a file's rows that a problem's column is made of: those that its template names, or itself.
 
     Example:
-        >>> sorted(made_of("chosen", DataConfig(chosen="{good.text}{end}")))
+        >>> sorted(made_of("chosen", DataConfig(max_prompt_length=8, chosen="{good.text}{end}")))
         ['end', 'good']
-        >>> made_of("chosen", DataConfig())
+        >>> made_of("chosen", DataConfig(max_prompt_length=8))
         {'chosen'}
     """
     template = options.columns.get(name) or getattr(options, name, None)
