@@ -102,7 +102,7 @@ def make_problems(config: Config, tokenizer: data.Tokenizer, turns: Turns | Host
     def some(source: data.Source, count: int, exclude: frozenset[str]) -> list[data.Problem]:
         return data.held_out(source, count, exclude=exclude, keep=fits) if count else []
 
-    def held_out_given(kind: str, plain: data.Source) -> list[data.Problem]:
+    def held_out_given(kind: str, plain: Any) -> list[data.Problem]:
         names = given_columns(kind, train)
         absent = [name for name in names if not made_of(name, options) <= set(plain.columns)]
         if absent and not config.rewards:
