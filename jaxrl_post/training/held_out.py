@@ -28,8 +28,7 @@ def measured_problems(setup: Setup, stage: Stage) -> list[data.Problem]:
     """
     method = stage.method
     by_itself = not (method.stages or method.batch or method.probes or method.wants)
-    measured = by_itself and stage is setup.stages[-1] and stage.kind != "rollouts"
-    return setup.problems.held_out_given if measured else []
+    return setup.problems.held_out_given if by_itself and stage is setup.stages[-1] else []
 
 
 class HeldOutLoss:
