@@ -111,7 +111,7 @@ def make_problems(config: Config, tokenizer: data.Tokenizer, turns: Turns | Host
         if absent or not names:
             return []  # these problems are for accuracy alone
         source = read(options.eval_files, kind=kind)
-        keep = given_fits(config, tokenizer, names, fits, config.method.name)
+        keep = given_fits(config, tokenizer, names, fits, f"data.eval_files: {config.method.name}")
         found = [*itertools.islice(filter(keep, map(source.__getitem__, range(len(source)))), held_out_count)]
         if not found and not config.rewards:
             limits = "data.max_prompt_length and rollout.max_new_tokens"
@@ -208,7 +208,7 @@ def given_fits(
     tokenizer: data.Tokenizer,
     names: tuple[str, ...],
     prompt_fits: Callable[[data.Problem], bool],
-    method: str,
+    where: str,
 ) -> Callable[[data.Problem], bool]:
     """Whether a problem's prompt, and the completions that are trained on, are within the limits.
 
@@ -217,7 +217,7 @@ def given_fits(
         tokenizer: of the run.
         names: columns of the completions.
         prompt_fits: whether its prompt is.
-        method: what trains on them, for the errors.
+        where: what trains on them, for the errors.
 
     Returns:
         The condition. It raises TrainingError where a completion is missing, and under `data.on_long_prompt: error`
@@ -229,13 +229,13 @@ def given_fits(
         for name in names:
             if not isinstance(problem.get(name), str):
                 raise TrainingError(
-                    f"{method} trains on given completions, but a problem has no {name!r}: "
+                    f"{where} trains on given completions, but a problem has no {name!r}: "
                     f"{problem['prompt'][:80]!r}; set data.{name} to a template over its columns"
                 )
         long = [name for name in names if not completion_fits(tokenizer, problem, name, limit)]
         if long and config.data.on_long_prompt == "error":
             raise TrainingError(
-                f"the {long[0]} {problem[long[0]][:80]!r} and its stop token are more than "
+                f"{where}: the {long[0]} {problem[long[0]][:80]!r} and its stop token are more than "
                 f"rollout.max_new_tokens = {limit}; raise the limit, or set data.on_long_prompt to filter to skip "
                 "such problems"
             )

@@ -161,9 +161,8 @@ class Progress:
         cells = [("step", f"{self._step}/{self._total}")]
         for title, name, form in _SHOWN:
             value = self._values.get(name)
-            if name == "loss" and "reward" in self._values:
-                continue  # of a policy gradient it says nothing
-            if value is not None:
+            # The loss of a policy gradient says nothing.
+            if value is not None and not (name == "loss" and "reward" in self._values):
                 cells.append((title, form.format(float(value))))
         tokens, left = self.speed()
         if tokens is not None:
