@@ -58,14 +58,29 @@ def test_runs_are_told_apart_without_colour(tmp_path):
     assert lightness[-1] < 0.75  # visible on white paper
 
 
-def test_panels_have_titles_units_and_the_points_of_the_run(tmp_path, monkeypatch):
+def drawn(run_dirs, monkeypatch):
+    """The panels of a picture."""
     from matplotlib.figure import Figure
 
     saved = []
     real = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: saved.append(self) or real(self, *a, **k))
-    plot([write_run(tmp_path / "run", rows(30))])
-    panels = saved[0].axes
+    plot(run_dirs)
+    return saved[0].axes
+
+
+def test_runs_that_sample_nothing_have_losses_and_margins_in_their_picture(tmp_path, monkeypatch):
+    given = [{"step": n, "loss": 1 / n, "rewards/margins": n, "completions/mean_length": 4.0} for n in (1, 2)]
+    given[1]["eval/loss"] = 0.75
+    panels = drawn([write_run(tmp_path / "run", given)], monkeypatch)
+    titles = ["Loss", "Held-out accuracy", "Held-out loss", "Margin of the chosen", "Completion length"]
+    assert [axes.get_title() for axes in panels[:5]] == titles
+    assert panels[0].lines[0].get_xydata().tolist() == [[1, 1.0], [2, 0.5]]
+    assert panels[2].lines[0].get_xydata().tolist() == [[2, 0.75]]
+
+
+def test_panels_have_titles_units_and_the_points_of_the_run(tmp_path, monkeypatch):
+    panels = drawn([write_run(tmp_path / "run", rows(30))], monkeypatch)
     assert [axes.get_ylabel() for axes in panels[:5]] == [
         "mean reward per completion",
         "fraction solved, greedy",
@@ -162,6 +177,16 @@ def test_what_a_step_does_not_measure_stays_as_it_was():
         progress.update(1, {"eval/accuracy": 0.5})
         progress.update(2, {"entropy": 1.0, "eval/accuracy": None})
     assert stream.getvalue().splitlines()[-1].startswith("step 2/9  accuracy 0.500  entropy 1.000")
+
+
+def test_a_loss_is_shown_where_there_is_no_reward():
+    stream = io.StringIO()
+    with Progress(9, True, stream=stream, interval=0.0) as progress:
+        progress.update(1, {"loss": 0.5, "eval/loss": 0.625, "rewards/margins": 0.25})
+        progress.update(2, {"loss": 0.5, "reward": 1.0})
+    first, second = stream.getvalue().splitlines()
+    assert first == "step 1/9  loss 0.5000  held-out loss 0.6250  margin 0.2500"
+    assert second.startswith("step 2/9  reward 1.000  held-out loss 0.6250")
 
 
 def test_speed_is_measured_anew_in_each_stage_and_the_time_left_in_the_last():
