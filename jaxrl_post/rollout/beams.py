@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxrl_post import models
 from jaxrl_post.mesh import constrain
 from jaxrl_post.rollout.generate import PLAIN, Prompts, assemble, check_requests
-from jaxrl_post.rollout.slots import Drawn, Requests
+from jaxrl_post.rollout.slots import Drawn, Requests, without_padding
 from jaxrl_post.sampling.vocabulary import highest
 from jaxrl_post.types import FINISH_ABORT, FINISH_LENGTH, FINISH_STOP, Array, Params, Policy, PyTree, Rollouts
 
@@ -192,7 +192,8 @@ def _prefilled(policy: Policy, params: Params, requests: Requests, capacity: int
 
     def read(tokens: Array, length: Array, cache: PyTree) -> tuple[Array, PyTree]:
         columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        return policy.prefill(params, tokens, jnp.where(columns < length[:, None] - 1, columns, -1), cache)
+        positions = jnp.where(columns < length[:, None] - 1, columns, -1)
+        return policy.prefill(params, without_padding(tokens, length), positions, cache)
 
     cache, beams = policy.init_cache(requests.count, capacity, dtype), requests.group_size
     if policy.insert is None:

@@ -19,24 +19,25 @@ from jaxrl_post.sampling import (
     token_statistics,
     transform,
 )
+from jaxrl_post.sampling.transforms import NUMBERS, OVER_VOCABULARY
 from jaxrl_post.types import Array, Unembedding
 
-PER_SEQUENCE = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "greedy",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "min_tokens",
-)
-"""The fields of `SamplingParams` that sequences may have of their own."""
+PER_SEQUENCE = {**dict.fromkeys(NUMBERS, 0), **dict.fromkeys(OVER_VOCABULARY, 1)}
+"""The fields of `SamplingParams` that sequences may have of their own, and the axes of one that all share."""
+
+
+def own_of_sequences(sampling: SamplingParams) -> tuple[str, ...]:
+    """Names of what each sequence has of its own.
+
+    Example:
+        >>> own_of_sequences(SamplingParams(temperature=jnp.ones(2), allowed=jnp.ones(8, bool)))
+        ('temperature',)
+    """
+    return tuple(name for name, shared in PER_SEQUENCE.items() if getattr(getattr(sampling, name), "ndim", 0) > shared)
 
 
 def flat_params(sampling: SamplingParams, num_prompts: int, group_size: int) -> SamplingParams:
-    """`sampling` with `[B]` in the place of every `[P]` or `[P, G]`.
+    """`sampling` with `[B]` in the place of every `[P]` or `[P, G]`, and `[B, V]` in that of `[P, V]` or `[P, G, V]`.
 
     Raises:
         ValueError: for an array of another shape.
@@ -47,18 +48,20 @@ def flat_params(sampling: SamplingParams, num_prompts: int, group_size: int) -> 
     """
     grouped = (num_prompts, group_size)
 
-    def flat(name: str) -> Array | float:
+    def flat(name: str) -> Array:
         value = getattr(sampling, name)
-        if not getattr(value, "ndim", 0):
-            return value
-        if value.shape not in (grouped[:1], grouped):
+        rows = value.ndim - PER_SEQUENCE[name]
+        rest = value.shape[rows:]
+        if value.shape[:rows] not in (grouped[:1], grouped):
+            one, tail = ("[V]", ", V") if rest else ("a number", "")
             raise ValueError(
-                f"sampling.{name} must be a number, [P] = [{num_prompts}] or [P, G] = {list(grouped)}, "
-                f"got shape {value.shape}"
+                f"sampling.{name} must be {one}, [P{tail}] with P = {num_prompts}, or [P, G{tail}] with P, G = "
+                f"{num_prompts}, {group_size}; got shape {value.shape}"
             )
-        return jnp.broadcast_to(value if value.ndim == 2 else value[:, None], grouped).reshape(-1)
+        each = value if rows == 2 else value[:, None]
+        return jnp.broadcast_to(each, (*grouped, *rest)).reshape(-1, *rest)
 
-    return sampling._replace(**{name: flat(name) for name in PER_SEQUENCE})
+    return sampling._replace(**{name: flat(name) for name in own_of_sequences(sampling)})
 
 
 class Drawer(NamedTuple):
@@ -66,7 +69,7 @@ class Drawer(NamedTuple):
 
     Attributes:
         unembedding: the policy's.
-        sampling: with numbers or `[B]`.
+        sampling: as `flat_params` has it.
         key: of all random streams.
         requests: the sequences.
         alternatives: how many of the most probable tokens are recorded beside the one that is drawn.
@@ -78,16 +81,12 @@ class Drawer(NamedTuple):
     requests: Requests
     alternatives: int = 0
 
-    @property
-    def vocab_size(self) -> int | None:
-        """Size of the counts that the options need of each sequence; None if they need none."""
+    def counted(self, width: int) -> int | None:
+        """`V` where the options need the counts of each sequence, None if they need none; `width` is `D`."""
         if not needs_state(self.sampling):
             return None
-        weight, _, bias = self.unembedding
-        table = bias if weight is None else weight
-        if table is None:
-            raise ValueError("penalties and min_tokens need a policy that says how large its vocabulary is")
-        return table.shape[0]
+        weight = self.unembedding.weight
+        return width if weight is None else weight.shape[0]
 
     def __call__(self, hidden: Array, request: Array, count: Array, counts: Array | None) -> Drawn:
         """The next token of each of `R` sequences.
@@ -96,14 +95,11 @@ class Drawer(NamedTuple):
             hidden: `[R, D]`, the states that precede the tokens.
             request: `[R]` int32, which sequence a row is; one that does not exist may be drawn too.
             count: `[R]` int32, tokens behind its prompt.
-            counts: `[R, V]`, how often it has sampled each, if `vocab_size` says that this is needed.
+            counts: `[R, V]`, how often it has sampled each, if `counted` says that this is needed.
         """
         request = jnp.minimum(request, self.requests.count - 1)
-        own = {
-            name: value[request] if getattr(value, "ndim", 0) else value
-            for name in PER_SEQUENCE
-            for value in (getattr(self.sampling, name),)
-        }
+        own = {name: getattr(self.sampling, name) for name in PER_SEQUENCE}
+        own |= {name: own[name][request] for name in own_of_sequences(self.sampling)}
         greedy = own.pop("greedy")
         logits = models.logits(self.unembedding, hidden)
         tempered = transform(logits, temperature=own["temperature"])
@@ -111,8 +107,7 @@ class Drawer(NamedTuple):
         allowed = tempered
         if changed:
             state = None if counts is None else SamplingState(counts, self._in_prompt(request, counts), count)
-            bans = {name: getattr(self.sampling, name) for name in ("stop_tokens", "logit_bias", "allowed")}
-            allowed = transform(logits, state, **own, **bans)
+            allowed = transform(logits, state, **own, stop_tokens=self.sampling.stop_tokens)
         start = self.requests.length[request // self.requests.group_size]
         token = None
         if greedy is not True:

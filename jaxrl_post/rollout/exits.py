@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_post import masked, models
-from jaxrl_post.rollout.drawing import PER_SEQUENCE
+from jaxrl_post.rollout.drawing import own_of_sequences
 from jaxrl_post.rollout.generate import PLAIN, Prompts, SamplingParams, generate
 from jaxrl_post.rollout.groups import EXIT, join_columns, merge_groups
 from jaxrl_post.sampling.draw import typed_key
@@ -45,12 +45,15 @@ class Exits(NamedTuple):
         return max_new_tokens + len(self.text) + answer if self.whole else max(max_new_tokens, answer)
 
 
-def thought_length(rollouts: Rollouts, end: tuple[int, ...] = ()) -> Array:
-    """Tokens of each thought: what stands before `end` in a completion, or all but the stop token.
+def thought_length(
+    rollouts: Rollouts, end: tuple[int, ...] = (), stop_sequences: tuple[tuple[int, ...], ...] = ()
+) -> Array:
+    """Tokens of each thought: what stands before `end` in a completion, or all but what stopped it.
 
     Args:
         rollouts: as sampled: the mask covers the completion.
         end: token ids that end a thought; the first time counts.
+        stop_sequences: those of its sampling; a completion that stopped at none of them did so at a token.
 
     Returns:
         `[P, G]` int32; 0 where there is no thought.
@@ -64,14 +67,25 @@ def thought_length(rollouts: Rollouts, end: tuple[int, ...] = ()) -> Array:
     tokens, sampled = rollouts.tokens, rollouts.mask > 0
     count = jnp.sum(sampled, axis=1, dtype=jnp.int32)
     stopped = rollouts.finish.reshape(-1) == FINISH_STOP
-    whole = count - stopped.astype(jnp.int32)
-    if end:
+    length = rollouts.length.reshape(-1)
+
+    def begins(text: tuple[int, ...]) -> Array:
         here = sampled
-        for offset, token in enumerate(end):
+        for offset, token in enumerate(text):
             behind = jnp.pad(tokens, ((0, 0), (0, offset)), constant_values=-1)[:, offset:]
             inside = jnp.pad(sampled, ((0, 0), (0, offset)))[:, offset:]
             here &= inside & (behind == token)
-        first = jnp.argmax(here, axis=1).astype(jnp.int32) - (rollouts.length.reshape(-1) - count)
+        return here
+
+    stop = jnp.ones_like(count)
+    for text in stop_sequences:
+        place = jnp.maximum(length - len(text), 0)[:, None]
+        found = jnp.take_along_axis(begins(text), place, axis=1)[:, 0] & (len(text) <= count)
+        stop = jnp.where(found, jnp.maximum(stop, len(text)), stop)
+    whole = count - jnp.where(stopped, stop, 0)
+    if end:
+        here = begins(end)
+        first = jnp.argmax(here, axis=1).astype(jnp.int32) - (length - count)
         whole = jnp.where(jnp.any(here, axis=1), first, whole)
     return whole.reshape(rollouts.reward.shape)
 
@@ -202,13 +216,13 @@ def generate_exits(
         raise ValueError(f"prompts.id must be [P, m + 1] = [{count}, {members}], got {ids.shape}")
     if prompts.max_new_tokens is not None:
         raise ValueError("prompts.max_new_tokens does not apply to early exits; give max_new_tokens and exits' own")
-    differ = [name for name in PER_SEQUENCE if jnp.ndim(getattr(sampling, name))]
+    differ = own_of_sequences(sampling)
     if differ:
         raise ValueError(f"sampling's {', '.join(differ)} must be the same for all prompts where thoughts are left")
     sample = {"sampling": sampling, "version": version, "cache_dtype": cache_dtype}
     own = prompts._replace(id=ids[:, -1:])
     whole = generate(policy, params, own, key, max_new_tokens=max_new_tokens, **sample)
-    thought = thought_length(whole, exits.end)
+    thought = thought_length(whole, exits.end, sampling.stop_sequences)
     cuts = draw_exits(key, ids[:, -1], thought[:, 0], count=exits.count)
     tokens, length = exit_prompts(whole, cuts, exits.text)
     early = Prompts(tokens, length, jnp.repeat(whole.prompt_id, exits.count), ids[:, :-1].reshape(-1, 1))

@@ -85,8 +85,8 @@ def generate(
         params: its parameters.
         prompts: `P` prompts of at most `L` tokens.
         key: a typed key (`jax.random.key`) or a raw one.
-        sampling: temperature, truncations, penalties, what ends a sequence; numbers for all, or arrays `[P]` or
-            `[P, G]`.
+        sampling: temperature, truncations, penalties, what ends a sequence; what may differ between sequences (see
+            `SamplingParams`) is one for all, or has leading axes `[P]` or `[P, G]`.
         max_new_tokens: `N`, the largest number of tokens to add to each prompt; static.
         group_size: `G`; static.
         version: recorded in `Rollouts.version` for every sampled token.
@@ -162,10 +162,11 @@ def launch(
     if alternatives < 0:
         raise ValueError(f"alternatives must be at least 0 tokens, got {alternatives}")
     batch = requests.count
-    slots = batch if slots is None else min(slots, batch)
-    refill = max(slots // 8, 1) if refill is None else refill
+    slots = batch if slots is None else slots
+    refill = max(min(slots, batch) // 8, 1) if refill is None else refill
     if not 1 <= refill <= max(slots, 1) or slots < 1:
         raise ValueError(f"slots must be at least 1, and refill between 1 and slots, got {slots} and {refill}")
+    slots, refill = min(slots, batch), min(refill, batch)
     if slots < batch and policy.insert is None:
         raise ValueError(
             f"{slots} slots for {batch} sequences need a policy whose cache takes rows (Policy.insert); give slots=None"

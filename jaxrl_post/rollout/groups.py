@@ -22,7 +22,8 @@ def merge_groups(rollouts: Rollouts, count: int) -> Rollouts:
     Rows stay where they are; the prompts of a group may then differ.
 
     Args:
-        rollouts: `P * count` groups of `G` as sampling makes them: every array of `extras` has a row per sequence.
+        rollouts: `P * count` groups of `G`. Arrays of `extras` and `rewards` that are `[P * count, G, ...]` go with the
+            members; others, e.g. with a row for each sequence, stay.
         count: groups that become one.
 
     Returns:
@@ -43,9 +44,13 @@ def merge_groups(rollouts: Rollouts, count: int) -> Rollouts:
         raise ValueError(f"count must divide the number of groups {groups}, got {count}")
     shape = (groups // count, count * size)
     whole = ("reward", "valid", "length", "finish", "id")
+
+    def merged(x: Array) -> Array:
+        return x.reshape(*shape, *x.shape[2:]) if x.shape[:2] == (groups, size) else x
+
     return rollouts.replace(
         **{name: getattr(rollouts, name).reshape(shape) for name in whole},
-        rewards={name: x.reshape(shape) if x.shape == (groups, size) else x for name, x in rollouts.rewards.items()},
+        **{name: jax.tree.map(merged, getattr(rollouts, name)) for name in ("rewards", "extras")},
         prompt_id=rollouts.prompt_id[::count],
     )
 
@@ -55,13 +60,13 @@ def join_columns(parts: Sequence[Rollouts]) -> Rollouts:
 
     Args:
         parts: `[P, G_i]` each, with the same `prompt_id`, the same names of extras and no components of the reward;
-            shorter rows are padded at their end.
+            shorter rows are padded at their end. Extras are `[P, G_i, ...]` or `[B_i, T_i, ...]`.
 
     Returns:
         `[P, sum G_i]`.
 
     Raises:
-        ValueError: if the numbers of prompts or the names of extras differ.
+        ValueError: if the numbers of prompts or the names of extras differ, or an extra has another shape.
 
     Example:
         >>> from jaxrl_post.data import to_rollouts
@@ -83,9 +88,18 @@ def join_columns(parts: Sequence[Rollouts]) -> Rollouts:
         return jnp.concatenate(arrays, axis=1)
 
     def rows(arrays: Sequence[Array], fill: int = 0) -> Array:
-        padded = [jnp.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=fill) for x in arrays]
-        grouped = side_by_side([x.reshape(prompts, -1, width) for x in padded])
-        return grouped.reshape(-1, width)
+        rest = arrays[0].shape[2:]
+        none = ((0, 0),) * len(rest)
+        padded = [jnp.pad(x, ((0, 0), (0, width - x.shape[1]), *none), constant_values=fill) for x in arrays]
+        grouped = side_by_side([x.reshape(prompts, -1, width, *rest) for x in padded])
+        return grouped.reshape(-1, width, *rest)
+
+    def either(*arrays: Array) -> Array:
+        if all(x.shape[:2] == part.reward.shape for x, part in zip(arrays, parts, strict=True)):
+            return side_by_side(arrays)
+        if all(x.shape[:2] == part.mask.shape for x, part in zip(arrays, parts, strict=True)):
+            return rows(arrays)
+        raise ValueError(f"extras must be [P, G, ...] or [B, T, ...], got shapes {[x.shape for x in arrays]}")
 
     fills = {"step": -1, "version": -1}
     by_token = {
@@ -96,5 +110,5 @@ def join_columns(parts: Sequence[Rollouts]) -> Rollouts:
         name: side_by_side([getattr(part, name) for part in parts])
         for name in ("reward", "valid", "length", "finish", "id")
     }
-    extras = jax.tree.map(lambda *arrays: rows(arrays), *[part.extras for part in parts])
+    extras = jax.tree.map(either, *[part.extras for part in parts])
     return parts[0].replace(**by_token, **by_sequence, rewards={}, extras=extras)

@@ -72,9 +72,8 @@ class Draw(Protocol):
         """What ends a sequence is in it."""
         ...
 
-    @property
-    def vocab_size(self) -> int | None:
-        """Size of the counts that it wants of each sequence."""
+    def counted(self, width: int) -> int | None:
+        """`V` where it wants the counts of each sequence; `width` is `D`."""
         ...
 
     def __call__(self, hidden: Array, request: Array, count: Array, counts: Array | None) -> Drawn:
@@ -186,7 +185,7 @@ def decode_all(
     Returns:
         `Drawn` `[B, N]`, zero behind the end of each sequence, and how each ended, `[B]` int8.
     """
-    total, width, size = requests.count, requests.tokens.shape[1], draw.vocab_size
+    total, width = requests.count, requests.tokens.shape[1]
     capacity = width + max_new_tokens
     # Then every sequence has a slot from the beginning, and all have equally many tokens.
     at_once = slots == total and cache_pages is None
@@ -197,7 +196,7 @@ def decode_all(
         """The prompts' states, and a cache of them without their last tokens: the loop reads these, and goes on."""
         columns = jnp.arange(width, dtype=jnp.int32)
         positions = jnp.where(columns < length[:, None] - 1, columns, -1)
-        return policy.prefill(params, tokens, positions, cache)
+        return policy.prefill(params, without_padding(tokens, length), positions, cache)
 
     def last_of(request: Array) -> Array:
         row = jnp.minimum(request // requests.group_size, len(requests.tokens) - 1)
@@ -228,6 +227,7 @@ def decode_all(
                 fits = jnp.cumsum(pages(first, 0)) <= cache_pages
                 cache = policy.init_cache(slots, capacity, cache_dtype, pages=cache_pages)
                 cache = policy.insert(cache, own, first // requests.group_size, jnp.where(fits, first, slots))
+        size = draw.counted(states.shape[-1])
         counts = None if size is None else jnp.zeros((slots, size), jnp.int32)
         kept = jax.eval_shape(draw, jax.ShapeDtypeStruct((slots, states.shape[-1]), states.dtype), first, first, counts)
         if turns is not None:
@@ -393,6 +393,11 @@ def decode_all(
     return state.drawn, state.finish
 
 
+def without_padding(tokens: Array, length: Array) -> Array:
+    """Prompts `[R, L]` with their first token in the place of padding, whose embedding need not be a number."""
+    return jnp.where(jnp.arange(tokens.shape[1]) < length[:, None], tokens, tokens[:, :1])
+
+
 def together(
     policy: Policy, own: PyTree, slots: int, group_size: int, width: int, max_new_tokens: int, cache_dtype: Any
 ) -> PyTree:
@@ -422,8 +427,7 @@ def _ends(sampling: SamplingParams) -> tuple[Callable[[Array, Array], Array], in
 
     The function takes the last token `[R]` and the last ones `[R, m]`, -1 where there was none, and gives `[R]` bool.
     """
-    stops = sampling.stop_tokens
-    stop_tokens = jnp.asarray((stops or (-1,)) if isinstance(stops, tuple) else stops, jnp.int32)
+    stop_tokens = jnp.asarray(sampling.stop_tokens, jnp.int32)
     memory = max(map(len, sampling.stop_sequences), default=0)
 
     def is_end(token: Array, recent: Array) -> Array:

@@ -29,10 +29,11 @@ class SamplingParams(NamedTuple):
         repetition_penalty: see `transform`; 1 is none.
         presence_penalty: see `transform`; 0 is none.
         frequency_penalty: see `transform`; 0 is none.
-        min_tokens: no stop token is drawn before so many tokens.
+        min_tokens: no stop token is drawn before so many tokens; a stop sequence may end it before.
         stop_sequences: token ids that end a sequence where they have been sampled one after the other.
-        logit_bias: array `[V]` that is added to the logits; None for none.
-        allowed: bool array `[V]`, the tokens that may be drawn; None for all.
+        logit_bias: array that is added to the logits, `[V]`, or of each prompt `[P, V]` or sequence `[P, G, V]`; None
+            for none.
+        allowed: bool array of the same shapes, the tokens that may be drawn; None for all.
     """
 
     temperature: Array | float = 1.0
@@ -66,6 +67,22 @@ class SamplingState(NamedTuple):
 
 NEUTRAL = SamplingParams()
 
+NUMBERS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "greedy",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "min_tokens",
+)
+"""The fields of `SamplingParams` that are a number for all sequences, or one for each."""
+
+OVER_VOCABULARY = ("logit_bias", "allowed")
+"""Those that are a number for each token of the vocabulary."""
+
 
 def is_off(name: str, value: Any) -> bool:
     """Whether an option is known to do nothing: what is in an array is not known.
@@ -95,17 +112,29 @@ def is_truncating(params: SamplingParams) -> bool:
         >>> is_truncating(SamplingParams(temperature=0.7)), is_truncating(SamplingParams(top_k=5))
         (False, True)
     """
-    names = ("top_k", "top_p", "min_p", "logit_bias", "allowed")
+    names = ("top_k", "top_p", "min_p", *OVER_VOCABULARY)
     return needs_state(params) or not all(is_off(name, getattr(params, name)) for name in names)
 
 
 def check(params: SamplingParams) -> None:
-    """Raise ValueError for a value outside its range; values inside arrays (traced ones among them) are not read."""
+    """Raise ValueError for a value of another type or outside its range.
+
+    Values inside arrays, traced ones among them, are not read.
+    """
 
     def known(value: Any) -> bool:
         return isinstance(value, int | float | np.number)
 
     p = params
+    for name in NUMBERS:
+        value = getattr(p, name)
+        if not (known(value) or isinstance(value, bool) or hasattr(value, "ndim")):
+            raise ValueError(f"{name} must be a number, or an array [P] or [P, G], got {value!r}")
+    if not isinstance(p.stop_tokens, tuple) and getattr(p.stop_tokens, "ndim", None) != 1:
+        found = f"shape {p.stop_tokens.shape}" if hasattr(p.stop_tokens, "ndim") else repr(p.stop_tokens)
+        raise ValueError(f"stop_tokens must be a tuple or an array [K], the same for all sequences, got {found}")
+    if not all(isinstance(sequence, tuple) for sequence in (p.stop_sequences, *p.stop_sequences)):
+        raise ValueError(f"stop_sequences must be a tuple of tuples of token ids, got {p.stop_sequences!r}")
     if known(p.temperature) and not p.temperature > 0:
         raise ValueError(f"temperature must be positive, got {p.temperature}; use greedy=True for the argmax")
     if known(p.top_p) and not 0 < p.top_p <= 1:
@@ -168,7 +197,8 @@ def transform(
         `[..., V]` float32 or wider.
 
     Raises:
-        ValueError: if a static value is out of range, or an option needs `state` and there is none.
+        ValueError: if a static value is out of range, an array has another shape, or an option needs
+            `state` and there is none.
 
     Example:
         >>> logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
@@ -195,9 +225,18 @@ def transform(
         allowed=allowed,
     )
     check(given)
+    rows, size = logits.shape[:-1], logits.shape[-1]
+    for name in NUMBERS:
+        found = jnp.shape(getattr(given, name))
+        if found not in ((), rows):
+            raise ValueError(f"{name} must be a number, or {list(rows)} for each row, got shape {found}")
+    for name in OVER_VOCABULARY:
+        value = getattr(given, name)
+        if value is not None and jnp.shape(value) not in ((size,), logits.shape):
+            raise ValueError(f"{name} must be {[size]} or {list(logits.shape)}, got shape {jnp.shape(value)}")
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     if logit_bias is not None:
-        logits = logits + logit_bias.astype(logits.dtype)
+        logits = logits + jnp.asarray(logit_bias, logits.dtype)
     if needs_state(given):
         if state is None:
             raise ValueError("penalties and min_tokens depend on what was sampled before: give state")
@@ -239,7 +278,7 @@ def _penalized(
         logits = logits - _column(params.frequency_penalty) * counts
     if not is_off("presence_penalty", params.presence_penalty):
         logits = logits - _column(params.presence_penalty) * (counts > 0)
-    stops = jnp.asarray(stop_tokens or (-1,) if isinstance(stop_tokens, tuple) else stop_tokens)
+    stops = jnp.asarray(stop_tokens, jnp.int32)
     if not is_off("min_tokens", params.min_tokens):
         size = logits.shape[-1]
         banned = jnp.zeros(size, bool).at[jnp.where(stops < 0, size, stops)].set(True, mode="drop")

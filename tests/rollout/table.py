@@ -1,7 +1,6 @@
 """A policy that is a table: for what does not depend on the model, whose program would take most of the compilation."""
 
 import jax
-import jax.numpy as jnp
 
 from jaxrl_post.types import Policy, Unembedding
 
@@ -15,7 +14,7 @@ def markov(vocab: int) -> Policy:
     return Policy(
         init=lambda key: jax.random.normal(key, (vocab, vocab)),
         hidden=lambda params, tokens, positions, segment_ids=None, *, key=None: (params[tokens], {}),
-        unembed=lambda params: Unembedding(None, bias=jnp.zeros(vocab)),
+        unembed=lambda params: Unembedding(None),
         heads=lambda params, hidden: {},
         init_cache=lambda batch, capacity, dtype: (),
         prefill=look_up,

@@ -195,6 +195,8 @@ def test_a_thought_ends_at_the_first_mark_or_before_the_stop_token():
     np.testing.assert_array_equal(marked, [[1], [0], [2], [1], [2], [0]])
     whole = thought_length(rows.replace(finish=stops))
     np.testing.assert_array_equal(whole, [[5], [1], [2], [3], [2], [0]])
+    sequences = thought_length(rows.replace(finish=stops), stop_sequences=((6, 8, 9), (8, 9), (9, 9)))
+    np.testing.assert_array_equal(sequences, [[3], [0], [2], [2], [2], [0]])
     cut = thought_length(rows.replace(finish=jnp.full((6, 1), FINISH_LENGTH, jnp.int8)))
     np.testing.assert_array_equal(cut, [[len(c)] for c in completions])
 
@@ -208,6 +210,22 @@ def test_groups_of_several_prompts_become_one_without_moving_a_row():
     np.testing.assert_array_equal(merged.prompt_id, [1, 5])
     with pytest.raises(ValueError, match="count must divide the number of groups 4, got 3"):
         merge_groups(parts, 3)
+
+
+def test_extras_of_members_and_of_tokens_go_with_them():
+    rows = to_rollouts([[2], [3]], [[[4]], [[5]]], length=2), to_rollouts([[2], [3]], [[[6, 7]], [[8]]], length=3)
+    one, two = (
+        part.replace(extras={"turns": jnp.array([[n], [n + 1]]), "others": jnp.ones((2, 2 + i, 3)) * n})
+        for i, (part, n) in enumerate(zip(rows, (1, 5), strict=True))
+    )
+    found = join_columns([one, two]).extras
+    np.testing.assert_array_equal(found["turns"], [[1, 5], [2, 6]])
+    np.testing.assert_array_equal(found["others"][:, :, 0], [[1, 1, 0], [5, 5, 5]] * 2)
+    assert found["others"].shape == (4, 3, 3)
+    np.testing.assert_array_equal(merge_groups(one, 2).extras["turns"], [[1, 2]])
+    assert merge_groups(one, 2).extras["others"].shape == (2, 2, 3)
+    with pytest.raises(ValueError, match=r"extras must be \[P, G, ...\] or \[B, T, ...\], got shapes \[\(3,\)"):
+        join_columns([one.replace(extras={"x": jnp.ones(3)})] * 2)
 
 
 def test_what_cannot_be_joined_or_cut_is_an_error():

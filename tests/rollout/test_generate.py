@@ -10,7 +10,7 @@ import pytest
 
 from jaxrl_post import models
 from jaxrl_post.mesh import make_mesh, place, shardings
-from jaxrl_post.rollout import Prompts, SamplingParams, generate
+from jaxrl_post.rollout import Prompts, SamplingParams, beam_search, generate
 from jaxrl_post.sampling import row_keys
 from jaxrl_post.types import FINISH_LENGTH, FINISH_STOP, Unembedding
 from tests.rollout.table import markov
@@ -345,6 +345,17 @@ def test_a_token_forbidden_by_the_models_bias_is_never_drawn_and_breaks_no_stati
     assert not np.any(np.asarray(rollouts.tokens)[inside] % 2)
     entropy = np.asarray(rollouts.extras["entropy"])[inside]
     assert np.all((entropy > 0) & (entropy <= np.log(V / 2) + 1e-6))
+
+
+def test_what_pads_a_prompt_may_have_an_embedding_that_is_no_number():
+    policy = models.decoder(vocab_size=V, width=8, layers=1, heads=2, tied=False)
+    weights = jax.jit(policy.init)(jax.random.key(0))
+    weights["embedding"] = weights["embedding"].at[V - 1].set(jnp.nan)
+    some = Prompts(jnp.array([[2, V - 1, V - 1], [3, 4, 5], [2, 3, V - 1]]), jnp.array([1, 3, 2]))
+    for way in functools.partial(generate, key=KEY), functools.partial(beam_search, beams=2):
+        found = jax.jit(functools.partial(way, policy, max_new_tokens=1))(weights, some)
+        assert np.all(found.valid)
+        assert np.all(np.isfinite(found.logp))
 
 
 @pytest.mark.parametrize(

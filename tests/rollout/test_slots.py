@@ -145,6 +145,28 @@ def test_prompts_of_one_batch_may_be_sampled_in_different_ways():
             assert together[number][0] == alone[number][0]
 
 
+@pytest.mark.parametrize("slots", [14, 3])
+def test_prompts_of_one_batch_may_have_biases_and_vocabularies_of_their_own(slots):
+    run = program(policy=TABLE, slots=slots, refill=1)
+
+    def said(**own):
+        found = completions(run(params(TABLE), prompts(), KEY, sampling=SamplingParams(**own)))
+        return {number: tokens for number, (tokens, _, _) in found.items()}
+
+    one = jnp.arange(V) == jnp.arange(len(LENGTH))[:, None]  # prompt p says p and nothing else, whichever slot it has
+    for own in ({"allowed": one}, {"logit_bias": 1e3 * one}):
+        assert all(tokens == [number // 10] * N for number, tokens in said(**own).items())
+    members = jnp.stack([one, jnp.roll(one, 1, axis=1)], axis=1)  # [P, G, V]
+    assert all(tokens == [number // 10 + number % 10] * N for number, tokens in said(allowed=members).items())
+
+
+def test_a_last_batch_that_is_smaller_is_sampled_in_as_many_slots_as_it_needs():
+    found = completions(by_table(some=prompts((4,)), slots=16, refill=4))
+    assert {number: row[0] for number, row in found.items()} == {
+        number: row[0] for number, row in completions(by_table()).items() if number // 10 == 4
+    }
+
+
 def test_a_sequence_of_tokens_ends_a_completion_where_it_was_sampled_whole():
     free = completions(by_table(SamplingParams()))
     ends = [tuple(free[number][0][2:4]) for number in (0, 31)]
@@ -227,8 +249,20 @@ def test_a_vocabulary_of_which_nothing_is_allowed_aborts_at_once():
         ({"sampling": SamplingParams(stop_sequences=((),))}, "stop_sequences must not hold an empty one"),
         (
             {"sampling": SamplingParams(temperature=jnp.ones(3))},
-            r"sampling.temperature must be a number, \[P\] = \[7\]",
+            r"sampling.temperature must be a number, \[P\] with P = 7, or \[P, G\] with P, G = 7, 2; got shape \(3,\)",
         ),
+        (
+            {"sampling": SamplingParams(allowed=jnp.ones((14, V), bool))},
+            r"sampling.allowed must be \[V\], \[P, V\] with P = 7, or \[P, G, V\] with P, G = 7, 2; got shape \(14,",
+        ),
+        (
+            {"sampling": SamplingParams(logit_bias=jnp.ones(1))},
+            r"logit_bias must be \[16\] or \[14, 16\], got",
+        ),
+        ({"sampling": SamplingParams(stop_tokens=jnp.ones((7, 1), int))}, r"an array \[K\], .* got shape \(7, 1\)"),
+        ({"sampling": SamplingParams(stop_tokens=[3])}, r"stop_tokens must be a tuple or an array .* got \[3\]"),
+        ({"sampling": SamplingParams(stop_sequences=(1, 2))}, r"must be a tuple of tuples of token ids, got \(1, 2\)"),
+        ({"sampling": SamplingParams(temperature=[1.0])}, r"temperature must be a number, or an array .* got \[1.0\]"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, message):

@@ -259,6 +259,10 @@ def test_only_cuts_truncate():
         ({"repetition_penalty": 0.0}, "repetition_penalty must be positive, got 0.0; 1.0 turns it off"),
         ({"min_tokens": -1}, r"min_tokens must be 0 \(off\) or positive, got -1"),
         ({"presence_penalty": 0.5}, "depend on what was sampled before: give state"),
+        ({"temperature": jnp.ones((2, 1))}, r"temperature must be a number, or \[\] for each row, got shape \(2, 1\)"),
+        ({"min_p": jnp.zeros(5)}, r"min_p must be a number, or \[\] for each row, got shape \(5,\)"),
+        ({"logit_bias": jnp.zeros((5, 5))}, r"logit_bias must be \[5\] or \[5\], got shape \(5, 5\)"),
+        ({"allowed": jnp.ones(1, bool)}, r"allowed must be \[5\] or \[5\], got shape \(1,\)"),
     ],
 )
 def test_a_value_out_of_range_is_refused(options, message):

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from jaxrl_post import mesh
 from jaxrl_post.training import config, distributed, loop, run_log, shares
 from tests.conftest import XLA_FLAGS
-from tests.training import runs
+from tests.training import runs, test_held_out
 
 REWARD = Path(__file__).with_name("rewards_of_processes.py")
 STEPS = 4
@@ -130,6 +131,21 @@ def test_a_run_goes_from_one_process_to_two_and_back_as_if_there_had_never_been_
     assert [named["version"] for named in sampled if "carried" in named] == [3]
     check_same(runs.lines(tmp_path / "run"), runs.lines(one))
     assert (tmp_path / "run/completions.jsonl").read_text() == (one / "completions.jsonl").read_text()
+
+
+@pytest.mark.nightly
+def test_two_processes_train_on_given_pairs_as_one_does_and_measure_the_same_held_out_loss(tmp_path):
+    found = []
+    for count in (1, 2):
+        directory = tmp_path / str(count)
+        directory.mkdir()
+        path = directory / "config.yaml"
+        path.write_text(yaml.safe_dump(test_held_out.values(directory, "dpo") | {"mesh": {"data": 2}}))
+        statuses, outputs = ended(launch(path, count, 2 // count, "training.steps=3", "eval.every=1"), directory)
+        assert statuses == [0] * count, outputs
+        found.append(runs.lines(directory / "run"))
+    assert len({row["eval/loss"] for row in found[0]}) == 3
+    check_same(found[1], found[0])
 
 
 LAST = """
