@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 import chex
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxrl_post.types import Array
 
@@ -22,6 +23,7 @@ __all__ = [
     "as_float",
     "center",
     "check_axes",
+    "check_indices",
     "check_like",
     "max",
     "mean",
@@ -102,6 +104,33 @@ def check_like(name: str, x: Array, like_name: str, like: Array, hint: str = "")
     except AssertionError:
         message = f"{name} must have the shape of {like_name}, {jnp.shape(like)}, got {jnp.shape(x)}"
         raise ValueError(message + (f"; {hint}" if hint else "")) from None
+
+
+def check_indices(name: str, indices: Array, size: int, counted: Array | None = None) -> None:
+    """Raise unless indices are within a table, where their values are known: not those of a traced array.
+
+    Args:
+        name: the argument's name, for the message.
+        indices: any shape, int.
+        size: of the table.
+        counted: bool, of the shape of `indices`, those that matter; None for all.
+
+    Raises:
+        ValueError: for an index below 0, or not below `size`.
+
+    Example:
+        >>> check_indices("role", jnp.array([0, 2]), 2)
+        Traceback (most recent call last):
+            ...
+        ValueError: role must be in [0, 2), got 2
+    """
+    if isinstance(indices, Tracer) or isinstance(counted, Tracer):
+        return
+    wrong = (indices < 0) | (indices >= size)
+    if counted is not None:
+        wrong &= counted
+    if jnp.any(wrong):
+        raise ValueError(f"{name} must be in [0, {size}), got {indices[wrong][0]}")
 
 
 def _prepare(x: Any, mask: Any) -> tuple[Array, Array]:

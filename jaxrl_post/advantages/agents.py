@@ -144,8 +144,8 @@ def rae(
         ema: `[R]`, the baselines for the next call.
 
     Raises:
-        ValueError: if `role` or `valid` has another shape, `ema` is not `[R]`, `decay` is not in [0, 1), or `order` is
-            unknown.
+        ValueError: if `role` or `valid` has another shape, `ema` is not `[R]`, a role that is known (not traced) is not
+            in [0, R), `decay` is not in [0, 1), or `order` is unknown.
 
     Example:
         >>> advantages, ema = rae(jnp.array([1.0, -1.0, 1.0]), jnp.array([0, 1, 0]), jnp.zeros(2), decay=0.5)
@@ -164,6 +164,7 @@ def rae(
     masked.check_like("role", role, "rewards", rewards)
     counts = jnp.ones(rewards.shape, bool) if valid is None else jnp.asarray(valid) != 0
     masked.check_like("valid", counts, "rewards", rewards)
+    masked.check_indices("role", role, len(ema), counts)
     shape, (rewards, role, counts) = rewards.shape, (x.reshape(-1) for x in (rewards, role, counts))
     rewards = jnp.where(counts, rewards, 0.0)
     ema = ema.astype(jnp.promote_types(ema.dtype, rewards.dtype))

@@ -88,11 +88,15 @@ def is_last(mask: Array) -> Array:
     Returns:
         `[B, T]` bool.
 
+    Raises:
+        ValueError: if `mask` is not `[B, T]`.
+
     Example:
         >>> is_last(jnp.array([[0, 1, 1, 0], [0, 0, 0, 0]])).tolist()
         [[False, False, True, False], [False, False, False, False]]
     """
     acts = jnp.asarray(mask) != 0
+    masked.check_axes("mask", acts, "[B, T]")
     still_to_come = jnp.cumsum(acts[:, ::-1], axis=1)[:, ::-1]
     return acts & (still_to_come == 1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxrl_post import masked
 from jaxrl_post.types import Array, Rollouts
 
 
@@ -19,10 +20,16 @@ def informative(reward: Array, valid: Array, *, eps: float = 1e-6) -> Array:
     Returns:
         `[P]` bool.
 
+    Raises:
+        ValueError: if `reward` is not `[P, G]` or `valid` has another shape.
+
     Example:
         >>> informative(jnp.array([[1.0, 0.0], [1.0, 1.0]]), jnp.ones((2, 2), bool)).tolist()
         [True, False]
     """
+    reward, valid = masked.as_float(reward), jnp.asarray(valid) != 0
+    masked.check_axes("reward", reward, "[P, G]")
+    masked.check_like("valid", valid, "reward", reward)
     highest = jnp.max(jnp.where(valid, reward, -jnp.inf), axis=1)
     lowest = jnp.min(jnp.where(valid, reward, jnp.inf), axis=1)
     return highest - lowest > eps
@@ -44,7 +51,7 @@ def spread_first(reward: Array, valid: Array, keep: int, *, eps: float = 1e-6) -
         `[keep]` int32.
 
     Raises:
-        ValueError: if `keep` is not in `[1, P]`.
+        ValueError: as `informative`, or if `keep` is not in `[1, P]`.
 
     Example:
         >>> reward = jnp.array([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
@@ -54,9 +61,10 @@ def spread_first(reward: Array, valid: Array, keep: int, *, eps: float = 1e-6) -
     Reference:
         DAPO: An Open-Source LLM Reinforcement Learning System at Scale, arXiv 2503.14476.
     """
-    if not 1 <= keep <= reward.shape[0]:
-        raise ValueError(f"keep must be between 1 and P={reward.shape[0]}, got {keep}")
-    return jnp.argsort(~informative(reward, valid, eps=eps), stable=True)[:keep].astype(jnp.int32)
+    differ = informative(reward, valid, eps=eps)
+    if not 1 <= keep <= len(differ):
+        raise ValueError(f"keep must be between 1 and P={len(differ)}, got {keep}")
+    return jnp.argsort(~differ, stable=True)[:keep].astype(jnp.int32)
 
 
 def take_groups(rollouts: Rollouts, groups: Array) -> Rollouts:

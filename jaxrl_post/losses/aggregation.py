@@ -93,7 +93,9 @@ def aggregate(
     sequence.
 
     Args:
-        value: `[B, T]`, or `[B]` for one number per sequence or prompt. Masked elements may hold anything.
+        value: `[B, T]`, or `[B]` for one number per sequence or prompt. Masked elements may hold anything, and get a
+            gradient of 0. What they were made of must be finite all the same, since 0 times infinity is no number: put
+            0 in the padding of advantages and log-probs.
         mask: `value`'s shape; 1 where it counts. Fractions weigh.
         mode: one of the four above.
         horizon: tokens; the fixed length of `seq_mean_token_sum_norm`, and of no other mode.

@@ -170,6 +170,7 @@ def gvpo(logp: Array, old_logp: Array, rewards: Array, valid: Array | None = Non
 
     Reference: GVPO: Group Variance Policy Optimization for Large Language Model Post-Training (arXiv 2504.19599).
     """
+    masked.check_like("old_logp", jnp.asarray(old_logp), "logp", jnp.asarray(logp))
     return beta / 2 * copg(logp, old_logp, rewards, valid, beta=beta)
 
 
@@ -344,8 +345,9 @@ def flowrl(
     )
     log_z = masked.as_float(log_z)
     masked.check_axes("log_z", log_z, "[P] or [P, G]")
+    if log_z.shape not in (logp.shape, logp.shape[:1]):
+        raise ValueError(f"log_z must be [P] or [P, G] of logp's {logp.shape}, got {log_z.shape}")
     log_z = jnp.broadcast_to(log_z[:, None], logp.shape) if log_z.ndim == 1 else log_z
-    masked.check_like("log_z", log_z, "logp", logp)
     weight = jnp.clip(jax.lax.stop_gradient(importance_ratio(logp, old_logp)), weight_low, weight_high)
     residual = jnp.where(valid, log_z, 0.0) + (logp - ref_logp) / jnp.maximum(lengths, 1) - beta * rewards
     return jnp.where(valid, weight * jnp.square(residual), 0.0)

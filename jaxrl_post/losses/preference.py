@@ -92,7 +92,10 @@ def dpo(
         masked.check_like(name, logp, "chosen_logp", chosen_logp)
     ref_chosen, ref_rejected = jax.lax.stop_gradient((others["ref_chosen_logp"], others["ref_rejected_logp"]))
     margin = beta * ((chosen_logp - ref_chosen) - (others["rejected_logp"] - ref_rejected))
-    return -(1 - label_smoothing) * jax.nn.log_sigmoid(margin) - label_smoothing * jax.nn.log_sigmoid(-margin)
+    loss = -(1 - label_smoothing) * jax.nn.log_sigmoid(margin)
+    if isinstance(label_smoothing, float | int) and label_smoothing == 0:
+        return loss  # also of a margin that is infinite
+    return loss - label_smoothing * jax.nn.log_sigmoid(-margin)
 
 
 def simpo(chosen_logp: Array, rejected_logp: Array, *, beta: float = 2.0, gamma: float = 1.0) -> Array:

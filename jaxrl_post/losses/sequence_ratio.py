@@ -20,7 +20,8 @@ _TOKENS = 1  # the axis of T
 
 
 def _carry(value: Array, tokens: Array) -> Array:
-    """`value` `[B, 1]`, with the gradient of `value * tokens` for each token."""
+    """`value` `[B, 1]`, with the gradient of `value * tokens` for each token; none for a token that cannot be."""
+    tokens = jnp.where(jnp.isneginf(tokens), 0.0, tokens)
     return jax.lax.stop_gradient(value) * jnp.exp(tokens - jax.lax.stop_gradient(tokens))
 
 

@@ -75,9 +75,10 @@ def token_regularization(
     """
     logp = masked.as_float(logp)
     masked.check_axes("logp", logp, "[B, T]")
-    weighted = as_constant("token_rewards", token_rewards, logp) * logp
+    token_rewards, mask = as_constant("token_rewards", token_rewards, logp), as_constant("mask", mask, logp)
+    weighted = jnp.where(mask != 0, token_rewards, 0.0) * jnp.where(mask != 0, logp, 0.0)
     reduce = masked.mean if normalize_length else masked.sum
-    return -beta * reduce(weighted, as_constant("mask", mask, logp), 1)
+    return -beta * reduce(weighted, mask, 1)
 
 
 def t_reg(margin: Array, chosen: Array, rejected: Array) -> Array:

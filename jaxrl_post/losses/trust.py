@@ -60,10 +60,11 @@ def decoupled_ppo(
     Reinforcement Learning System for Language Reasoning (arXiv 2505.24298).
     """
     check_at_least("max_weight", max_weight, 1, "a ratio, e.g. 5.0, or None for no bound")
-    weight = importance_ratio(jax.lax.stop_gradient(jnp.asarray(old_logp)), sampler_logp)
+    loss = ppo(logp, old_logp, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    weight = importance_ratio(as_constant("old_logp", old_logp, loss), as_constant("sampler_logp", sampler_logp, loss))
     if max_weight is not None:
         weight = jnp.minimum(weight, max_weight)
-    return weight * ppo(logp, old_logp, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    return weight * loss
 
 
 def proximal_logp(logp: Array, sampler_logp: Array, version: Array, current: Array | int) -> Array:
@@ -99,7 +100,7 @@ def proximal_logp(logp: Array, sampler_logp: Array, version: Array, current: Arr
     age = (jnp.asarray(current) - version).astype(logp.dtype)
     known = (version >= 0) & (age > 0)
     alpha = jnp.where(known, (age - 1) / jnp.where(known, age, 1.0), 0.0)
-    return sampler_logp + alpha * (logp - sampler_logp)
+    return jnp.where(alpha > 0, sampler_logp + alpha * (logp - sampler_logp), sampler_logp)
 
 
 def second_moment_mask(logp: Array, sampler_logp: Array, mask: Array, *, threshold: float = 0.04) -> Array:
@@ -133,6 +134,7 @@ def second_moment_mask(logp: Array, sampler_logp: Array, mask: Array, *, thresho
     """
     if isinstance(threshold, float | int) and threshold <= 0:
         raise ValueError(f"threshold must be above 0, got {threshold}; the mean of squared log-ratios, e.g. 0.04")
+    masked.check_like("sampler_logp", jnp.asarray(sampler_logp), "logp", jnp.asarray(logp))
     logp, sampler_logp, mask = as_tokens(jax.lax.stop_gradient(logp), sampler_logp, mask)
     # Tokens outside the mask sort last; the cumulative mean over the first n is what would remain of dropping the rest.
     squares = jnp.where(mask != 0, jnp.square(logp - sampler_logp), jnp.inf).reshape(-1)

@@ -41,7 +41,8 @@ def coverage(states: Array, sets: Array, mask: Array | None = None, *, weights: 
         `[B, T]`, float32 or wider: the value of each prefix.
 
     Raises:
-        ValueError: if a shape does not fit.
+        ValueError: if a shape does not fit, or a state that counts and is known (not traced) is not in the table; a
+            traced one gives NaN.
 
     Example:
         >>> sets = jnp.array([[1, 1, 0], [0, 1, 1], [0, 1, 0]])
@@ -68,7 +69,8 @@ def facility_location(states: Array, similarity: Array, mask: Array | None = Non
         `[B, T]`, float32 or wider: the value of each prefix.
 
     Raises:
-        ValueError: if a shape does not fit.
+        ValueError: if a shape does not fit, or a state that counts and is known (not traced) is not in the table; a
+            traced one gives NaN.
 
     Example:
         >>> facility_location(jnp.array([[0, 1]]), jnp.array([[0.5, 0.25], [0.25, 1.0]])).tolist()
@@ -78,7 +80,9 @@ def facility_location(states: Array, similarity: Array, mask: Array | None = Non
     """
     states, mask = _check(states, mask)
     similarity = _table("similarity", similarity)
-    visited = jnp.where(mask[:, :, None], similarity[states], 0.0)
+    masked.check_indices("states", states, len(similarity), mask)
+    known = similarity.at[states].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    visited = jnp.where(mask[:, :, None], known, 0.0)
     return jnp.sum(jax.lax.cummax(visited, axis=1), axis=2)
 
 
@@ -95,7 +99,8 @@ def information_gain(states: Array, kernel: Array, mask: Array | None = None, *,
         `[B, T]`, float32 or wider, nats: the value of each prefix.
 
     Raises:
-        ValueError: if a shape does not fit or the noise is not above 0.
+        ValueError: if a shape does not fit, the noise is not above 0, or a state that counts and is known (not traced)
+            is not in the table; a traced one gives NaN.
 
     Example:
         >>> gain = information_gain(jnp.array([[0, 1]]), jnp.eye(2))
@@ -110,8 +115,11 @@ def information_gain(states: Array, kernel: Array, mask: Array | None = None, *,
         raise ValueError(f"kernel must be [S, S], got shape {kernel.shape}")
     if isinstance(noise_variance, float | int) and noise_variance <= 0:
         raise ValueError(f"noise_variance must be above 0, got {noise_variance}")
+    masked.check_indices("states", states, len(kernel), mask)
     visits = mask[:, :, None] & mask[:, None, :]
-    visited = jnp.where(visits, kernel[states[:, :, None], states[:, None, :]], 0.0) / noise_variance
+    pairs = kernel.at[states[:, :, None], states[:, None, :]]
+    known = pairs.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    visited = jnp.where(visits, known, 0.0) / noise_variance
     # The determinant of a prefix is the product of the first squared diagonal entries of one Cholesky factor.
     factor = jnp.linalg.cholesky(visited + jnp.eye(states.shape[1], dtype=visited.dtype))
     return jnp.cumsum(jnp.log(jnp.diagonal(factor, axis1=1, axis2=2)), axis=1)
@@ -164,7 +172,7 @@ def marginal_gains(values: Array, mask: Array | None = None) -> Array:
     $E[F(\tau)]$; the immediate gain alone is the greedy form.
 
     Args:
-        values: `[B, T]` float; the value of each prefix, see `coverage`.
+        values: `[B, T]` float; the value of each prefix, see `coverage`; also where the mask is 0.
         mask: `[B, T]`, nonzero where the step counts; None for all.
 
     Returns:

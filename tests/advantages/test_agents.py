@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrl_post import advantages
+from jaxrl_post.advantages.agents import rae
 from tests.advantages.compiled import all_compiled
 
 advantages = all_compiled(advantages)
@@ -178,6 +179,8 @@ def test_impossible_arguments_are_refused():
         advantages.grpo_by_key(x, x)
     with pytest.raises(ValueError, match="ddof must be 1"):
         advantages.grpo_by_key(x, key, ddof=3)
+    with pytest.raises(ValueError, match=r"role must be in \[0, 1\), got -1"):
+        rae(x, key - 1, jnp.zeros(1))
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 1"):
         advantages.rae(x, key, jnp.zeros(1), decay=1.0)
     with pytest.raises(ValueError, match='order must be "sequence" or "batch"'):

@@ -66,6 +66,8 @@ def test_turns_beyond_the_last_are_left_out():
 
 
 def test_turns_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"mask must be \[B, T\], got shape \(3,\)"):
+        advantages.is_last(jnp.ones(3))
     with pytest.raises(ValueError, match=r"step must have the shape of x, \(2, 3\), got \(3,\)"):
         advantages.to_turns(jnp.zeros((2, 3)), jnp.zeros(3, int), jnp.ones((2, 3)), num_turns=2)
     with pytest.raises(ValueError, match="x must have one row per row of step, 2, got shape"):

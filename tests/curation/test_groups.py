@@ -86,3 +86,13 @@ def test_taking_groups_takes_every_field_of_their_rows(group):
 
 def test_selecting_keeps_the_groups_whose_rewards_vary():
     assert select_groups(rollouts(), 2).prompt_id.tolist() == [11, 13]
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 3), (5, 1)])
+def test_rewards_of_another_shape_than_who_counts_are_refused(shape):
+    name, rest = ("reward", "") if len(shape) == 1 else ("valid", "must have the shape of reward")
+    reward = jnp.ones(shape)
+    with pytest.raises(ValueError, match=f"{name} .*{rest}"):
+        informative(reward, VALID)
+    with pytest.raises(ValueError, match=f"{name} .*{rest}"):
+        spread_first(reward, VALID, 1)

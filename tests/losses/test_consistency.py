@@ -265,6 +265,9 @@ def test_flowrl_is_zero_where_the_policy_is_the_tilted_reference_and_clips_its_w
         (lambda x: consistency.a2po(x, x, x, x[:2, 0]), "optimal_value must have the shape"),
         (lambda x: consistency.flowrl(x, x, x, x, x, x[:, 0], weight_low=2.0, weight_high=1.0), "weight_high"),
         (lambda x: consistency.gvpo(x, x, x, x[:, :1]), "valid must have the shape of logp"),
+        (lambda x: consistency.gvpo(x, x[:1], x), "old_logp must have the shape of logp"),
+        (lambda x: consistency.flowrl(x, x, x, x, x, x[:1, 0]), r"log_z must be \[P\] or \[P, G\] .* got \(1,\)"),
+        (lambda x: consistency.flowrl(x, x, x, x, x, x[:, :1]), r"log_z must be \[P\] or \[P, G\] .* got \(5, 1\)"),
     ],
 )
 def test_wrong_arguments_are_named(call, message):

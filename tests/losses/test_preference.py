@@ -84,6 +84,12 @@ def test_the_loss_is_the_logistic_loss_of_the_difference_of_implicit_rewards():
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
+def test_a_rejected_answer_that_cannot_be_costs_nothing():
+    chosen, ref = -jnp.ones(1), -2 * jnp.ones(1)
+    loss = jax.value_and_grad(lambda rejected: losses.dpo(chosen, rejected, ref, ref)[0])
+    assert [float(jnp.sum(x)) for x in loss(jnp.array([-jnp.inf]))] == [0.0, 0.0]
+
+
 def test_impossible_arguments_are_refused():
     one = jnp.zeros(2)
     with pytest.raises(ValueError, match=r"chosen_logp must be \[B\], got shape \(2, 3\); sum log-probs"):

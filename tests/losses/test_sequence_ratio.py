@@ -209,6 +209,14 @@ def test_what_stands_under_the_mask_reaches_neither_values_nor_gradients(loss):
     np.testing.assert_allclose(other[1], one[1], rtol=1e-6)
 
 
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_token_that_cannot_be_leaves_a_sequence_s_loss_finite(advantage):
+    logp, one = jnp.array([[-1.0, -jnp.inf], [-1.0, -2.0]]), jnp.ones((2, 2))
+    value, gradient = _value_and_gradient(gspo, logp, 0 * one - 1, advantage * one, one)
+    assert np.all(np.isfinite(value))
+    assert np.all(np.isfinite(gradient))
+
+
 @pytest.mark.parametrize(
     ("loss", "options", "message"),
     [

@@ -46,6 +46,20 @@ def test_the_weight_is_that_of_the_pairs_own_gradient_and_fades_as_the_pair_is_l
     assert np.all(np.asarray(gradient) == 0)
 
 
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("normalize_length", [False, True])
+def test_what_stands_under_the_mask_reaches_neither_value_nor_gradient(bad, normalize_length):
+    def loss(logp, rewards):
+        mask = jnp.array([[1, 0]])
+        return jnp.sum(losses.token_regularization(logp, rewards, mask, normalize_length=normalize_length))
+
+    clean, rewards = jnp.array([[-1.0, -4.0]]), jnp.array([[0.2, 0.3]])
+    expected = jax.value_and_grad(loss)(clean, rewards)
+    for place in ((clean.at[0, 1].set(bad), rewards), (clean, rewards.at[0, 1].set(bad))):
+        for found, wanted in zip(jax.value_and_grad(loss)(*place), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted)
+
+
 def test_the_gradient_is_minus_beta_times_the_token_reward_and_zero_where_masked():
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)

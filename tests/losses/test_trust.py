@@ -89,11 +89,22 @@ def test_numbers_under_the_mask_play_no_part():
     assert second_moment_mask(logp, 0 * logp, jnp.array([[1.0, 0.0, 0.0]])).tolist() == [[1.0, 0.0, 0.0]]
 
 
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_a_log_prob_that_has_no_weight_in_the_interpolation_may_be_anything(bad):
+    sampler = -jnp.ones((1, 2))
+    found = jax.jit(proximal_logp)(jnp.full((1, 2), bad), sampler, jnp.array([[3, -1]]), 4)
+    np.testing.assert_array_equal(found, sampler)
+
+
 def test_options_without_meaning_are_refused():
     one = jnp.zeros((1, 1))
     with pytest.raises(ValueError, match="max_weight must be >= 1"):
         decoupled_ppo(one, one, one, one, max_weight=0.5)
     with pytest.raises(ValueError, match="threshold must be above 0"):
         second_moment_mask(one, one, one, threshold=0.0)
+    with pytest.raises(ValueError, match="sampler_logp must have the shape of logp"):
+        decoupled_ppo(one, one, one, jnp.zeros(1))
+    with pytest.raises(ValueError, match="sampler_logp must have the shape of logp"):
+        second_moment_mask(one, jnp.zeros(1), one)
     with pytest.raises(ValueError, match="version must have the shape of logp"):
         proximal_logp(one, one, jnp.zeros(1, jnp.int32), 1)

@@ -85,6 +85,16 @@ def test_modular_sets_make_the_gains_an_ordinary_reward():
     np.testing.assert_allclose(gains, [[3, 1, 2]])
 
 
+@pytest.mark.parametrize("state", [-1, 3])
+def test_a_state_that_is_not_in_the_table_is_an_error_and_traced_it_gives_nan(state):
+    states, mask = jnp.array([[0, state]]), jnp.array([[1, 0]])
+    for value, table in ((submodular.coverage, jnp.eye(3)), (submodular.information_gain, jnp.eye(3))):
+        with pytest.raises(ValueError, match=rf"states must be in \[0, 3\), got {state}"):
+            value(states, table)
+        assert np.isnan(jax.jit(value)(states, table)).tolist() == [[False, True]]
+        np.testing.assert_array_equal(value(states, table, mask)[0, 1], value(states[:, :1], table)[0, 0])
+
+
 def test_wrong_arguments_are_named():
     states = jnp.zeros((1, 2), int)
     with pytest.raises(ValueError, match=r"states must be \[B, T\]"):
