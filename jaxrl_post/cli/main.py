@@ -128,6 +128,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--temperature", type=_temperature, default=0.0, metavar="T", help="divides the logits; 0 is greedy (0)"
     )
+    generate.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="whether prompts are a user's messages, for the chat template (as the run was trained)",
+    )
     generate.add_argument("--seed", type=_seed, default=0, metavar="S", help="seed of the sampling, below 2**32 (0)")
     generate.add_argument(
         "--max-new-tokens", type=_count, default=None, metavar="N", help="longest completion (as in training)"
@@ -225,7 +231,10 @@ def _generate(arguments: argparse.Namespace) -> None:
         temperature=arguments.temperature,
         seed=arguments.seed,
         max_new_tokens=arguments.max_new_tokens,
+        chat=arguments.chat,
     )
+    if arguments.samples > 1 and arguments.temperature == 0:
+        print("completions at temperature 0 are all the same; give --temperature", file=sys.stderr)
     for prompt, completions in zip(arguments.prompts, results, strict=True):
         for completion in completions:
             print(f"{prompt}{completion['text']}")

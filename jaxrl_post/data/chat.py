@@ -17,7 +17,8 @@ from jaxrl_post.data.tokenizer import Tokenizer
 def encode_prompt(tokenizer: Tokenizer, problem: Problem) -> list[int]:
     """Token ids of a problem's prompt, up to where the completion begins.
 
-    Text is encoded as it stands, and `prompt_tokens` are taken as they are. Messages (`prompt_messages`) go through the
+    Text is encoded as it stands, behind the tokenizer's own start token (`prefix_ids`, where it has that) unless the
+    text begins with it; `prompt_tokens` are taken as they are. Messages (`prompt_messages`) go through the
     chat template with the problem's `tools` and `chat_template_kwargs`, and the beginning of the assistant's turn is
     added; if the last message is the assistant's, it is left open to be continued.
 
@@ -39,7 +40,8 @@ def encode_prompt(tokenizer: Tokenizer, problem: Problem) -> list[int]:
     if "prompt_tokens" in problem:
         return list(problem["prompt_tokens"])
     if "prompt_messages" not in problem:
-        return tokenizer.encode(problem["prompt"])
+        ids, prefix = tokenizer.encode(problem["prompt"]), list(getattr(tokenizer, "prefix_ids", ()))
+        return ids if ids[: len(prefix)] == prefix else prefix + ids
     return tokenizer.encode(_prompt_text(tokenizer, problem))
 
 
@@ -160,11 +162,11 @@ def continue_chat(
 
 
 class ChatSource:
-    """Problems whose prompts of plain text are a user's message; conversations stay as they are.
+    """Problems whose prompts of plain text are a user's message.
 
     Args:
         source: the problems.
-        system: a system message before each; None for none.
+        system: a system message before each that does not begin with one; None for none.
 
     Example:
         >>> ChatSource([{"prompt": "1+1=?"}])[0]["prompt_messages"]
@@ -180,9 +182,9 @@ class ChatSource:
 
     def __getitem__(self, index: int) -> Problem:
         problem = self._source[index]
-        if "prompt_messages" in problem:
-            return problem
-        return {**problem, "prompt_messages": [*self._first, {"role": "user", "content": problem["prompt"]}]}
+        messages = problem.get("prompt_messages") or [{"role": "user", "content": problem["prompt"]}]
+        first = [] if messages[0]["role"] == "system" else self._first
+        return {**problem, "prompt_messages": [*first, *messages]}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)

@@ -114,9 +114,11 @@ class ProblemStream(Iterator[list[Problem]]):
                 continue
             since_kept += 1
             if since_kept >= self._patience:
+                remedy = "all have the prompts of held-out problems (data.eval_files); train on others"
+                if counts["filtered"]:
+                    remedy = "all are excluded or filtered; raise the limit on prompt lengths or use other data"
                 raise ValueError(
-                    f"none of the last {since_kept} problems is usable ({_fates(counts)} so far): every problem of the "
-                    f"data set is excluded or filtered; raise the limit on prompt lengths or use other data"
+                    f"none of the last {since_kept} problems is usable ({_fates(counts)} so far); {remedy}"
                 )
         return batch
 

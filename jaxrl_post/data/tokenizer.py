@@ -186,9 +186,10 @@ class CharTokenizer:
 class HFTokenizer:
     """A tokenizer of `transformers` behind the `Tokenizer` protocol.
 
-    Nothing is added around a text: a start token belongs in the text itself, and a chat template puts it there. Every
-    stop token of the tokenizer and of the generation config beside it counts as an end. Where there is no pad token,
-    the first stop token pads; masks are made from lengths, so that changes no loss.
+    `encode` adds nothing around a text: a chat template puts a start token where it wants one, and `encode_prompt`
+    puts `prefix_ids` before a prompt of plain text. Every stop token of the tokenizer and of the generation config
+    beside it counts as an end. Where there is no pad token, the first stop token pads; masks are made from lengths, so
+    that changes no loss.
 
     Args:
         tokenizer: what `transformers.AutoTokenizer.from_pretrained` returned.
@@ -216,6 +217,11 @@ class HFTokenizer:
         self.tokenizer = tokenizer
         self._eos_ids = merged
         self._pad_id = merged[0] if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+        text = "a"  # any: of an empty one nothing would part what stands before it from what stands behind
+        bare = self.encode(text)
+        around = list(tokenizer.encode(text, add_special_tokens=True))
+        starts = (place for place in range(len(around)) if around[place : place + len(bare)] == bare)
+        self._prefix_ids = tuple(around[: next(starts, 0)])
 
     @property
     def vocab_size(self) -> int:
@@ -231,6 +237,11 @@ class HFTokenizer:
     def eos_ids(self) -> tuple[int, ...]:
         """The tokenizer's stop token first, then those of the generation config."""
         return self._eos_ids
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """What the tokenizer by itself puts before a text: a start token, or nothing."""
+        return self._prefix_ids
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; special tokens written out in it are recognised, none is added."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ from jaxrl_post.training.shares import make_share
 from jaxrl_post.training.state import TrainState
 from jaxrl_post.training.subgroups import make_budgets
 from jaxrl_post.types import FINISH_NONE, PyTree, Rollouts
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +114,7 @@ class Batches:
         if cursor.data is not None:
             self._stream.set_state(cursor.data)
         self.problems: list[data.Problem] = []
+        self._told_of_filtered = False
         self._share = make_share(stage.batch_size, setup.mesh)
         if stage.kind == "rollouts":
             sampler = functools.partial(
@@ -150,6 +154,17 @@ class Batches:
             batch = self._given()
         if filtered := self._stream.counts["filtered"]:
             batch.metrics["data/filtered_problems"] = float(filtered)
+            if not self._told_of_filtered:
+                self._told_of_filtered = True
+                logger.warning(
+                    "%s leaves out problems that are too long: the prompt for data.max_prompt_length = %d tokens, or a "
+                    "completion that the data give for rollout.max_new_tokens = %d (%d so far, %d kept)",
+                    self._stage.name,
+                    self._setup.config.data.max_prompt_length,
+                    self._setup.config.rollout.max_new_tokens,
+                    filtered,
+                    self._stream.counts["kept"],
+                )
         if skipped := getattr(self._setup.problems.train, "skipped", 0):
             batch.metrics["data/skipped_rows"] = float(skipped)
         return batch

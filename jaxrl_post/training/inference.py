@@ -127,6 +127,17 @@ def evaluate_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str
     return results
 
 
+def _in_conversations(setup: Setup) -> bool:
+    options = setup.config.data
+    if options.chat or not options.files:
+        return options.chat
+    try:
+        return "prompt_messages" in setup.problems.train[0]
+    except (OSError, ValueError) as error:
+        logger.warning("whether the run was trained on messages cannot be seen (%s); prompts are plain text", error)
+        return False
+
+
 def generate_text(
     run_dir: str | Path,
     prompts: Sequence[str],
@@ -135,6 +146,7 @@ def generate_text(
     temperature: float = 0.0,
     seed: int = 0,
     max_new_tokens: int | None = None,
+    chat: bool | None = None,
 ) -> list[list[dict[str, Any]]]:
     """Complete prompts with a run's policy.
 
@@ -147,6 +159,8 @@ def generate_text(
         temperature: divides the logits; 0 takes the most probable token.
         seed: of the random streams.
         max_new_tokens: longest completion; the run's own limit if None.
+        chat: whether a prompt is a user's message, and goes through the chat template; None for what the run was
+            trained on, by `data.chat` or, while its files are there, by messages in them.
 
     Returns:
         For each prompt `samples` dicts: `text`, `logp` (of the completion, nats, at this temperature), `finish` (`stop`
@@ -158,7 +172,7 @@ def generate_text(
     setup, params = load_run(run_dir)
     options = setup.config.data
     problems: list[data.Problem] = [{"prompt": text.lower() if options.lowercase else text} for text in prompts]
-    if options.chat:
+    if _in_conversations(setup) if chat is None else chat:
         source = data.ChatSource(problems, system=options.system)
         problems = [source[i] for i in range(len(source))]
     lengths = [len(data.encode_prompt(setup.tokenizer, problem)) for problem in problems]

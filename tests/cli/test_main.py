@@ -152,7 +152,7 @@ def test_generate_prints_each_completion_behind_its_prompt(monkeypatch, run_dir,
     stub(monkeypatch, "inference", generate_text=generate_text)
     arguments = ["--samples", "2", "--temperature", "0.7", "--seed", "5", "--max-new-tokens", "9"]
     assert cli.main(["generate", str(run_dir), *arguments, "--", "12+7=", "-1+1="]) == 0
-    options = {"samples": 2, "temperature": 0.7, "seed": 5, "max_new_tokens": 9}
+    options = {"samples": 2, "temperature": 0.7, "seed": 5, "max_new_tokens": 9, "chat": None}
     assert calls == [(str(run_dir), ["12+7=", "-1+1="], options)]
     captured = capsys.readouterr()
     assert captured.out == "12+7=0!\n12+7=0!\n-1+1=1!\n-1+1=1!\n"

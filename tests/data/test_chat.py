@@ -6,6 +6,7 @@ import pytest
 
 from jaxrl_post.data import (
     CharTokenizer,
+    ChatSource,
     HFTokenizer,
     continue_chat,
     encode_completion,
@@ -246,6 +247,15 @@ def test_a_conversation_continues_more_than_once(tokenizer):
     assert third[: len(second)] == second
     assert second[: len(first)] == first
     assert text(tokenizer, third).endswith("user<|im_end|>\n<|im_start|>tool\n13<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_system_message_is_put_before_what_has_none():
+    asked, told = turn("user", "hello"), turn("system", "hi")
+    rows = [{"prompt": "hello"}, problem(prompt=[asked]), problem(prompt=[told, asked])]
+    source = ChatSource(rows, system="be brief")
+    brief = [turn("system", "be brief"), asked]
+    assert [source[i]["prompt_messages"] for i in range(3)] == [brief, brief, [told, asked]]
+    assert ChatSource(rows)[1]["prompt_messages"] == [asked]
 
 
 def test_a_turn_that_was_cut_is_closed(tokenizer):

@@ -161,12 +161,17 @@ def test_an_empty_data_set_is_an_error():
 
 
 @pytest.mark.parametrize(
-    "options", [{"keep": lambda problem: False}, {"exclude": frozenset(prompts(SOURCE))}], ids=["filtered", "excluded"]
+    ("options", "remedy"),
+    [
+        ({"keep": lambda problem: False}, "raise the limit on prompt lengths"),
+        ({"exclude": frozenset(prompts(SOURCE))}, r"the prompts of held-out problems \(data.eval_files\)"),
+    ],
+    ids=["filtered", "excluded"],
 )
 @pytest.mark.parametrize("repeat", [True, False])
-def test_a_data_set_without_one_usable_problem_is_an_error_and_does_not_spin(options, repeat):
+def test_a_data_set_without_one_usable_problem_is_an_error_and_does_not_spin(options, remedy, repeat):
     batches = stream(SOURCE, batch_size=2, seed=0, repeat=repeat, **options)
-    with pytest.raises(ValueError, match=r"usable"):
+    with pytest.raises(ValueError, match=rf"usable.*{remedy}" if repeat else "usable"):
         next(batches)
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from jaxrl_post.data import PRINTABLE, CharTokenizer, HFTokenizer, load_tokenizer
+from jaxrl_post.data import PRINTABLE, CharTokenizer, HFTokenizer, encode_completion, encode_prompt, load_tokenizer
 
 
 @pytest.fixture
@@ -109,6 +109,26 @@ def test_a_transformers_tokenizer_adds_nothing_and_pads_with_its_stop_token(fast
     assert tokenizer.encode("one two") == [2, 3]
     assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.eos_ids) == (5, 1, (1,))
     assert tokenizer.decode([2, 3, 1, 1]) == "one two"
+
+
+def test_a_plain_prompt_begins_as_the_tokenizer_begins_a_text_and_nothing_else_does(fast):
+    from tokenizers.processors import TemplateProcessing
+
+    plain = HFTokenizer(fast)
+    assert plain.prefix_ids == ()
+    assert encode_prompt(plain, {"prompt": "one two"}) == [2, 3]
+    fast.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 4), ("<end>", 1)]
+    )
+    tokenizer = HFTokenizer(fast)
+    assert tokenizer.tokenizer.encode("one two") == [4, 2, 3, 1]
+    assert tokenizer.prefix_ids == (4,)
+    assert tokenizer.encode("one two") == [2, 3]
+    problem = {"prompt": "one two", "answer": "two"}
+    assert encode_prompt(tokenizer, problem) == [4, 2, 3]
+    assert encode_completion(tokenizer, problem, "answer") == [3, 1]
+    start = fast.convert_ids_to_tokens(4)
+    assert encode_prompt(tokenizer, {"prompt": f"{start} one"}) == [4, 2]  # written out, it does not come twice
 
 
 def test_a_pad_token_of_the_tokenizer_is_kept(fast):

@@ -153,13 +153,14 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run_with_a_report(t
     assert rows[-1]["loss"] is None  # null, never NaN
 
 
-def test_long_prompts_are_filtered_and_counted_or_an_error(tmp_path):
+def test_long_prompts_are_filtered_and_counted_or_an_error(tmp_path, caplog):
     files = runs.write_problems(tmp_path / "long.jsonl", 6)
     with files.open("a") as file:
         file.write(json.dumps({"question": "12345>", "answer": "1"}) + "\n")
     data = {"files": [str(files)], "alphabet": ">0123456789", "max_prompt_length": 3}
     directory = train(tmp_path / "a", "training.steps=4", data=data, **NOTHING_ELSE)
     assert runs.lines(directory)[-1]["data/filtered_problems"] >= 1
+    assert caplog.text.count("leaves out problems that are too long: the prompt for data.max_prompt_length = 3") == 1
     with pytest.raises(ValueError, match="more than max_prompt_length=3"):
         train(tmp_path / "b", data=data | {"on_long_prompt": "error"}, **NOTHING_ELSE)
 

@@ -302,6 +302,25 @@ def test_plain_prompts_can_be_put_through_the_chat_template(tmp_path, checkpoint
         configs.load(path, ["data.chat=false"])
 
 
+def test_whether_a_prompt_is_a_message_is_what_the_run_was_trained_on(tmp_path, caplog):
+    from jaxrl_post.training import setup
+
+    def made(row):
+        (tmp_path / "train.jsonl").write_text(json.dumps(row | {"answer": "1"}) + "\n")
+        path = runs.tiny_run(tmp_path, method={"name": "grpo"}, warm_start=None, eval={"problems": 0})
+        (tmp_path / "train.jsonl").write_text(json.dumps(row | {"answer": "1"}) + "\n")
+        return setup.build(configs.load(path, ["data.eval_files=[]"]))
+
+    assert inference._in_conversations(made({"prompt": [{"role": "user", "content": "1>"}]}))
+    parts = made({"prompt": "1>"})
+    assert not inference._in_conversations(parts)
+    assert not caplog.text
+    parts = made({"prompt": "1>"})
+    (tmp_path / "train.jsonl").unlink()
+    assert not inference._in_conversations(parts)
+    assert "prompts are plain text" in caplog.text
+
+
 def test_models_are_converted_there_and_back_bit_by_bit(tmp_path, checkpoint, capsys):
     from safetensors.numpy import load_file
 
