@@ -359,17 +359,17 @@ def load_tokenizer(path_or_id: str | os.PathLike[str], *, revision: str | None =
         >>> load_tokenizer(directory)
         CharTokenizer(alphabet='abc')
     """
-    path = Path(path_or_id)
+    path = Path(path_or_id).expanduser()
     if revision is not None and path.is_dir():
         raise ValueError(f"revision {revision!r} does not apply: {path} is a directory; leave it out")
     if (path / _CHAR_FILE).is_file():
         return CharTokenizer.load(path)
     text = str(path_or_id)
     # A hub id is "name" or "owner/name"; anything else can only have been meant as a path.
-    is_path_like = text.startswith((".", "~", os.sep)) or text.count("/") > 1 or path.is_file()
-    if is_path_like and not path.is_dir():
+    is_path_like = text.startswith((".", "~", os.sep)) or text.endswith("/") or text.count("/") > 1
+    if (is_path_like or path.is_file()) and not path.is_dir():
         raise ValueError(f"tokenizer {text!r} must be a directory or a hub id like 'owner/name'; no such directory")
-    return HFTokenizer.load(path_or_id, revision=revision)
+    return HFTokenizer.load(path if path.is_dir() else path_or_id, revision=revision)
 
 
 def _generation_eos_ids(path_or_id: str | os.PathLike[str], is_local: bool, revision: str | None) -> tuple[int, ...]:

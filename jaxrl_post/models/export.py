@@ -97,8 +97,7 @@ def save_pretrained(
     )
     stored = np.dtype(leaves["embedding",].dtype if dtype is None else dtype)
     described = config_for(config, head=head, labels=labels, dtype=stored.name)
-    exists = target.exists() and any(_is_ours(path.name) for path in target.iterdir())
-    if exists and not overwrite:
+    if holds_model(target) and not overwrite:
         raise ValueError(
             f"{target} holds a model already; choose another directory, or remove it (from Python: pass overwrite=True)"
         )
@@ -280,6 +279,12 @@ def _complete(keywords: Mapping[str, Any]) -> dict[str, Any]:
         "mlp_width": 4 * full["width"] if full["mlp_width"] is None else full["mlp_width"],
         "qk_norm": {True: "head", False: "none"}.get(full["qk_norm"], full["qk_norm"]),
     }
+
+
+def holds_model(directory: str | os.PathLike[str]) -> bool:
+    """Whether a directory exists and has the weights or the `config.json` of a model in it."""
+    path = Path(directory)
+    return path.exists() and any(_is_ours(file.name) for file in path.iterdir())
 
 
 def _is_ours(name: str) -> bool:

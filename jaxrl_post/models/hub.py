@@ -10,6 +10,20 @@ HUB = "hf://"
 """What a name may begin with to be an id on the hub, whatever directories there are."""
 
 
+def is_path(name: str) -> bool:
+    """Whether a name can only be meant as a path on this machine, because no id on the hub looks like it.
+
+    Example:
+        >>> [is_path(name) for name in ("./model", "~/model", "a/b/c", "model/")]
+        [True, True, True, True]
+        >>> is_path("owner/name"), is_path("hf://owner/name")
+        (False, False)
+    """
+    if name.startswith(HUB):
+        return False
+    return name.startswith((".", "~", os.sep)) or name.endswith("/") or name.count("/") > 1
+
+
 def local_directory(
     path_or_id: str | os.PathLike[str], patterns: Sequence[str], *, revision: str | None = None
 ) -> Path:
@@ -43,7 +57,7 @@ def local_directory(
         if revision is not None:
             raise ValueError(f"revision {revision!r} does not apply: {text} is a directory; leave it out")
         return path
-    if text.startswith((".", "~", os.sep)) or text.count("/") > 1 or path.exists():
+    if is_path(text) or path.exists():
         raise ValueError(f"{text}: no such directory; give a model's directory or a hub id like 'owner/name'")
     return _downloaded(text, patterns, revision)
 

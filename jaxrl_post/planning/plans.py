@@ -161,7 +161,7 @@ def suggest(
         raise ConfigError(
             [
                 f"no mesh of {wanted.devices} devices of {wanted.chip.memory / GIB:.1f} GiB has room for this run"
-                f"{needs}: take a larger slice, bfloat16 parameters (model.param_dtype), adapters (model.lora), or "
+                f"{needs}: take a larger slice, adapters (model.lora) on bfloat16 parameters (model.param_dtype), or "
                 "fewer or shorter completions"
             ]
         )

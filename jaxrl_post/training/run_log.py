@@ -20,6 +20,7 @@ from typing import Any
 
 from etils import epath
 
+from jaxrl_post.models.export import holds_model
 from jaxrl_post.training import config as configs
 from jaxrl_post.training.config import Config, ConfigError, yaml_text
 from jaxrl_post.training.run_files import RunFiles
@@ -53,6 +54,8 @@ def write_atomically(path: Path, text: str) -> None:
 def prepare_run_dir(config: Config, files: RunFiles | None = None) -> bool:
     """Make the run directory, hold it against the configuration, and write config.yaml into it.
 
+    A run that is new must not export to a directory that holds a model, because it cannot be its own.
+
     Args:
         config: the resolved configuration.
         files: where the run's files are; in its `run_dir` if None.
@@ -63,6 +66,7 @@ def prepare_run_dir(config: Config, files: RunFiles | None = None) -> bool:
         configuration takes the place of the one that was never used.
 
     Raises:
+        ConfigError: the run is new, and `model.export` holds a model.
         RunDirError: the directory cannot be written, holds another configuration's run, remains of a run without its
             configuration, or a config.yaml that is not a run's.
     """
@@ -82,6 +86,8 @@ def prepare_run_dir(config: Config, files: RunFiles | None = None) -> bool:
                 f"run_dir {config.run_dir} holds {' and '.join(left)} but no {CONFIG_FILE}, so that it cannot be told "
                 "whose they are; give another run_dir, or move them away"
             )
+        if not begun:
+            _check_export(config.model.export)
         write_atomically(path, configs.dump(config))
     except OSError as error:
         raise _cannot_write(directory, error) from error
@@ -156,6 +162,12 @@ def _cannot_write(directory: Path, error: OSError) -> RunDirError:
         f"run_dir {directory} cannot be written: {error.strerror or error} ({error.filename or directory}); give a "
         "run_dir that you may write to, e.g. run_dir=/tmp/run on the command line"
     )
+
+
+def _check_export(directory: str | None) -> None:
+    if directory is not None and (Path(directory).is_file() or holds_model(directory)):
+        why = "is there already, and this run did not write it; choose another directory, or remove it"
+        raise ConfigError([f"model.export = {directory!r}: {why}"])
 
 
 def _has_begun(directory: Path, checkpoints: epath.Path) -> bool:

@@ -46,7 +46,10 @@ def check_same_run(run_dir: str, stored: dict[str, Any], config: Config) -> None
         stored: as `config.yaml` holds it.
         config: what it is to be resumed with.
     """
-    advice = "give another run_dir, or the configuration of this run, to resume it"
+    advice = (
+        "give another run_dir, or the configuration of this run, to resume it; to go on from its weights in another "
+        f"way, `jaxrl-post convert {run_dir} DIR` and start a new run with model.path=DIR"
+    )
     with contextlib.suppress(ValueError), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConfigWarning)  # whoever resumes has changed it, or was warned already
         # Fills in keys that this version of the library added since the run was started.

@@ -335,6 +335,7 @@ def test_a_mesh_larger_than_the_devices_is_an_error_and_a_smaller_one_a_warning(
 
 
 SHORT = {"training__steps": 2, "training__epochs": 2}
+FILES = {"data__task": ..., "data__files": [__file__], "rewards": [{"path": "os:getcwd"}]}
 
 
 @pytest.mark.parametrize(
@@ -347,11 +348,44 @@ SHORT = {"training__steps": 2, "training__epochs": 2}
             {"training__optimizer": {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 25}, **SHORT},
             "last of the 4 updates",
         ),
+        ({"model__param_dtype": "bfloat16"}, "most updates are rounded away; set it to float32"),
+        ({**FILES, "eval": {"every": 10}}, "^eval.every = 10: without data.eval_files nothing is held out"),
+        (
+            {**FILES, "eval": {"problems": 64, "every": 5}},
+            "^eval.problems = 64, eval.every = 5: .* set eval.problems to",
+        ),
     ],
 )
 def test_what_can_be_run_but_is_probably_not_meant_is_a_warning(changes, words):
     with pytest.warns(ConfigWarning, match=words):
         configs.from_dict(make(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"param_dtype": "bfloat16", "lora": {"rank": 2}}},
+        {"eval": {"every": 10}},  # a task has held-out problems of its own
+        FILES,
+        {**FILES, "eval": {"every": 10, "problems": 0}},
+        {**FILES, "eval": {"every": 10}, "data__eval_files": [__file__]},
+    ],
+)
+def test_what_is_meant_is_no_warning(changes):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConfigWarning)
+        configs.from_dict(make(**changes))
+
+
+@pytest.mark.parametrize("path", ["./nosuch", "/x/nosuch", "~/nosuch", "nosuch/", "a/b/nosuch"])
+def test_a_model_that_can_only_be_a_missing_directory_is_a_problem_of_its_path(path):
+    (problem,) = problems_of(model={"path": path})
+    assert problem.startswith(f"model.path = {path!r}: no such directory (looked from ")
+    configs.from_dict(make(model={"path": path}), check_files=False)  # an old run's
+
+
+def test_an_id_of_the_hub_is_not_looked_for_on_this_machine():
+    assert configs.from_dict(make(model={"path": "owner/nosuch"})).model.path == "owner/nosuch"
 
 
 def test_a_warm_up_is_held_against_updates_of_which_a_step_makes_one_per_epoch():

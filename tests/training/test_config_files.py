@@ -65,6 +65,35 @@ def test_an_override_that_cannot_be_applied_says_why(tmp_path, override, words):
     assert len(caught.value.problems) == 1
 
 
+@pytest.mark.parametrize("change", ["model:", "data: {task_options:}", "method:", "logging: null"])
+def test_an_empty_section_of_a_file_leaves_that_of_its_base(tmp_path, change):
+    values = {**MINIMAL, "model": {"width": 64, "softcap": 5.0}, "logging": {"wandb": False, "tensorboard": False}}
+    values["data"] = {**MINIMAL["data"], "task_options": {"max_word_len": 4}}
+    expected = configs.load(write(tmp_path, yaml_text.write(values)))
+    (tmp_path / "child.yaml").write_text(f"base: run.yaml\n{change}\n")
+    assert configs.load(tmp_path / "child.yaml") == expected
+
+
+def test_null_over_a_base_is_kept_where_it_means_something(tmp_path):
+    warm_start = {"steps": 2, "examples": 4, "optimizer": {"learning_rate": 1e-3}}
+    values = {**MINIMAL, "model": {"softcap": 5.0, "lora": {"rank": 2}}, "warm_start": warm_start}
+    write(tmp_path, yaml_text.write(values))
+    (tmp_path / "child.yaml").write_text("base: run.yaml\nmodel: {softcap: null, lora: null}\nwarm_start:\n")
+    config = configs.load(tmp_path / "child.yaml")
+    assert (config.model.softcap, config.model.lora, config.warm_start) == (None, None, None)
+
+
+def test_an_override_of_a_section_goes_over_it_as_a_file_goes_over_its_base(tmp_path):
+    values = {**MINIMAL, "model": {"width": 64, "softcap": 5.0}}
+    config = configs.load(
+        write(tmp_path, yaml_text.write(values)),
+        ["model={dtype: bfloat16, softcap: null}", "model=", "method={name: rloo}", "rewards.0={name: task_solved}"],
+    )
+    assert (config.model.dtype, config.model.width, config.model.softcap) == ("bfloat16", 64, None)
+    assert "beta" not in config.method.keywords
+    assert config.rewards[0].name == "task_solved"
+
+
 def test_an_evaluation_may_change_how_a_model_is_measured_and_not_how_it_was_made():
     configs.check_evaluation_overrides(
         [

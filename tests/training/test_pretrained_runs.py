@@ -147,7 +147,7 @@ def test_a_run_goes_on_from_adapters_whose_options_and_base_it_takes_from_their_
     with pytest.raises(ConfigError, match=r"model\.lora\.path.*no adapter_config"):
         configs.load(path, [f"model.lora={{path: {checkpoint}}}"])
     with pytest.raises(ConfigError, match=r"model\.lora\.rank: is missing"):
-        configs.load(path, ["model.lora={alpha: 2}", f"model.path={checkpoint}"])
+        configs.load(path, ["model.lora={alpha: 2, path: null}", f"model.path={checkpoint}"])
     # An old run can be used whatever has become of what it started from.
     options = Path(adapter) / "adapter_config.json"
     options.write_text(options.read_text().replace('"r": 2', '"r": 4'))

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from jaxrl_post.training import config as configs
+from jaxrl_post.training.config import ConfigError
 from jaxrl_post.training.run_log import (
     RunDirError,
     RunLog,
@@ -250,6 +251,26 @@ def test_a_checkpoint_or_a_line_of_metrics_holds_the_directory(tmp_path, begun):
     else:
         (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(RunDirError, match=r"model.width: 128 there, 256 here"):
+        prepare_run_dir(make_config(tmp_path, model={"width": 256}))
+
+
+def test_only_a_run_that_has_begun_may_export_over_a_model(tmp_path):
+    export = tmp_path / "model"
+    config = make_config(tmp_path / "run", model={"export": str(export)})
+    export.mkdir()
+    (export / "README.md").touch()
+    assert prepare_run_dir(config) is False
+    (export / "model.safetensors").touch()
+    with pytest.raises(ConfigError, match=r"model\.export = .*model': is there already, and this run did not write it"):
+        prepare_run_dir(config)
+    (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
+    assert prepare_run_dir(config) is True
+
+
+def test_the_error_of_another_configuration_says_how_to_go_on_from_the_weights(tmp_path):
+    prepare_run_dir(make_config(tmp_path))
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    with pytest.raises(RunDirError, match=rf"`jaxrl-post convert {tmp_path} DIR` .* model\.path=DIR"):
         prepare_run_dir(make_config(tmp_path, model={"width": 256}))
 
 

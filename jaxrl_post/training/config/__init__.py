@@ -20,7 +20,7 @@ from jaxrl_post.training.config.checks import check_devices
 from jaxrl_post.training.config.document import defaults, document
 from jaxrl_post.training.config.errors import ConfigError, ConfigWarning, Problems
 from jaxrl_post.training.config.methods_check import check_method, encode_texts
-from jaxrl_post.training.config.overrides import check_evaluation_overrides, override
+from jaxrl_post.training.config.overrides import check_evaluation_overrides, merge, override
 from jaxrl_post.training.config.schema import (
     BASE,
     BudgetScheduleConfig,
@@ -85,7 +85,9 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, namespace: Any = No
     """Read a YAML file, apply overrides, check everything and fill in what follows from other fields.
 
     A file whose key `base` names another one (relative to itself) says only what differs: its keys go over those of
-    the other, section by section; `method`, `rewards` and `roles` are replaced as a whole.
+    the other, section by section; `method`, `rewards` and `roles` are replaced as a whole. An override that gives a
+    section goes over it likewise. A section that is null or left empty changes nothing, unless null means something
+    there (`warm_start: null`).
 
     Args:
         path: the file.
@@ -109,10 +111,6 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, namespace: Any = No
     return _build(values, str(path), problems, namespace, check_files)
 
 
-REPLACED = frozenset({"method", "rewards", "roles"})
-"""Sections that a file with a `base` gives as a whole, because their keys belong together."""
-
-
 def _read(path: Path, problems: Problems, above: tuple[Path, ...] = ()) -> Any:
     """The file's values over those of the file that its `base` names, if it names one."""
     if not path.is_file():
@@ -133,13 +131,7 @@ def _read(path: Path, problems: Problems, above: tuple[Path, ...] = ()) -> Any:
     base = values.pop("base")
     if not isinstance(base, str):
         raise ConfigError([f"base: must be the path of another configuration, got {base!r}"], str(path))
-    return _merge(_read(path.parent / base, problems, (*above, path.resolve())), values)
-
-
-def _merge(base: Any, values: Any, path: str = "") -> Any:
-    if not isinstance(base, dict) or not isinstance(values, dict) or path in REPLACED:
-        return values
-    return {**base, **{key: _merge(base.get(key), value, key) for key, value in values.items()}}
+    return merge(_read(path.parent / base, problems, (*above, path.resolve())), values)
 
 
 def from_dict(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jaxrl_post.models.lora import Lora
 from jaxrl_post.training.config import content_checks
-from jaxrl_post.training.config.content_checks import refuse_unused
+from jaxrl_post.training.config.content_checks import changed, refuse_unused
 from jaxrl_post.training.config.errors import ConfigError, Problems
 from jaxrl_post.training.config.fields import yaml_key
 from jaxrl_post.training.config.role_checks import check_roles
@@ -46,10 +46,7 @@ def check(config: Config, made: Method | None, problems: Problems, check_files: 
             _groups(config, made, problems)
             check_subgroups(config, made, problems)
     _mesh(config, problems)
-    if config.eval is not None and problems.ok("eval.k", "eval.samples") and config.eval.k > config.eval.samples:
-        problems.add(
-            "eval.k", f"must be at most eval.samples = {config.eval.samples}; lower it or sample more", config.eval.k
-        )
+    _evaluation(config, problems)
     training = config.training
     if training is not None and training.optimizer is not None:
         known = problems.ok("training.steps", "training.epochs")
@@ -82,6 +79,12 @@ def _model(config: Config, problems: Problems) -> None:
         problems.warnings.append(
             "model.quantize with model.remat = none: the backward pass keeps every weight in full; set model.remat to "
             "full or dots"
+        )
+    if model.param_dtype == "bfloat16" and model.lora is None and problems.ok("model.lora"):
+        problems.warnings.append(
+            "model.param_dtype = bfloat16 without model.lora: there is no float32 copy of the parameters or of Adam's "
+            "means, and at usual learning rates most updates are rounded away; set it to float32 (model.dtype: "
+            "bfloat16 computes in bfloat16 all the same)"
         )
     if model.router_loss is not None and model.path is None and problems.ok("model.path", "model.lora"):
         problems.add(
@@ -323,6 +326,23 @@ def _batch(config: Config, made: Method, problems: Problems) -> None:
             f"must be a multiple of mesh.data * mesh.fsdp * mesh.expert = {shards}; "
             f"try {math.ceil(warm.batch_size / shards) * shards}",
             warm.batch_size,
+        )
+
+
+def _evaluation(config: Config, problems: Problems) -> None:
+    options, data = config.eval, config.data
+    if options is None:
+        return
+    if problems.ok("eval.k", "eval.samples") and options.k > options.samples:
+        problems.add("eval.k", f"must be at most eval.samples = {options.samples}; lower it or sample more", options.k)
+    if data is None or not problems.ok("data.files", "data.eval_files", "eval.problems", "eval.every"):
+        return
+    asked = changed(options, ("problems", "every")) if options.problems else []
+    if asked and data.files and not data.eval_files:  # tasks and environments hold problems out by themselves
+        given = ", ".join(f"eval.{name} = {getattr(options, name)}" for name in asked)
+        problems.warnings.append(
+            f"{given}: without data.eval_files nothing is held out, and nothing will be measured while training; give "
+            "data.eval_files, or set eval.problems to 0"
         )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from jaxrl_post.models.hub import is_path
 from jaxrl_post.training.config.errors import Problems, nearest
 from jaxrl_post.training.config.parsing import default_of, join
 from jaxrl_post.training.config.schema import Config, DataConfig
@@ -155,6 +156,10 @@ def check_rewards(config: Config, made: Method | None, problems: Problems) -> No
 def check_files_exist(config: Config, problems: Problems) -> None:
     """Files and packages that the run needs."""
     data = config.data
+    path = None if config.model is None else config.model.path
+    if path is not None and is_path(path) and not Path(path).expanduser().is_dir():
+        why = f"no such directory (looked from {Path.cwd()}); correct the path, or give a hub id like 'owner/name'"
+        problems.add("model.path", why, path)
     for name in ("files", "eval_files"):
         if data is not None and problems.ok(f"data.{name}"):
             for index, file in enumerate(getattr(data, name)):

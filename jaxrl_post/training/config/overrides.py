@@ -1,6 +1,7 @@
-"""Changes of a configuration on the command line, `a.b.c=value`: where they go, and which an evaluation may make.
+"""Changes of a configuration: by a file that has a `base`, and by `a.b.c=value` on the command line.
 
-A key is held against the schema here already, so that a message shows it as it was typed.
+The key of an override is held against the schema here already, so that a message shows it as it was typed. Which of
+them an evaluation may make stands here too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from jaxrl_post.training.config.errors import ConfigError, Problems, near, neare
 from jaxrl_post.training.config.parsing import all_keys, members, section_fields
 from jaxrl_post.training.config.schema import Config, MethodConfig
 
+REPLACED = frozenset({"method", "rewards", "roles"})
+"""Sections that are given as a whole, because their keys belong together."""
+
 EVALUATION_KEYS = (
     "eval",
     "data.eval_files",
@@ -29,8 +33,39 @@ EVALUATION_KEYS = (
 """Keys, or sections, that say how a model is measured; all others say how it was made."""
 
 
+def merge(base: Any, values: Any, path: tuple[str, ...] = ()) -> Any:
+    """`values` over `base`: keys of sections one by one, all else, and what is in `REPLACED`, as a whole.
+
+    Null in the place of a section changes nothing, unless the schema has null for it.
+
+    Args:
+        base: what is changed.
+        values: what it is changed to.
+        path: keys that lead to both.
+
+    Example:
+        >>> base = {"model": {"path": "a", "width": 8}, "warm_start": {"steps": 3}, "seed": 1}
+        >>> merge(base, {"model": {"width": 4}, "warm_start": None})
+        {'model': {'path': 'a', 'width': 4}, 'warm_start': None, 'seed': 1}
+        >>> merge(base, {"model": None}) == base
+        True
+    """
+    if values is None and isinstance(base, dict) and not _takes_null(path):
+        return base
+    if not isinstance(base, dict) or not isinstance(values, dict) or not REPLACED.isdisjoint(path[:1]):
+        return values
+    return {**base, **{key: merge(base.get(key), value, (*path, str(key))) for key, value in values.items()}}
+
+
+def _takes_null(path: Sequence[str]) -> bool:
+    hint, _ = _follow(path)
+    return hint is Any or type(None) in members(hint)
+
+
 def override(values: Any, text: str, problems: Problems) -> None:
     """Change `values` in place as `a.b.c=value` says; the value is YAML, or plain text where the schema wants text.
+
+    A section goes over the one that is there, see `merge`.
 
     Example:
         >>> values = {"rollout": {"prompts": 32}}
@@ -149,10 +184,10 @@ def _assign(values: Any, path: list[str], value: Any, problems: Problems) -> Non
         elif not isinstance(node, dict):
             problems.add(".".join(path), f"{'.'.join(path[:depth])} is not a section, so nothing inside it can be set")
             return
-        if depth == len(path) - 1:
-            node[key] = value
-            return
         child = node[key] if isinstance(node, list) else node.get(key)
+        if depth == len(path) - 1:
+            node[key] = merge(child, value, tuple(path))
+            return
         if child is None:
             child = node[key] = {}
         node = child

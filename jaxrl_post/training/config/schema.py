@@ -75,7 +75,9 @@ class ModelConfig:
     router_loss: RouterLossConfig | None = option("what keeps experts evenly used; null: nothing", None)
     quantize: Literal["none", "int8", "nf4"] = option("bits of the frozen projections under adapters", "none")
     export: str | None = option(
-        "directory that receives the trained policy as a Hugging Face checkpoint, and its adapters if it has any", None
+        "directory that receives the trained policy as a Hugging Face checkpoint, and its adapters if it has any; not "
+        "one that holds another run's",
+        None,
     )
     width: int = option("size of the residual stream (D)", 128, minimum=1)
     layers: int = option("number of blocks", 2, minimum=1)
@@ -89,7 +91,11 @@ class ModelConfig:
     softcap: float | None = option("logits become softcap * tanh(logits / softcap); null: no cap", None, above=0)
     norm_eps: float = option("epsilon of RMSNorm", 1e-6, above=0)
     dtype: Literal["float32", "bfloat16"] = option("type that activations are computed in", "float32")
-    param_dtype: Literal["float32", "bfloat16"] = option("type that parameters are stored and updated in", "float32")
+    param_dtype: Literal["float32", "bfloat16"] = option(
+        "type that parameters are stored and updated in, adapters always in float32; with bfloat16 and no lora most "
+        "updates are rounded away at usual learning rates",
+        "float32",
+    )
     remat: Literal["none", "dots", "full"] = option(
         "what the backward pass recomputes: nothing, all but matrix products, or whole blocks (least memory)", "none"
     )
@@ -145,7 +151,11 @@ class DataConfig:
     )
     size: int = option("problems to draw from the task's generator, or tasks of the environment", 100_000, minimum=1)
     max_prompt_length: int = option("longest prompt, tokens", minimum=1)
-    on_long_prompt: Literal["filter", "error"] = option("a longer prompt is dropped and counted, or an error", "filter")
+    on_long_prompt: Literal["filter", "error"] = option(
+        "problems whose prompt, or completion that is given to be trained on, is longer than its limit: left out and "
+        "counted, or an error",
+        "filter",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +256,10 @@ class RolloutConfig:
 
     group_size: int = option("completions per prompt (G)", 8, minimum=1)
     prompts: int = option("prompts per step that are trained on (P)", 32, minimum=1)
-    max_new_tokens: int = option("longest completion, tokens; with what an environment answers in between", minimum=1)
+    max_new_tokens: int = option(
+        "longest completion, tokens, sampled or given to be trained on; with what an environment answers in between",
+        minimum=1,
+    )
     environment: str | None = option(
         "who answers the policy between its turns: a function of yours in Python, as path/file.py:function or "
         "module:function, that returns an object with reset(problem) and step(state, action), see rollout.host_turns "
