@@ -22,7 +22,7 @@ from jaxrl_post.sampling import (
 from jaxrl_post.sampling.transforms import NUMBERS, OVER_VOCABULARY
 from jaxrl_post.types import Array, Unembedding
 
-PER_SEQUENCE = {**dict.fromkeys(NUMBERS, 0), **dict.fromkeys(OVER_VOCABULARY, 1)}
+PER_SEQUENCE = {**dict.fromkeys(NUMBERS, 0), **dict.fromkeys(("stop_tokens", *OVER_VOCABULARY), 1)}
 """The fields of `SamplingParams` that sequences may have of their own, and the axes of one that all share."""
 
 
@@ -37,7 +37,7 @@ def own_of_sequences(sampling: SamplingParams) -> tuple[str, ...]:
 
 
 def flat_params(sampling: SamplingParams, num_prompts: int, group_size: int) -> SamplingParams:
-    """`sampling` with `[B]` in the place of every `[P]` or `[P, G]`, and `[B, V]` in that of `[P, V]` or `[P, G, V]`.
+    """`sampling` with `[B, ...]` in the place of every `[P, ...]` or `[P, G, ...]`.
 
     Raises:
         ValueError: for an array of another shape.
@@ -53,7 +53,8 @@ def flat_params(sampling: SamplingParams, num_prompts: int, group_size: int) -> 
         rows = value.ndim - PER_SEQUENCE[name]
         rest = value.shape[rows:]
         if value.shape[:rows] not in (grouped[:1], grouped):
-            one, tail = ("[V]", ", V") if rest else ("a number", "")
+            axis = "K" if name == "stop_tokens" else "V"
+            one, tail = (f"[{axis}]", f", {axis}") if rest else ("a number", "")
             raise ValueError(
                 f"sampling.{name} must be {one}, [P{tail}] with P = {num_prompts}, or [P, G{tail}] with P, G = "
                 f"{num_prompts}, {group_size}; got shape {value.shape}"
@@ -107,7 +108,7 @@ class Drawer(NamedTuple):
         allowed = tempered
         if changed:
             state = None if counts is None else SamplingState(counts, self._in_prompt(request, counts), count)
-            allowed = transform(logits, state, **own, stop_tokens=self.sampling.stop_tokens)
+            allowed = transform(logits, state, **own)
         start = self.requests.length[request // self.requests.group_size]
         token = None
         if greedy is not True:

@@ -247,7 +247,9 @@ def _plain(sampling: SamplingParams) -> SamplingParams:
         if value.ndim:
             raise ValueError(f"sampling.{name} must be one number for all sequences of a server, got {value.shape}")
         plain[name] = value.item()
-    stops = tuple(int(token) for token in np.asarray(sampling.stop_tokens).reshape(-1) if token >= 0)
+    if np.ndim(sampling.stop_tokens) > 1:
+        raise ValueError("sampling.stop_tokens must be the same for all sequences of a server, a tuple or [K]")
+    stops = tuple(int(token) for token in np.asarray(sampling.stop_tokens) if token >= 0)
     sampling = SamplingParams(**plain, stop_tokens=stops)
     check(sampling)
     if not sampling.greedy:

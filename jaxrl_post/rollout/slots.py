@@ -315,7 +315,8 @@ def decode_all(
             state = relieved(state, cache_pages)
         request, count = state.request, state.count
         # The cache's place of a sequence that has ended is marked as padding; its output is not used.
-        length = requests.length[jnp.minimum(request, total - 1) // requests.group_size]
+        known = jnp.minimum(request, total - 1)
+        length = requests.length[known // requests.group_size]
         position = jnp.where(state.ended, -1, length + count - 1)
         hidden, cache = policy.decode(params, state.token[:, None], position[:, None], state.cache)
         drawn = draw(hidden[:, 0], request, count, state.counts)
@@ -334,8 +335,8 @@ def decode_all(
             return buffer.at[jnp.where(running, request, total), count].set(values, mode="drop")
 
         recent = jnp.concatenate([state.recent, token[:, None]], axis=1)[:, 1:]
-        stopped = is_end(token, recent) & (alive > 0)
-        so_far, most = count + 1, limit[jnp.minimum(request, total - 1)]
+        stopped = is_end(known, token, recent) & (alive > 0)
+        so_far, most = count + 1, limit[known]
         said, conversation = alive, ()
         if turns is None:
             full = so_far >= most
@@ -422,16 +423,18 @@ def together(
     return policy.insert(cache, own, group_size)  # type: ignore[misc]
 
 
-def _ends(sampling: SamplingParams) -> tuple[Callable[[Array, Array], Array], int]:
+def _ends(sampling: SamplingParams) -> tuple[Callable[[Array, Array, Array], Array], int]:
     """What tells from the last tokens whether a sequence has ended, and how many tokens it must know.
 
-    The function takes the last token `[R]` and the last ones `[R, m]`, -1 where there was none, and gives `[R]` bool.
+    The function takes sequences `[R]`, the last token of each `[R]` and its last ones `[R, m]`, -1 where there was
+    none, and gives `[R]` bool.
     """
     stop_tokens = jnp.asarray(sampling.stop_tokens, jnp.int32)
     memory = max(map(len, sampling.stop_sequences), default=0)
 
-    def is_end(token: Array, recent: Array) -> Array:
-        ended = jnp.any(token[:, None] == stop_tokens, axis=-1)
+    def is_end(request: Array, token: Array, recent: Array) -> Array:
+        stops = stop_tokens if stop_tokens.ndim == 1 else stop_tokens[request]
+        ended = jnp.any(token[:, None] == stops, axis=-1)
         for sequence in sampling.stop_sequences:
             ended |= jnp.all(recent[:, memory - len(sequence) :] == jnp.asarray(sequence), axis=-1)
         return ended

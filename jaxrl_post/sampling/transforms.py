@@ -25,7 +25,8 @@ class SamplingParams(NamedTuple):
         top_p: keep the smallest set of most probable tokens whose probabilities sum to at least this, in (0, 1].
         min_p: keep tokens at least this fraction as probable as the most probable one, in [0, 1).
         greedy: take the most probable token; temperature and truncations are then without effect on the choice.
-        stop_tokens: ids that end a sequence; a tuple, or an array `[K]` (-1 for none).
+        stop_tokens: ids that end a sequence; a tuple, or an array `[K]` (-1 for none), or of each prompt `[P, K]` or
+            sequence `[P, G, K]`.
         repetition_penalty: see `transform`; 1 is none.
         presence_penalty: see `transform`; 0 is none.
         frequency_penalty: see `transform`; 0 is none.
@@ -130,9 +131,8 @@ def check(params: SamplingParams) -> None:
         value = getattr(p, name)
         if not (known(value) or isinstance(value, bool) or hasattr(value, "ndim")):
             raise ValueError(f"{name} must be a number, or an array [P] or [P, G], got {value!r}")
-    if not isinstance(p.stop_tokens, tuple) and getattr(p.stop_tokens, "ndim", None) != 1:
-        found = f"shape {p.stop_tokens.shape}" if hasattr(p.stop_tokens, "ndim") else repr(p.stop_tokens)
-        raise ValueError(f"stop_tokens must be a tuple or an array [K], the same for all sequences, got {found}")
+    if not isinstance(p.stop_tokens, tuple) and not getattr(p.stop_tokens, "ndim", 0):
+        raise ValueError(f"stop_tokens must be a tuple, or an array [K], [P, K] or [P, G, K], got {p.stop_tokens!r}")
     if not all(isinstance(sequence, tuple) for sequence in (p.stop_sequences, *p.stop_sequences)):
         raise ValueError(f"stop_sequences must be a tuple of tuples of token ids, got {p.stop_sequences!r}")
     if known(p.temperature) and not p.temperature > 0:
@@ -189,7 +189,7 @@ def transform(
         presence_penalty: nats; 0 is none.
         frequency_penalty: nats for each time; 0 is none.
         min_tokens: `stop_tokens` are banned until the completion has so many tokens.
-        stop_tokens: ids, for `min_tokens`; negative ones are ignored.
+        stop_tokens: ids `[K]` or `[..., K]`, for `min_tokens`; negative ones are ignored.
         logit_bias: `[V]` or `[..., V]`.
         allowed: bool, `[V]` or `[..., V]`; what is False is banned.
 
@@ -221,6 +221,7 @@ def transform(
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
         min_tokens=min_tokens,
+        stop_tokens=stop_tokens,
         logit_bias=logit_bias,
         allowed=allowed,
     )
@@ -230,6 +231,9 @@ def transform(
         found = jnp.shape(getattr(given, name))
         if found not in ((), rows):
             raise ValueError(f"{name} must be a number, or {list(rows)} for each row, got shape {found}")
+    shape = getattr(stop_tokens, "shape", ())
+    if shape[:-1] not in ((), rows):
+        raise ValueError(f"stop_tokens must be [K] or {[*rows, 'K']}, got shape {shape}")
     for name in OVER_VOCABULARY:
         value = getattr(given, name)
         if value is not None and jnp.shape(value) not in ((size,), logits.shape):
@@ -240,7 +244,7 @@ def transform(
     if needs_state(given):
         if state is None:
             raise ValueError("penalties and min_tokens depend on what was sampled before: give state")
-        logits = _penalized(logits, state, given, stop_tokens)
+        logits = _penalized(logits, state, given)
     if allowed is not None:
         logits = jnp.where(allowed, logits, -jnp.inf)
     logits = logits / _column(temperature)
@@ -266,9 +270,7 @@ def _column(value: Array | float) -> Any:
     return value[..., None] if getattr(value, "ndim", 0) else value  # type: ignore[index]
 
 
-def _penalized(
-    logits: Array, state: SamplingState, params: SamplingParams, stop_tokens: Array | tuple[int, ...]
-) -> Array:
+def _penalized(logits: Array, state: SamplingState, params: SamplingParams) -> Array:
     counts, prompt, number = state
     if not is_off("repetition_penalty", params.repetition_penalty):
         factor = _column(params.repetition_penalty)
@@ -278,10 +280,13 @@ def _penalized(
         logits = logits - _column(params.frequency_penalty) * counts
     if not is_off("presence_penalty", params.presence_penalty):
         logits = logits - _column(params.presence_penalty) * (counts > 0)
-    stops = jnp.asarray(stop_tokens, jnp.int32)
     if not is_off("min_tokens", params.min_tokens):
         size = logits.shape[-1]
-        banned = jnp.zeros(size, bool).at[jnp.where(stops < 0, size, stops)].set(True, mode="drop")
+
+        def among(stops: Array) -> Array:
+            return jnp.zeros(size, bool).at[jnp.where(stops < 0, size, stops)].set(True, mode="drop")
+
+        banned = jnp.vectorize(among, signature="(k)->(v)")(jnp.asarray(params.stop_tokens, jnp.int32))
         early = jnp.asarray(number < params.min_tokens)[..., None]
         logits = jnp.where(early & banned, -jnp.inf, logits)
     return logits

@@ -308,6 +308,7 @@ def test_there_are_no_more_requests_at_a_time_than_allowed():
         ({}, {"stop_sequences": ((1, 2),)}, "sampling.stop_sequences cannot"),
         ({}, {"allowed": np.ones(VOCAB, bool)}, "sampling.allowed cannot"),
         ({}, {"temperature": np.ones(3)}, "sampling.temperature must be one number"),
+        ({}, {"stop_tokens": np.ones((4, 1), int)}, "sampling.stop_tokens must be the same for all sequences"),
         ({}, {"temperature": 0.0}, "temperature must be positive"),
         ({}, {"temperature": 0.7}, "raw log-probs are those at temperature 1, .* 0.7.*processed_logprobs"),
         ({"log_probs": "processed"}, {"temperature": 0.7, "greedy": True}, "leave sampling.temperature at 1, got 0.7"),

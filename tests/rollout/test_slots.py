@@ -160,6 +160,24 @@ def test_prompts_of_one_batch_may_have_biases_and_vocabularies_of_their_own(slot
     assert all(tokens == [number // 10 + number % 10] * N for number, tokens in said(allowed=members).items())
 
 
+def test_prompts_of_one_batch_may_have_stop_tokens_of_their_own():
+    ends = ((3, 9, 12), (5, -1, -1), (-1, -1, -1), (0, 1, 2))
+    some, own = prompts((0, 1, 2, 3)), jnp.asarray(ends)
+    run = program(policy=TABLE, slots=3)
+    for how in ({}, {"min_tokens": 3}):
+        found = completions(run(params(TABLE), some, KEY, sampling=SamplingParams(stop_tokens=own, **how)))
+        lengths = set()
+        for row, stops in enumerate(ends):
+            expected = completions(by_table(SamplingParams(stop_tokens=stops, **how), some))
+            for number in (10 * row, 10 * row + 1):
+                assert found[number][0] == expected[number][0]
+                lengths.add(len(found[number][0]))
+        assert len(lengths) > 2
+    groups = completions(run(params(TABLE), some, KEY, sampling=SamplingParams(stop_tokens=own[:, None].repeat(2, 1))))
+    plain = completions(run(params(TABLE), some, KEY, sampling=SamplingParams(stop_tokens=own)))
+    assert {number: row[0] for number, row in groups.items()} == {number: row[0] for number, row in plain.items()}
+
+
 def test_a_last_batch_that_is_smaller_is_sampled_in_as_many_slots_as_it_needs():
     found = completions(by_table(some=prompts((4,)), slots=16, refill=4))
     assert {number: row[0] for number, row in found.items()} == {
@@ -259,8 +277,11 @@ def test_a_vocabulary_of_which_nothing_is_allowed_aborts_at_once():
             {"sampling": SamplingParams(logit_bias=jnp.ones(1))},
             r"logit_bias must be \[16\] or \[14, 16\], got",
         ),
-        ({"sampling": SamplingParams(stop_tokens=jnp.ones((7, 1), int))}, r"an array \[K\], .* got shape \(7, 1\)"),
-        ({"sampling": SamplingParams(stop_tokens=[3])}, r"stop_tokens must be a tuple or an array .* got \[3\]"),
+        (
+            {"sampling": SamplingParams(stop_tokens=jnp.ones((14, 1), int))},
+            r"sampling.stop_tokens must be \[K\], \[P, K\] with P = 7, or \[P, G, K\] .* got shape \(14, 1\)",
+        ),
+        ({"sampling": SamplingParams(stop_tokens=[3])}, r"stop_tokens must be a tuple, or an array .* got \[3\]"),
         ({"sampling": SamplingParams(stop_sequences=(1, 2))}, r"must be a tuple of tuples of token ids, got \(1, 2\)"),
         ({"sampling": SamplingParams(temperature=[1.0])}, r"temperature must be a number, or an array .* got \[1.0\]"),
     ],

@@ -231,6 +231,8 @@ def test_stop_tokens_are_banned_until_there_are_enough_tokens():
     state = SamplingState(jnp.zeros((2, 5), int), jnp.zeros((2, 5), bool), jnp.array([1, 2]))
     out = transform(jnp.stack([LOGITS, LOGITS]), state, min_tokens=2, stop_tokens=jnp.array([0, 3, -1]))
     assert np.isfinite(np.asarray(out)).tolist() == [[False, True, True, False, True], [True] * 5]
+    own = transform(jnp.stack([LOGITS, LOGITS]), state, min_tokens=3, stop_tokens=jnp.array([[0, -1], [1, 2]]))
+    assert np.isfinite(np.asarray(own)).tolist() == [[False] + [True] * 4, [True, False, False, True, True]]
 
 
 def test_sixteen_bit_logits_are_raised_and_float64_stays():
@@ -261,6 +263,7 @@ def test_only_cuts_truncate():
         ({"presence_penalty": 0.5}, "depend on what was sampled before: give state"),
         ({"temperature": jnp.ones((2, 1))}, r"temperature must be a number, or \[\] for each row, got shape \(2, 1\)"),
         ({"min_p": jnp.zeros(5)}, r"min_p must be a number, or \[\] for each row, got shape \(5,\)"),
+        ({"stop_tokens": jnp.zeros((2, 5), int)}, r"stop_tokens must be \[K\] or \['K'\], got shape \(2, 5\)"),
         ({"logit_bias": jnp.zeros((5, 5))}, r"logit_bias must be \[5\] or \[5\], got shape \(5, 5\)"),
         ({"allowed": jnp.ones(1, bool)}, r"allowed must be \[5\] or \[5\], got shape \(1,\)"),
     ],
