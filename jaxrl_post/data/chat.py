@@ -18,9 +18,9 @@ def encode_prompt(tokenizer: Tokenizer, problem: Problem) -> list[int]:
     """Token ids of a problem's prompt, up to where the completion begins.
 
     Text is encoded as it stands, behind the tokenizer's own start token (`prefix_ids`, where it has that) unless the
-    text begins with it; `prompt_tokens` are taken as they are. Messages (`prompt_messages`) go through the
-    chat template with the problem's `tools` and `chat_template_kwargs`, and the beginning of the assistant's turn is
-    added; if the last message is the assistant's, it is left open to be continued.
+    text begins with it; `prompt_tokens` are taken as they are. Messages (`prompt_messages`) go through the chat
+    template with the problem's `tools` and `chat_template_kwargs`, and the beginning of the assistant's turn is added;
+    if the last message is the assistant's, it is left open to be continued.
 
     Args:
         tokenizer: with a chat template if there are messages.

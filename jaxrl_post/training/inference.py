@@ -133,7 +133,7 @@ def _in_conversations(setup: Setup) -> bool:
         return options.chat
     try:
         return "prompt_messages" in setup.problems.train[0]
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         logger.warning("whether the run was trained on messages cannot be seen (%s); prompts are plain text", error)
         return False
 
