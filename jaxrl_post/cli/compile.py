@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser, count: Callable[[str], int]) 
     """Declare the arguments of the command."""
     parser.description = DESCRIPTION
     parser.add_argument("config", metavar="CONFIG", help="YAML file, as for train")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. mesh.fsdp=64 training.micro_batches=8")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. mesh.fsdp=64 training.micro_batches=8"
+    )
     parser.add_argument("--topology", required=True, metavar="NAME", help="a slice, e.g. v5e:1x1, v5p:4x4x4 or v6e:2x4")
     parser.add_argument("--slices", type=count, default=1, metavar="N", help="slices of that shape (1)")
     parser.add_argument(

@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "train as a configuration says, or resume the run in its run_dir")
     train.add_argument("config", metavar="CONFIG", help="YAML file; `jaxrl-post config` lists its keys")
     train.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="e.g. training.steps=100 rollout.group_size=16"
+        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. training.steps=100 rollout.group_size=16"
     )
     train.add_argument(
         "--executables", metavar="DIR", help="programs that compile --save has written, in the place of compiling them"
@@ -144,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="key=value",
         help="how to measure, e.g. data.eval_files=[other.jsonl]",
     )
@@ -167,7 +168,11 @@ def _parser() -> argparse.ArgumentParser:
 
     methods = command("methods", _methods, "list the methods, or show one: methods show mc-grpo")
     methods.add_argument(
-        "words", nargs="*", metavar="WORD", help="only those whose record holds every word; `show ID` prints one"
+        "words",
+        nargs="*",
+        default=[],
+        metavar="WORD",
+        help="only those whose record holds every word; `show ID` prints one",
     )
     methods.add_argument("--family", metavar="NAME", help="only those of a family")
     methods.add_argument("--json", action="store_true", help="print one JSON array of records")

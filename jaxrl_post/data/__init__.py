@@ -4,6 +4,7 @@ from jaxrl_post.data.batching import pad_prompts, to_rollouts
 from jaxrl_post.data.chat import ChatSource, continue_chat, encode_completion, encode_prompt, extend_prompt
 from jaxrl_post.data.choices import InvertedQuestion, invert_question, negate_question
 from jaxrl_post.data.environments import verifiers_problems
+from jaxrl_post.data.json_rows import JsonlRows
 from jaxrl_post.data.problems import (
     IDENTITY,
     Problem,
@@ -15,7 +16,7 @@ from jaxrl_post.data.problems import (
     identity,
     spaced_seed,
 )
-from jaxrl_post.data.rows import ArrowRows, JoinedRows, JsonlRows, Rows, open_rows
+from jaxrl_post.data.rows import ArrowRows, JoinedRows, Rows, open_rows
 from jaxrl_post.data.schemas import RowType, as_messages, detect, show_messages, to_problem
 from jaxrl_post.data.sources import FileSource, JsonlSource, open_source
 from jaxrl_post.data.stream import ProblemStream, prompt_fits, stream

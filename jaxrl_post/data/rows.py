@@ -1,8 +1,8 @@
 """Rows of data files, by number: JSON lines, Parquet, Arrow, and directories that hold them.
 
-Nothing but an index is kept in memory. A JSON line is read when it is asked for, Arrow files are mapped into memory,
-and a Parquet file, whose rows cannot be reached one by one, is first copied into such a file. What the columns mean is
-not known here.
+Nothing but an index is kept in memory, but of a JSON file that is one array. A JSON line is read when it is asked for,
+Arrow files are mapped into memory, and a Parquet file, whose rows cannot be reached one by one, is first copied into
+such a file. What the columns mean is not known here.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ import json
 import os
 import re
 import tempfile
-from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
-Row: TypeAlias = dict[str, Any]
-PathLike: TypeAlias = str | os.PathLike[str]
+from jaxrl_post.data.json_rows import JsonArrayRows, JsonlRows, PathLike, Row, is_array, unreadable
 
 _JSON = (".jsonl", ".ndjson", ".json")
 _ARROW = (".arrow", ".arrows", ".feather", ".ipc")
@@ -46,72 +44,6 @@ class Rows(Protocol):
     def scan(self) -> Iterator[Row | ValueError]:
         """All rows in order, and for each that `read` refuses the error: faster than reading one by one."""
         ...
-
-
-class JsonlRows:
-    r"""The lines of a JSONL file, each read when it is asked for; blank lines do not count.
-
-    The file is read once to find where lines begin: 24 bytes of memory a row.
-
-    Args:
-        path: the file, UTF-8.
-
-    Raises:
-        ValueError: if the file is missing or has no line.
-
-    Example:
-        >>> path = Path(tempfile.mkdtemp()) / "sums.jsonl"
-        >>> _ = path.write_text('{"a": 1}\n\n{"a": 2}\n')
-        >>> rows = JsonlRows(path)
-        >>> rows.read(1), rows.where(1).removeprefix(str(path))
-        ({'a': 2}, ', line 3')
-    """
-
-    def __init__(self, path: PathLike):
-        self.path = Path(path)
-        self._start, self._size, self._number = array("Q"), array("Q"), array("Q")
-        try:
-            with open(self.path, "rb") as file:
-                start = 0
-                for number, line in enumerate(file, start=1):
-                    # An editor's byte order mark is no part of the first object.
-                    mark = 3 if number == 1 and line.startswith(b"\xef\xbb\xbf") else 0
-                    if line[mark:].strip():
-                        self._start.append(start + mark)
-                        self._size.append(len(line) - mark)
-                        self._number.append(number)
-                    start += len(line)
-        except OSError as error:
-            raise _unreadable(self.path, error) from error
-        if not self._start:
-            raise ValueError(f"data file {self.path} is empty: expected one JSON object per line")
-
-    def __len__(self) -> int:
-        return len(self._start)
-
-    def read(self, index: int) -> Row:
-        """The object on line `index`."""
-        try:
-            with open(self.path, "rb") as file:
-                file.seek(self._start[index])
-                line = file.read(self._size[index])
-        except OSError as error:
-            raise _unreadable(self.path, error) from error
-        return _parse(line)
-
-    def where(self, index: int) -> str:
-        """File and line, counted from 1."""
-        return f"{self.path}, line {self._number[index]}"
-
-    def scan(self) -> Iterator[Row | ValueError]:
-        """All rows or what is wrong with them."""
-        with open(self.path, "rb") as file:
-            for start, size in zip(self._start, self._size, strict=True):
-                file.seek(start)
-                try:
-                    yield _parse(file.read(size))
-                except ValueError as error:
-                    yield error
 
 
 class ArrowRows:
@@ -143,7 +75,7 @@ class ArrowRows:
         try:
             open(self.path, "rb").close()  # pyarrow says less clearly what is wrong
         except OSError as error:
-            raise _unreadable(self.path, error) from error
+            raise unreadable(self.path, error) from error
         try:
             if self.path.suffix.lower() in _PARQUET:
                 with tempfile.TemporaryDirectory(prefix="jaxrl_post_rows_") as directory:
@@ -228,8 +160,9 @@ def open_rows(paths: PathLike | Sequence[PathLike], *, split: str | None = None)
 
     Args:
         paths: a path or several; a pattern (`data/part-*.parquet`, `**` for any depth) stands for its files in
-            alphabetical order. The suffix tells the format: `.jsonl`, `.ndjson` and `.json` (one object per line),
-            `.parquet`, `.pq`, `.arrow`, `.arrows`, `.feather`, `.ipc`.
+            alphabetical order. The suffix tells the format: `.jsonl`, `.ndjson` and `.json` (one object per line;
+            `.json` may be one array of objects, which is kept in memory), `.parquet`, `.pq`, `.arrow`, `.arrows`,
+            `.feather`, `.ipc`.
         split: which part of a directory with several; needed only there.
 
     Returns:
@@ -257,7 +190,7 @@ def open_rows(paths: PathLike | Sequence[PathLike], *, split: str | None = None)
 def _open_file(path: Path) -> Rows:
     suffix = path.suffix.lower()
     if suffix in _JSON:
-        return JsonlRows(path)
+        return JsonArrayRows(path) if suffix == ".json" and is_array(path) else JsonlRows(path)
     if suffix in (*_PARQUET, *_ARROW):
         return ArrowRows(path)
     raise ValueError(
@@ -327,20 +260,6 @@ def _json_file(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
 
 
-def _parse(line: bytes) -> Row:
-    try:
-        row = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text ({error.reason}, byte {error.start} of the line)") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON ({error.msg}, column {error.colno})") from error
-    except RecursionError as error:
-        raise ValueError("not valid JSON (nested too deep)") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object with one key per column, got {type(row).__name__}")
-    return row
-
-
 def _copy_parquet(path: Path, target: Path) -> Path:
     import pyarrow
     import pyarrow.parquet
@@ -365,7 +284,3 @@ def _map_arrow(path: Path) -> list[Any]:
         reader = pyarrow.ipc.open_file(mapped)
         return [reader.get_batch(i) for i in range(reader.num_record_batches)]
     return list(pyarrow.ipc.open_stream(mapped))
-
-
-def _unreadable(path: Path, error: OSError) -> ValueError:
-    return ValueError(f"data file {path} cannot be read: {error.strerror or error}; check the path")

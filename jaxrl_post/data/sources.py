@@ -10,8 +10,9 @@ from array import array
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from jaxrl_post.data.json_rows import JsonlRows, PathLike, Row
 from jaxrl_post.data.problems import Problem
-from jaxrl_post.data.rows import JoinedRows, JsonlRows, PathLike, Row, Rows, open_rows
+from jaxrl_post.data.rows import JoinedRows, Rows, open_rows
 from jaxrl_post.data.schemas import RowType, detect, to_problem
 from jaxrl_post.data.templates import bare_field, lookup, render
 

@@ -240,3 +240,29 @@ def test_a_large_parquet_file_is_not_kept_in_memory(tmp_path):
     source = open_source(path)
     assert source[9_999]["prompt"] == f"{9_999:01000}"
     assert pa.total_allocated_bytes() - before < 2e6  # of 10
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_json_file_may_be_one_array(mark, tmp_path):
+    path = tmp_path / "pairs.json"
+    path.write_text(mark + json.dumps([{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(3)], indent=2))
+    source = open_source(path)
+    source[1]["answer"] = "changed"
+    assert [source[n]["answer"] for n in range(3)] == ["1", "2", "3"]
+    lines = tmp_path / "lines.json"
+    lines.write_text('{"prompt": "9+1=", "answer": "10"}\n')
+    assert [row["prompt"] for row in open_rows([path, lines]).scan()] == ["0+1=", "1+1=", "2+1=", "9+1="]
+
+
+def test_an_array_with_rows_that_are_no_objects_names_them_and_a_broken_one_its_place(tmp_path):
+    path = tmp_path / "pairs.json"
+    path.write_text('[{"prompt": "a"}, 3]')
+    with pytest.raises(ValueError, match=r"pairs.json, row 1 \(counted from 0\).*got int"):
+        open_source(path)
+    assert len(open_source(path, on_bad_row="skip")) == 1
+    path.write_text('[{"prompt": "a"},\n {"prompt": "b"')
+    with pytest.raises(ValueError, match=r"pairs.json begins as a JSON array, but cannot be read \(.*line 2"):
+        open_rows(path)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=r"pairs.json is empty"):
+        open_rows(path)

@@ -119,7 +119,7 @@ class DataConfig:
     )
     environment_options: dict[str, Any] = option("its other keywords", factory=dict)
     files: tuple[str, ...] = option(
-        "JSONL, Parquet or Arrow files (or globs), or directories of a saved data set; rows in the layouts of TRL or "
+        "JSON (lines, or one array), Parquet or Arrow files (or globs), or directories of a saved data set; rows in the layouts of TRL or "
         "verl, or any with templates",
         factory=tuple,
     )
