@@ -141,7 +141,7 @@ def is_array(path: PathLike) -> bool:
 
 
 def unreadable(path: Path, error: OSError) -> ValueError:
-    """The error of a data file that the system does not give."""
+    """The error for a data file that cannot be opened."""
     return ValueError(f"data file {path} cannot be read: {error.strerror or error}; check the path")
 
 
