@@ -119,8 +119,8 @@ class DataConfig:
     )
     environment_options: dict[str, Any] = option("its other keywords", factory=dict)
     files: tuple[str, ...] = option(
-        "JSON (lines, or one array), Parquet or Arrow files (or globs), or directories of a saved data set; rows in the "
-        "layouts of TRL or verl, or any with templates",
+        "JSON (lines, or one array), Parquet or Arrow files (or globs), or directories of a saved data set; rows in "
+        "the layouts of TRL or verl, or any with templates",
         factory=tuple,
     )
     eval_files: tuple[str, ...] = option(
