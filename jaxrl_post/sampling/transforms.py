@@ -129,7 +129,7 @@ def check(params: SamplingParams) -> None:
     p = params
     for name in NUMBERS:
         value = getattr(p, name)
-        if not (known(value) or isinstance(value, bool) or hasattr(value, "ndim")):
+        if not (known(value) or hasattr(value, "ndim")):
             raise ValueError(f"{name} must be a number, or an array [P] or [P, G], got {value!r}")
     if not isinstance(p.stop_tokens, tuple) and not getattr(p.stop_tokens, "ndim", 0):
         raise ValueError(f"stop_tokens must be a tuple, or an array [K], [P, K] or [P, G, K], got {p.stop_tokens!r}")

@@ -306,7 +306,6 @@ def test_whether_a_prompt_is_a_message_is_what_the_run_was_trained_on(tmp_path, 
     from jaxrl_post.training import setup
 
     def made(row):
-        (tmp_path / "train.jsonl").write_text(json.dumps(row | {"answer": "1"}) + "\n")
         path = runs.tiny_run(tmp_path, method={"name": "grpo"}, warm_start=None, eval={"problems": 0})
         (tmp_path / "train.jsonl").write_text(json.dumps(row | {"answer": "1"}) + "\n")
         return setup.build(configs.load(path, ["data.eval_files=[]"]))
