@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,9 @@ def load_roles(
     """
     files = RunFiles(run_dir)
     checkpoint_dir = files.root / CHECKPOINTS
-    with files.reading(CONFIG_FILE) as path:
+    with files.reading(CONFIG_FILE) as path, warnings.catch_warnings():
+        if not overrides:
+            warnings.simplefilter("ignore", configs.ConfigWarning)  # whoever trained it was warned
         # The data that it was trained on may be gone by now.
         config = configs.load(path, overrides, check_files=False)
     if mesh is not None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import huggingface_hub
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from jaxrl_post import models as hf_models
 from jaxrl_post.training import config as configs
 from jaxrl_post.training import inference, loop
+from jaxrl_post.training.checkpoint import CheckpointError
 from jaxrl_post.training.config import ConfigError
 from tests.training import runs
 
@@ -318,6 +320,19 @@ def test_whether_a_prompt_is_a_message_is_what_the_run_was_trained_on(tmp_path, 
     (tmp_path / "train.jsonl").unlink()
     assert not inference._in_conversations(parts)
     assert "prompts are plain text" in caplog.text
+
+
+def test_what_a_run_was_warned_of_is_not_said_again_where_it_is_used(tmp_path):
+    model = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 16, "param_dtype": "bfloat16"}
+    path = runs.tiny_run(tmp_path, model=model, warm_start=None)
+    with pytest.warns(configs.ConfigWarning, match="rounded away"):
+        config = configs.load(path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(configs.dump(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(CheckpointError, match="no checkpoint yet"):
+            inference.load_run(tmp_path / "run")
 
 
 def test_models_are_converted_there_and_back_bit_by_bit(tmp_path, checkpoint, capsys):
