@@ -201,6 +201,7 @@ def resume(
         # `generate` has not seen what begins before the cut; what it sampled behind such an end is dropped.
         spoken = jnp.where(fresh, new.tokens[:, :width], jnp.where(rollouts.mask > 0, rollouts.tokens, -1))
         ends = fresh & _completes(spoken, jnp.where(fresh, now, rollouts.step), sampling.stop_sequences)
+        ends &= jnp.cumsum(fresh, axis=1) > jnp.reshape(sampling.min_tokens, (-1, 1))
         fresh &= jnp.cumsum(ends, axis=1) - ends == 0
         finish = jnp.where(jnp.any(ends, axis=1), FINISH_STOP, finish)
     finish = jnp.where(running, finish, FINISH_LENGTH).astype(jnp.int8).reshape(grouped)

@@ -335,7 +335,7 @@ def decode_all(
             return buffer.at[jnp.where(running, request, total), count].set(values, mode="drop")
 
         recent = jnp.concatenate([state.recent, token[:, None]], axis=1)[:, 1:]
-        stopped = is_end(known, token, recent) & (alive > 0)
+        stopped = is_end(known, count, token, recent) & (alive > 0)
         so_far, most = count + 1, limit[known]
         said, conversation = alive, ()
         if turns is None:
@@ -423,20 +423,22 @@ def together(
     return policy.insert(cache, own, group_size)  # type: ignore[misc]
 
 
-def _ends(sampling: SamplingParams) -> tuple[Callable[[Array, Array, Array], Array], int]:
+def _ends(sampling: SamplingParams) -> tuple[Callable[[Array, Array, Array, Array], Array], int]:
     """What tells from the last tokens whether a sequence has ended, and how many tokens it must know.
 
-    The function takes sequences `[R]`, the last token of each `[R]` and its last ones `[R, m]`, -1 where there was
-    none, and gives `[R]` bool.
+    The function takes sequences `[R]`, how many tokens each has before the last, that one `[R]`, and the last ones
+    `[R, m]`, -1 where there was none, and gives `[R]` bool.
     """
     stop_tokens = jnp.asarray(sampling.stop_tokens, jnp.int32)
     memory = max(map(len, sampling.stop_sequences), default=0)
+    least = jnp.asarray(sampling.min_tokens, jnp.int32)
 
-    def is_end(request: Array, token: Array, recent: Array) -> Array:
+    def is_end(request: Array, count: Array, token: Array, recent: Array) -> Array:
         stops = stop_tokens if stop_tokens.ndim == 1 else stop_tokens[request]
         ended = jnp.any(token[:, None] == stops, axis=-1)
+        late = count >= (least if least.ndim == 0 else least[request])
         for sequence in sampling.stop_sequences:
-            ended |= jnp.all(recent[:, memory - len(sequence) :] == jnp.asarray(sequence), axis=-1)
+            ended |= late & jnp.all(recent[:, memory - len(sequence) :] == jnp.asarray(sequence), axis=-1)
         return ended
 
     return is_end, memory

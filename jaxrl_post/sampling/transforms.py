@@ -30,7 +30,8 @@ class SamplingParams(NamedTuple):
         repetition_penalty: see `transform`; 1 is none.
         presence_penalty: see `transform`; 0 is none.
         frequency_penalty: see `transform`; 0 is none.
-        min_tokens: no stop token is drawn before so many tokens; a stop sequence may end it before.
+        min_tokens: no stop token is drawn before so many tokens, and a stop sequence that is complete by then does not
+            end anything.
         stop_sequences: token ids that end a sequence where they have been sampled one after the other.
         logit_bias: array that is added to the logits, `[V]`, or of each prompt `[P, V]` or sequence `[P, G, V]`; None
             for none.

@@ -121,6 +121,19 @@ def test_a_stop_sequence_ends_a_completion_also_where_a_cut_goes_through_it():
     assert found.mask.sum() == (np.asarray(found.length) - LENGTH[:, None]).sum()
 
 
+def test_a_cut_through_a_stop_sequence_does_not_make_it_end_before_the_least_number_of_tokens():
+    rows = np.asarray(whole(TABLE, SamplingParams()).tokens)
+    first, fifth = LENGTH[0], LENGTH[2]
+    sequences = (tuple(rows[0, first + 1 : first + 3].tolist()), tuple(rows[4, fifth + 3 : fifth + 5].tolist()))
+    for least in (2, 3):
+        sampling = SamplingParams(stop_sequences=sequences, min_tokens=least)
+        found = in_pieces(TABLE, sampling, 2)
+        assert_same(found, whole(TABLE, sampling))
+        counts = np.asarray(found.length).reshape(-1)[[0, 4]] - [first, fifth]
+        assert (counts[0] == 3) == (least < 3)
+        assert counts[1] == 5
+
+
 def test_a_stop_sequence_does_not_reach_from_one_step_into_the_next():
     # Token v is always followed by v + 1, and 5 is the last of the prompt's turn.
     table = jnp.where(jnp.arange(V) == (jnp.arange(V)[:, None] + 1) % V, 50.0, 0.0)

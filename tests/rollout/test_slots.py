@@ -198,6 +198,28 @@ def test_a_sequence_of_tokens_ends_a_completion_where_it_was_sampled_whole():
     assert 2 <= stopped < len(free)
 
 
+def test_a_stop_sequence_that_is_complete_before_the_least_number_of_tokens_is_no_end():
+    free = completions(by_table(SamplingParams()))
+    pair = tuple(free[0][0][1:3])  # complete with the third token
+    rows = {number: tokens for number, (tokens, _, _) in free.items()}
+    lengths = []
+
+    @jax.jit
+    def run(least):
+        sampling = SamplingParams(stop_sequences=(pair,), min_tokens=least)
+        return generate(TABLE, params(TABLE), prompts(), KEY, sampling=sampling, max_new_tokens=N, group_size=2)
+
+    for least in (2, 3, np.array([3] + [0] * (len(LENGTH) - 1))):
+        cut = completions(run(least))
+        for number, tokens in rows.items():
+            own = np.broadcast_to(least, LENGTH.shape)[number // 10]
+            ends = [end for end in range(2, N + 1) if tuple(tokens[end - 2 : end]) == pair and end > own]
+            assert cut[number][0] == tokens[: ends[0] if ends else N]
+            assert cut[number][2] == (FINISH_STOP if ends else FINISH_LENGTH)
+        lengths.append(len(cut[0][0]))
+    assert lengths[0] == 3 < lengths[1] == lengths[2]
+
+
 def test_no_stop_token_comes_before_the_least_number_of_tokens():
     early = completions(by_table())
     assert min(len(tokens) for tokens, _, _ in early.values()) < 4
