@@ -21,6 +21,7 @@ from jaxrl_post.data.schemas import RowType, as_messages, detect, show_messages,
 from jaxrl_post.data.sources import FileSource, JsonlSource, open_source
 from jaxrl_post.data.stream import ProblemStream, prompt_fits, stream
 from jaxrl_post.data.tokenizer import PRINTABLE, CharTokenizer, HFTokenizer, Tokenizer, load_tokenizer
+from jaxrl_post.data.vocabulary import token_bytes
 
 __all__ = [
     "IDENTITY",
@@ -63,5 +64,6 @@ __all__ = [
     "stream",
     "to_problem",
     "to_rollouts",
+    "token_bytes",
     "verifiers_problems",
 ]

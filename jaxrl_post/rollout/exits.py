@@ -219,6 +219,8 @@ def generate_exits(
     differ = own_of_sequences(sampling)
     if differ:
         raise ValueError(f"sampling's {', '.join(differ)} must be the same for all prompts where thoughts are left")
+    if sampling.stop_strings is not None:
+        raise ValueError("sampling.stop_strings do not apply where thoughts are left; give stop_sequences instead")
     sample = {"sampling": sampling, "version": version, "cache_dtype": cache_dtype}
     own = prompts._replace(id=ids[:, -1:])
     whole = generate(policy, params, own, key, max_new_tokens=max_new_tokens, **sample)

@@ -19,7 +19,7 @@ from jaxrl_post.rollout.generate import PLAIN
 from jaxrl_post.rollout.host_calls import Caller
 from jaxrl_post.rollout.host_environment import HostEnvironment, TextTokenizer
 from jaxrl_post.rollout.resume import resume
-from jaxrl_post.sampling import SamplingParams, is_truncating
+from jaxrl_post.sampling import SamplingParams, StopStrings, is_truncating
 from jaxrl_post.types import FINISH_NONE, Array, Params, Policy, PyTree, Rollouts
 
 
@@ -85,8 +85,8 @@ def host_turns(
         tasks: `P` of what `reset` takes.
         key: of the random streams, see `generate`.
         tokenizer: of the policy.
-        sampling: see `resume`; `stop_tokens` and `stop_sequences` end an action. What counts tokens counts those of
-            all actions.
+        sampling: see `resume`; `stop_tokens`, `stop_sequences` and `stop_strings` end an action. What counts tokens
+            counts those of all actions.
         max_turns: the most actions of a sequence.
         max_turn_tokens: the most tokens of an action.
         max_length: `T`, the most tokens of a sequence with prompt and observations.
@@ -140,7 +140,7 @@ def host_turns(
     if not len(tasks):
         raise ValueError("tasks hold no task; give at least one")
     transcripts.failure_tokens("", tokenizer, on_error)  # so that one that cannot be encoded is found at once
-    arrays = {name: x for name, x in sampling._asdict().items() if isinstance(x, jax.Array | np.ndarray)}
+    arrays = {name: x for name, x in sampling._asdict().items() if isinstance(x, jax.Array | np.ndarray | StopStrings)}
     act = functools.partial(
         _segment,
         policy=policy,

@@ -10,6 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxrl_post.rollout.drawing import flat_params
+from jaxrl_post.rollout.endings import completes
 from jaxrl_post.rollout.generate import PLAIN, Prompts, generate
 from jaxrl_post.sampling import SamplingParams
 from jaxrl_post.sampling.transforms import is_off
@@ -119,8 +120,8 @@ def resume(
     Sequences whose `finish` is `FINISH_NONE` go on, from behind their last token; the others stay as they are, to the
     bit. A sequence that the budget cuts again stays `FINISH_NONE`, so that the next call goes on with it. Under the
     same parameters and key, pieces of any size make the sequence that one `generate` makes, since its random stream
-    depends on its id and the position only; `min_tokens` and `stop_sequences` hold across the cuts too. Every call
-    reads the whole transcript again, with the parameters of now.
+    depends on its id and the position only; what ends a sequence holds across the cuts too. Every call reads the whole
+    transcript again, with the parameters of now.
 
     Args:
         policy: the model.
@@ -132,8 +133,8 @@ def resume(
             sequence that runs.
         total: the most tokens that are sampled of a sequence in all calls together, a number, `[P]` or `[P, G]`; None:
             as many as its row holds.
-        step: turn that is recorded for the new tokens; None: that of the sequence's last. No stop sequence reaches
-            from one step into the next.
+        step: turn that is recorded for the new tokens; None: that of the sequence's last. No stop sequence or string
+            reaches from one step into the next.
         version: recorded for the new tokens; the others keep theirs, with their `logp` and entropy.
         cache_dtype: see `generate`.
 
@@ -197,10 +198,10 @@ def resume(
     now = jnp.broadcast_to(jnp.asarray(last_step if step is None else step, jnp.int32), fresh.shape)
     budget_spent = (new.finish.reshape(-1) == FINISH_LENGTH) & (jnp.sum(fresh, axis=1) < room)
     finish = jnp.where(budget_spent, FINISH_NONE, new.finish.reshape(-1))
-    if max(map(len, sampling.stop_sequences), default=0) > 1:
+    if max(map(len, sampling.stop_sequences), default=0) > 1 or sampling.stop_strings is not None:
         # `generate` has not seen what begins before the cut; what it sampled behind such an end is dropped.
         spoken = jnp.where(fresh, new.tokens[:, :width], jnp.where(rollouts.mask > 0, rollouts.tokens, -1))
-        ends = fresh & _completes(spoken, jnp.where(fresh, now, rollouts.step), sampling.stop_sequences)
+        ends = fresh & completes(sampling, spoken, jnp.where(fresh, now, rollouts.step))
         ends &= jnp.cumsum(fresh, axis=1) > jnp.reshape(sampling.min_tokens, (-1, 1))
         fresh &= jnp.cumsum(ends, axis=1) - ends == 0
         finish = jnp.where(jnp.any(ends, axis=1), FINISH_STOP, finish)
@@ -251,22 +252,3 @@ def _per_sequence(name: str, value: Array | int, grouped: tuple[int, ...]) -> Ar
             f"{name} must be a number, [P] = [{grouped[0]}] or [P, G] = {list(grouped)}, got shape {value.shape}"
         )
     return jnp.broadcast_to(value[:, None] if value.ndim == 1 else value, grouped).reshape(-1)
-
-
-def _completes(spoken: Array, steps: Array, sequences: tuple[tuple[int, ...], ...]) -> Array:
-    """`[B, T]` bool: whether a token is the last of a stop sequence, all of it sampled in the token's step.
-
-    Args:
-        spoken: `[B, T]` int32, -1 where nothing was sampled.
-        steps: `[B, T]` int32.
-        sequences: token ids.
-    """
-    found = jnp.zeros(spoken.shape, bool)
-    for sequence in sequences:
-        here = jnp.ones(spoken.shape, bool)
-        for back, token in enumerate(reversed(sequence)):
-            before = ((0, 0), (back, 0))
-            there = jnp.pad(spoken, before, constant_values=-1)[:, : spoken.shape[1]] == token
-            here &= there & (jnp.pad(steps, before, constant_values=-1)[:, : spoken.shape[1]] == steps)
-        found |= here
-    return found

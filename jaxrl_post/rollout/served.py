@@ -32,6 +32,7 @@ _UNSUPPORTED = (
     "frequency_penalty",
     "min_tokens",
     "stop_sequences",
+    "stop_strings",
     "logit_bias",
     "allowed",
 )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxrl_post.mesh import constrain, spread
 from jaxrl_post.models.cache_kinds import release
 from jaxrl_post.models.paged_cache import page_width
+from jaxrl_post.rollout.endings import Said, kept_where, listen, nothing_said
 from jaxrl_post.sampling import SamplingParams
 from jaxrl_post.types import FINISH_ABORT, FINISH_LENGTH, FINISH_NONE, FINISH_STOP, Array, Params, Policy, PyTree
 
@@ -142,7 +143,7 @@ class _Slots(NamedTuple):
         request: `[S]` int32, the sequence in each slot; `B` where there is none.
         count: `[S]` int32, its tokens.
         token: `[S]` int32, the last token that there is, at first that of the prompt.
-        recent: `[S, m]` int32, the last of them, for sequences that end it; `m` may be 0.
+        said: what has been sampled, as far as it may become an end.
         counts: `[S, V]` int32 how often it has sampled each, or None.
         ended: `[S]` bool.
         waiting: `[B]` bool, the sequences that have no slot and have not ended.
@@ -156,7 +157,7 @@ class _Slots(NamedTuple):
     request: Array
     count: Array
     token: Array
-    recent: Array
+    said: Said
     counts: Array | None
     ended: Array
     waiting: Array
@@ -189,7 +190,6 @@ def decode_all(
     capacity = width + max_new_tokens
     # Then every sequence has a slot from the beginning, and all have equally many tokens.
     at_once = slots == total and cache_pages is None
-    is_end, memory = _ends(draw.sampling)
     limit = jnp.full(total, max_new_tokens, jnp.int32) if requests.limit is None else requests.limit
 
     def prefilled(tokens: Array, length: Array, cache: PyTree) -> tuple[Array, PyTree]:
@@ -236,7 +236,7 @@ def decode_all(
             request=first,
             count=jnp.zeros(slots, jnp.int32),
             token=last_of(first),
-            recent=jnp.full((slots, memory), -1, jnp.int32),
+            said=nothing_said(draw.sampling, slots),
             counts=counts,
             ended=~fits,
             waiting=jnp.ones(total, bool).at[:slots].set(~fits),
@@ -285,7 +285,7 @@ def decode_all(
             request=state.request.at[rows].set(request, mode="drop"),
             count=state.count.at[rows].set(0, mode="drop"),
             token=state.token.at[rows].set(last_of(request), mode="drop"),
-            recent=state.recent.at[rows].set(-1, mode="drop"),
+            said=jax.tree.map(put, state.said, nothing_said(draw.sampling, refill)),
             counts=None if state.counts is None else state.counts.at[rows].set(0, mode="drop"),
             ended=state.ended.at[rows].set(False, mode="drop"),
             waiting=state.waiting.at[request].set(False, mode="drop"),
@@ -334,10 +334,10 @@ def decode_all(
                 return jax.lax.dynamic_update_slice_in_dim(buffer, values[:, None], jnp.max(count), axis=1)
             return buffer.at[jnp.where(running, request, total), count].set(values, mode="drop")
 
-        recent = jnp.concatenate([state.recent, token[:, None]], axis=1)[:, 1:]
-        stopped = is_end(known, count, token, recent) & (alive > 0)
+        said, stopped = listen(draw.sampling, state.said, known, count, token)
+        stopped &= alive > 0
         so_far, most = count + 1, limit[known]
-        said, conversation = alive, ()
+        chosen, conversation = alive, ()
         if turns is None:
             full = so_far >= most
             finish = jnp.where(alive == 0, FINISH_ABORT, jnp.where(stopped, FINISH_STOP, FINISH_LENGTH))
@@ -346,11 +346,11 @@ def decode_all(
         else:
             reply = turns.reply(state.turns, request, token, alive > 0, stopped, most - so_far)
             conversation, drawn = reply.state, drawn._replace(marks=reply.marks)
-            said, over, finish = reply.sampled, running & reply.over, reply.finish
-            recent = jnp.where(reply.speaking[:, None], recent, -1)
+            chosen, over, finish = reply.sampled, running & reply.over, reply.finish
+            said = kept_where(reply.speaking, said, nothing_said(draw.sampling, slots))
         counts = state.counts
         if counts is not None:
-            counts = counts.at[jnp.arange(slots), token].add(said.astype(counts.dtype))
+            counts = counts.at[jnp.arange(slots), token].add(chosen.astype(counts.dtype))
         if at_once:
             ends = jnp.where(over, finish, state.finish)
         else:
@@ -359,7 +359,7 @@ def decode_all(
             # Of rows that do not run the count goes on where all are written to one column.
             count=count + 1 if at_once else count + running,
             token=token,
-            recent=recent,
+            said=said,
             counts=counts,
             ended=~running | over,
             cache=cache,
@@ -421,24 +421,3 @@ def together(
         return policy.share(policy.init_cache(slots, max_new_tokens, cache_dtype), own)
     cache = policy.init_cache(slots, width + max_new_tokens, cache_dtype)
     return policy.insert(cache, own, group_size)  # type: ignore[misc]
-
-
-def _ends(sampling: SamplingParams) -> tuple[Callable[[Array, Array, Array, Array], Array], int]:
-    """What tells from the last tokens whether a sequence has ended, and how many tokens it must know.
-
-    The function takes sequences `[R]`, how many tokens each has before the last, that one `[R]`, and the last ones
-    `[R, m]`, -1 where there was none, and gives `[R]` bool.
-    """
-    stop_tokens = jnp.asarray(sampling.stop_tokens, jnp.int32)
-    memory = max(map(len, sampling.stop_sequences), default=0)
-    least = jnp.asarray(sampling.min_tokens, jnp.int32)
-
-    def is_end(request: Array, count: Array, token: Array, recent: Array) -> Array:
-        stops = stop_tokens if stop_tokens.ndim == 1 else stop_tokens[request]
-        ended = jnp.any(token[:, None] == stops, axis=-1)
-        late = count >= (least if least.ndim == 0 else least[request])
-        for sequence in sampling.stop_sequences:
-            ended |= late & jnp.all(recent[:, memory - len(sequence) :] == jnp.asarray(sequence), axis=-1)
-        return ended
-
-    return is_end, memory

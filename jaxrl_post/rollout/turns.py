@@ -175,9 +175,9 @@ def generate_turns(
 ) -> Rollouts:
     """Sample `group_size` episodes of each task, in one program: nobody waits for another, nor for the host.
 
-    The policy speaks until a token or sequence that stops (`sampling.stop_tokens`, `stop_sequences`, which belong to
-    the action), or until `max_turn_tokens`. The environment plays the action, and its observation is fed to the policy
-    token by token, while others speak. Every turn adds to one transcript, of which nothing is read twice.
+    The policy speaks until something that stops (`sampling.stop_tokens`, `stop_sequences`, `stop_strings`, which belong
+    to the action), or until `max_turn_tokens`. The environment plays the action, and its observation is fed to the
+    policy token by token, while others speak. Every turn adds to one transcript, of which nothing is read twice.
 
     An episode ends with `FINISH_STOP` when the environment says so; with `FINISH_LENGTH` after `max_turns`, or when the
     observation and a first token of an action behind it would not fit in `max_new_tokens`; with `FINISH_ABORT`, not

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_post.sampling.stop_strings import StopStrings
 from jaxrl_post.types import Array
 
 
@@ -30,9 +31,11 @@ class SamplingParams(NamedTuple):
         repetition_penalty: see `transform`; 1 is none.
         presence_penalty: see `transform`; 0 is none.
         frequency_penalty: see `transform`; 0 is none.
-        min_tokens: no stop token is drawn before so many tokens, and a stop sequence that is complete by then does not
-            end anything.
+        min_tokens: no stop token is drawn before so many tokens, and a stop sequence or string that is complete by then
+            ends nothing.
         stop_sequences: token ids that end a sequence where they have been sampled one after the other.
+        stop_strings: texts that end a sequence where they have come up, whatever their tokens, from
+            `sampling.stop_strings`; the token that completes one is the last. None for none.
         logit_bias: array that is added to the logits, `[V]`, or of each prompt `[P, V]` or sequence `[P, G, V]`; None
             for none.
         allowed: bool array of the same shapes, the tokens that may be drawn; None for all.
@@ -49,6 +52,7 @@ class SamplingParams(NamedTuple):
     frequency_penalty: Array | float = 0.0
     min_tokens: Array | int = 0
     stop_sequences: tuple[tuple[int, ...], ...] = ()
+    stop_strings: StopStrings | None = None
     logit_bias: Array | None = None
     allowed: Array | None = None
 
@@ -150,6 +154,11 @@ def check(params: SamplingParams) -> None:
         raise ValueError(f"min_tokens must be 0 (off) or positive, got {p.min_tokens}")
     if any(not sequence for sequence in p.stop_sequences):
         raise ValueError(f"stop_sequences must not hold an empty one, got {p.stop_sequences}")
+    if not isinstance(p.stop_strings, StopStrings | None):
+        raise ValueError(
+            "stop_strings must be what sampling.stop_strings makes of texts and a vocabulary (data.token_bytes), got "
+            f"{p.stop_strings!r}"
+        )
 
 
 def transform(

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxrl_post import data, models, rewards
 from jaxrl_post import mesh as mesh_lib
 from jaxrl_post.rollout import Exits, Prompts, SamplingParams
+from jaxrl_post.sampling import StopStrings, stop_strings
 from jaxrl_post.training import executables
 from jaxrl_post.training.config import BASE, Config, ConfigError, check_devices
 from jaxrl_post.training.config.methods_check import tokenizer_of
@@ -203,6 +204,19 @@ class Setup:
             found += [ids] if isinstance(ids, int) else list(ids or ())
         return tuple(dict.fromkeys(token for token in found if token < self.tokenizer.vocab_size))
 
+    @functools.cached_property
+    def stop_strings(self) -> StopStrings | None:
+        """What finds the texts that end a completion; None without any.
+
+        Raises:
+            ConfigError: if one is empty, or the tokenizer cannot write it.
+        """
+        texts = self.config.rollout.stop
+        try:
+            return stop_strings(texts, data.token_bytes(self.tokenizer)) if texts else None
+        except ValueError as error:
+            raise ConfigError([f"rollout.stop: {error}"]) from None
+
     def sampling(self) -> SamplingParams:
         """How the completions that are trained on are drawn, but for the tokenizer's stop tokens."""
         options = self.config.rollout.sampling
@@ -215,7 +229,7 @@ class Setup:
         rollout = self.config.rollout
         stops = (*self.stop_tokens, *(int(token) for token in sampling.stop_tokens))
         return Generation(
-            sampling._replace(stop_tokens=stops),
+            sampling._replace(stop_tokens=stops, stop_strings=self.stop_strings),
             rollout.max_new_tokens if max_new_tokens is None else max_new_tokens,
             group_size,
             slots=rollout.slots,

@@ -203,6 +203,34 @@ def test_completions_that_take_each_others_slots_are_those_that_are_decoded_toge
     np.testing.assert_array_equal(found.reward, together.reward)
 
 
+def test_a_text_that_comes_up_ends_completions_that_are_trained_on_and_those_that_are_measured(tmp_path):
+    free, cut = (
+        first_batch(runs.tiny_run(tmp_path / name, **WITHOUT, rollout={**GROUPS, "max_new_tokens": 8, **given}))
+        for name, given in (("freely", {}), ("cut", {"stop": ["3", "72"]}))
+    )
+    tokenizer = setup.build(configs.load(tmp_path / "cut" / "config.yaml")).tokenizer
+    lengths = []
+    for before, after in zip(*(_sampled(batch.rollouts) for batch, *_ in (free, cut)), strict=True):
+        text = tokenizer.decode(before)
+        end = min(text.find(stop) + len(stop) if stop in text else len(before) for stop in ("3", "72"))
+        assert after == before[:end]
+        lengths.append((len(before), len(after)))
+    assert any(after < before for before, after in lengths)
+    assert any(after == before for before, after in lengths)
+    parts = setup.build(configs.load(tmp_path / "cut" / "config.yaml"))
+    assert parts.generation(SamplingParams(greedy=True)).sampling.stop_strings == parts.stop_strings
+    with pytest.raises(configs.ConfigError, match=r"rollout.stop: the stop string '→' can never come up"):
+        setup.build(
+            configs.load(runs.tiny_run(tmp_path / "never", rollout={**GROUPS, "stop": ["→"]}))
+        ).trained_generation()
+
+
+def _sampled(rollouts):
+    return [
+        row[mask > 0].tolist() for row, mask in zip(*map(np.asarray, (rollouts.tokens, rollouts.mask)), strict=True)
+    ]
+
+
 def test_keys_and_values_are_kept_in_the_type_that_is_asked_for(tmp_path):
     parts = setup.build(configs.load(runs.tiny_run(tmp_path, rollout={"max_new_tokens": 3, "cache_dtype": "bfloat16"})))
     how, params = parts.trained_generation(), parts.initial_params()

@@ -206,6 +206,11 @@ CASES = [
         "rollout.mesh",
         "eval.problems is 0",
     ),
+    (
+        {"method": {"name": "sft"}, "training__batch_size": 16, "eval": {"problems": 0}, "rollout__stop": [">"]},
+        "rollout.stop",
+        "eval.problems is 0",
+    ),
     ({"rollout__slots": 256}, "rollout.slots", "a step samples 256 completions"),
     ({"rollout__slots": 6, "mesh": {"fsdp": 4}}, "rollout.slots", "try 8"),
     ({"rollout__cache_dtype": "int4"}, "rollout.cache_dtype", "int8"),

@@ -139,13 +139,17 @@ def _source(config: Config, made: Method, problems: Problems) -> None:
             refuse_unused(rollout, "rollout", names, why, problems)
             if config.eval is not None and problems.ok("eval.problems") and config.eval.problems == 0:
                 refuse_unused(
-                    rollout, "rollout", ("mesh", "slots", "cache_dtype"), f"{why}, and eval.problems is 0", problems
+                    rollout,
+                    "rollout",
+                    ("mesh", "slots", "cache_dtype", "stop"),
+                    f"{why}, and eval.problems is 0",
+                    problems,
                 )
         if config.curriculum is not None:
             refuse_unused(config.curriculum, "curriculum", ("oversample",), why, problems)
     elif rollout is not None and rollout.server is not None:
         why = "rollout.server samples whole completions that nobody answers, and is waited for"
-        refuse_unused(rollout, "rollout", ("environment", "exits", "tokens_per_step", "ahead"), why, problems)
+        refuse_unused(rollout, "rollout", ("environment", "exits", "tokens_per_step", "ahead", "stop"), why, problems)
         if rollout.server.weights is None:
             why = "rollout.server.weights is null, and the server keeps its weights"
             refuse_unused(rollout.server, "rollout.server", ("every",), why, problems)

@@ -283,6 +283,11 @@ class RolloutConfig:
         minimum=1,
     )
     sampling: SamplingConfig = option("how a token is drawn", factory=SamplingConfig)
+    stop: tuple[str, ...] = option(
+        "texts that end a completion, or an action in an environment, wherever tokens begin and end; the token that "
+        "completes one is the last. In evaluation too",
+        (),
+    )
     budgets: tuple[int | None, ...] | BudgetScheduleConfig | None = option(
         "token budgets that the completions of a prompt are asked to keep to: a list, whose items (null: no budget) "
         "get equal shares of the group, or a schedule, one budget for all; null: none. Evaluation names none",

@@ -87,6 +87,7 @@ def _exits(config: Config, exits: ExitsConfig, problems: Problems) -> None:
             f"must be rollout.exits.count + 1 = {exits.count + 1}: the exits of a trajectory, and itself",
             size,
         )
+    refuse_unused(config.rollout, "rollout", ("stop",), "rollout.exits leaves thoughts at tokens", problems)
     for name, text in (("text", exits.text), ("end", exits.end)):
         key = f"rollout.exits.{name}"
         if text == "":
