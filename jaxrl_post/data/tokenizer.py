@@ -222,11 +222,19 @@ class HFTokenizer:
         around = list(tokenizer.encode(text, add_special_tokens=True))
         starts = (place for place in range(len(around)) if around[place : place + len(bare)] == bare)
         self._prefix_ids = tuple(around[: next(starts, 0)])
+        # Not their number: some vocabularies leave ids out.
+        self._vocab_size = 1 + max(tokenizer.get_vocab().values())
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, tokens added after training included."""
-        return len(self.tokenizer)
+        """One more than the largest id, tokens added after training included."""
+        return self._vocab_size
+
+    @property
+    def media_ids(self) -> tuple[int, ...]:
+        """The ids that stand for a piece of an image or of sound, which no text has."""
+        found = (getattr(self.tokenizer, f"{kind}_token_id", None) for kind in ("image", "audio", "video"))
+        return tuple(int(number) for number in found if number is not None)
 
     @property
     def pad_id(self) -> int:
@@ -334,7 +342,7 @@ class HFTokenizer:
             raise ValueError(
                 f"no tokenizer could be loaded from the {where} {str(path_or_id)!r}: {_shorten(str(error), 300)}"
             ) from error
-        return cls(tokenizer, eos_ids=_generation_eos_ids(path_or_id, is_local, revision))
+        return cls(tokenizer, eos_ids=_model_eos_ids(path_or_id, is_local, revision))
 
 
 def load_tokenizer(path_or_id: str | os.PathLike[str], *, revision: str | None = None) -> CharTokenizer | HFTokenizer:
@@ -372,18 +380,25 @@ def load_tokenizer(path_or_id: str | os.PathLike[str], *, revision: str | None =
     return HFTokenizer.load(path if path.is_dir() else path_or_id, revision=revision)
 
 
-def _generation_eos_ids(path_or_id: str | os.PathLike[str], is_local: bool, revision: str | None) -> tuple[int, ...]:
-    if is_local and not (Path(path_or_id) / _GENERATION_FILE).is_file():
-        return ()
-    from transformers import GenerationConfig
+def _model_eos_ids(path_or_id: str | os.PathLike[str], is_local: bool, revision: str | None) -> tuple[int, ...]:
+    """Stop tokens of the generation config, or of the model's where there is none, as `transformers` has them."""
+    from transformers import GenerationConfig, PretrainedConfig
 
-    try:
-        name, revision = str(path_or_id), revision or "main"
-        eos = GenerationConfig.from_pretrained(name, local_files_only=is_local, revision=revision).eos_token_id
-    except OSError as error:
-        if is_local:
-            raise ValueError(f"{Path(path_or_id) / _GENERATION_FILE} cannot be read: {error}") from error
-        return ()  # many models on the hub have no generation config
+    where: dict[str, Any] = {"local_files_only": is_local, "revision": revision or "main"}
+    name, eos = str(path_or_id), None
+    if not is_local or (Path(path_or_id) / _GENERATION_FILE).is_file():
+        try:
+            eos = GenerationConfig.from_pretrained(name, **where).eos_token_id
+        except OSError as error:
+            if is_local:
+                raise ValueError(f"{Path(path_or_id) / _GENERATION_FILE} cannot be read: {error}") from error
+            # many models on the hub have none
+    if eos is None and (not is_local or (Path(path_or_id) / "config.json").is_file()):
+        try:
+            config, _ = PretrainedConfig.get_config_dict(name, **where)
+        except OSError:  # of a tokenizer alone
+            config = {}
+        eos = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
     if eos is None:
         return ()
     return (int(eos),) if isinstance(eos, int) else tuple(int(token) for token in eos)

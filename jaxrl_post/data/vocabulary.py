@@ -41,8 +41,11 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
         read = functools.partial(_of_spaced, bytes_apart="ByteFallback" in kinds)
     else:
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return _by_decoding(len(inner), lambda ids: inner.decode(list(ids), **options))
-    found = [b"" if piece is None else read(piece) for piece in inner.convert_ids_to_tokens(list(range(len(inner))))]
+        return _by_decoding(tokenizer.vocab_size, lambda ids: inner.decode(list(ids), **options))
+    found = [
+        b"" if piece is None else read(piece)
+        for piece in inner.convert_ids_to_tokens(list(range(tokenizer.vocab_size)))
+    ]
     for number, token in inner.added_tokens_decoder.items():
         if number < len(found):
             found[number] = token.content.encode()

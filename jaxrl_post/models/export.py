@@ -160,7 +160,7 @@ def config_for(config: Config, *, head: Head, labels: int, dtype: str) -> dict[s
     }[head]
     prefix = family.sequence_prefix if head == "sequence_classification" and family.sequence_prefix else family.prefix
     text["architectures"] = [prefix + suffix]
-    text["torch_dtype" if "torch_dtype" in text else "dtype"] = dtype
+    text = with_dtype(text, dtype)
     text.pop("num_labels", None)
     if head == "causal_lm":
         text.pop("id2label", None)
@@ -169,6 +169,12 @@ def config_for(config: Config, *, head: Head, labels: int, dtype: str) -> dict[s
         text["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
         text["label2id"] = {name: int(i) for i, name in text["id2label"].items()}
     return text
+
+
+def with_dtype(config: Config, dtype: str) -> dict[str, Any]:
+    """A `config.json` that names another dtype, under the name or names that it has for it."""
+    names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
+    return {**config, **dict.fromkeys(names, dtype)}
 
 
 def _head(head: Head | None, config: Mapping[str, Any], leaves: Mapping[ParamPath, Any]) -> tuple[Head, int]:
@@ -192,9 +198,7 @@ def _head(head: Head | None, config: Mapping[str, Any], leaves: Mapping[ParamPat
 
 def _check_shapes(config: Mapping[str, Any], leaves: Mapping[ParamPath, Any]) -> None:
     """Raise ValueError unless the parameters are those of a model of the configuration."""
-    policy = from_config(
-        config, value_head=("value_head", "kernel") in leaves, ignore=(*config, *config.get("text_config", ()))
-    )
+    policy = from_config(config, value_head=("value_head", "kernel") in leaves, ignore=_all_keys(config))
     wanted = {path: list(x.shape) for path, x in flat(jax.eval_shape(policy.init, jax.random.key(0))).items()}
     given = {path: list(x.shape) for path, x in leaves.items()}
     wrong = [
@@ -204,6 +208,11 @@ def _check_shapes(config: Mapping[str, Any], leaves: Mapping[ParamPath, Any]) ->
     ]
     if wrong:
         raise ValueError(f"these parameters are not those of config.json: {'; '.join(wrong)}")
+
+
+def _all_keys(config: Mapping[str, Any]) -> set[str]:
+    """Those of the sections in it too; whoever read the model has said already which make no difference."""
+    return set(config).union(*(_all_keys(value) for value in config.values() if isinstance(value, Mapping)))
 
 
 def to_config(**keywords: Any) -> dict[str, Any]:

@@ -223,7 +223,12 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(
         "Gemma2",
         lambda c: _gemma(c, 2),
-        {**_GEMMA, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
+        {
+            **_GEMMA,
+            "final_logit_softcapping": 30.0,
+            "attn_logit_softcapping": 50.0,
+            "sliding_window_size": None,  # which some files have beside sliding_window; transformers does not read it
+        },
     ),
     "gemma3_text": Family(
         "Gemma3",

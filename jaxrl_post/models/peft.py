@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import numpy as np
 
 from jaxrl_post.models.adapters import nest
 from jaxrl_post.models.config_keys import is_off
-from jaxrl_post.models.families import FAMILIES
+from jaxrl_post.models.families import FAMILIES, Family
 from jaxrl_post.models.hub import local_directory, writable_directory
 from jaxrl_post.models.lora import FUSED, HUGGING_FACE, PROJECTIONS, SUFFIX, Lora, is_adapter
 from jaxrl_post.models.pretrained import flat
@@ -27,7 +28,11 @@ from jaxrl_post.types import Params
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model.model.layers."
+_LAYERS = {"text": "base_model.model.model.layers.", "images": "base_model.model.model.language_model.layers."}
+"""What the names of tensors begin with: of a model of text, and of one that sees images too."""
+
+_WITH_IMAGES = "gemma3"
+_OF_TEXT = re.compile(r"\.\*language_model\.\*\\\.\(([a-z_|]+)\)")
 _PACKED = ("gate_up", "down")
 """Maps of experts that newer models hold in one tensor for all experts, and whose adapters PEFT holds likewise."""
 
@@ -56,7 +61,13 @@ _STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def save_adapters(
-    directory: str | os.PathLike[str], params: Params, lora: Lora, *, base: str = "", model_type: str = "llama"
+    directory: str | os.PathLike[str],
+    params: Params,
+    lora: Lora,
+    *,
+    base: str = "",
+    revision: str | None = None,
+    model_type: str = "llama",
 ) -> None:
     """Write the adapters of a model, and nothing else of it.
 
@@ -65,7 +76,8 @@ def save_adapters(
         params: with adapters.
         lora: what they were made with.
         base: directory or hub id of the model that they belong to.
-        model_type: of its `config.json`.
+        revision: branch, tag or commit of it on the hub.
+        model_type: of its `config.json`; of `gemma3`, which sees images too, they are those of the language model.
 
     Raises:
         ValueError: if the directory is an address, or the parameters have no adapters, or those of projections that
@@ -87,8 +99,9 @@ def save_adapters(
     if not leaves:
         raise ValueError("these parameters have no adapters to save")
     check_targets(lora, model_type)
-    packed = FAMILIES[model_type].experts and "gate_up" in lora.targets
-    parts = _parts(leaves, lora, packed=packed)
+    packed = _family(model_type).experts and "gate_up" in lora.targets
+    images = model_type == _WITH_IMAGES
+    parts = _parts(leaves, lora, packed=packed, images=images)
     host = functools.lru_cache(maxsize=1)(lambda path, layer: to_host(leaves[path], layer))  # its experts follow
 
     def make(name: str) -> np.ndarray:
@@ -103,11 +116,14 @@ def save_adapters(
     target.mkdir(parents=True, exist_ok=True)
     specs = [(name, part.shape(leaves), np.dtype(leaves[part.paths[0]].dtype)) for name, part in parts.items()]
     write_file(target / ADAPTER_WEIGHTS, specs, make)
-    modules = [_THEIRS[name] for name in lora.targets if not (packed and name in _PACKED)]
+    modules: Any = [_THEIRS[name] for name in lora.targets if not (packed and name in _PACKED)]
+    if images:  # whose other part has projections of the same names
+        modules = rf".*language_model.*\.({'|'.join(modules)})"
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
@@ -133,8 +149,8 @@ def check_targets(lora: Lora, model_type: str) -> None:
     Example:
         >>> check_targets(Lora(rank=2, targets=("qkv", "out")), "phi3")
     """
-    targets, fused = set(lora.checked().targets), FAMILIES[model_type].fused
-    if FAMILIES[model_type].experts:
+    targets, fused = set(lora.checked().targets), _family(model_type).fused
+    if _family(model_type).experts:
         if len(alone := targets & {"gate", "up"}) == 1:
             raise ValueError(
                 f"PEFT has adapters of gate_proj and up_proj of {model_type}'s experts only together; give both beside "
@@ -171,12 +187,17 @@ def read_adapter_config(directory: str | os.PathLike[str]) -> Lora:
         shown = ", ".join(f"{name} = {value!r}" for name, value in odd.items())
         raise ValueError(f"{path}: {shown} is not supported")
     targets = config.get("target_modules") or ()
+    if isinstance(targets, str) and (named := _OF_TEXT.fullmatch(targets)):
+        targets = named[1].split("|")
     if isinstance(targets, str):
-        raise ValueError(f"{path}: target_modules {targets!r} is a pattern; give the list of names")
+        raise ValueError(
+            f"{path}: target_modules {targets!r} is a pattern; give the list of names, or of the language model in one "
+            r"that sees images '.*language_model.*\.(q_proj|v_proj)'"
+        )
     targets = (*targets, *(config.get("target_parameters") or ()))
     return Lora(
-        rank=config["r"],
-        alpha=config["lora_alpha"],
+        rank=config.get("r", 8),  # as PEFT
+        alpha=config.get("lora_alpha", 8),
         targets=tuple(name.rsplit(".", 1)[-1] for name in targets),
         dropout=config.get("lora_dropout", 0.0),
         rank_stabilized=bool(config.get("use_rslora", False)),
@@ -232,7 +253,8 @@ def load_adapters(directory: str | os.PathLike[str], params: Params) -> Params:
     leaves = flat(params)
     adapters = {path: leaf for path, leaf in leaves.items() if is_adapter(path)}
     packed = any(".mlp.experts.lora_" in name or ".mlp.experts.base_layer.lora_" in name for name in tensors)
-    parts = _parts(adapters, read_adapter_config(directory), packed=packed)
+    images = any(name.startswith(_LAYERS["images"]) for name in tensors)
+    parts = _parts(adapters, read_adapter_config(directory), packed=packed, images=images)
     if parts.keys() != tensors.keys():
         missing, extra = sorted(parts.keys() - tensors.keys()), sorted(tensors.keys() - parts.keys())
         raise ValueError(f"the adapters of {directory} are not this model's: missing {missing}, not known {extra}")
@@ -272,8 +294,20 @@ class _Part(NamedTuple):
         return sum(rows for rows, _ in shapes), shapes[0][1]
 
 
-def _parts(adapters: Mapping[ParamPath, Any], lora: Lora, *, packed: bool) -> dict[str, _Part]:
-    """What the tensors of a file hold, by their names; `packed` if those of experts are one for all experts."""
+def _family(model_type: str) -> Family:
+    return FAMILIES["gemma3_text" if model_type == _WITH_IMAGES else model_type]
+
+
+def _parts(adapters: Mapping[ParamPath, Any], lora: Lora, *, packed: bool, images: bool) -> dict[str, _Part]:
+    """What the tensors of a file hold, by their names.
+
+    Args:
+        adapters: the parameters.
+        lora: what they were made with.
+        packed: whether those of experts are one for all experts.
+        images: whether the model has another part, that sees images.
+    """
+    prefix = _LAYERS["images" if images else "text"]
     fused = {name: target for target, names in FUSED.items() if target in lora.targets for name in names}
     both = packed and set(_PACKED) <= set(lora.targets)
     parts: dict[str, _Part] = {}
@@ -288,7 +322,7 @@ def _parts(adapters: Mapping[ParamPath, Any], lora: Lora, *, packed: bool) -> di
             modules = {...: inner} if packed else {e: f"experts.{e}.{_THEIRS[target]}" for e in range(shape[1])}
         for layer in range(shape[0]):
             for expert, module in modules.items():
-                name = f"{_PREFIX}{layer}.{block}.{module}.lora_{path[3].upper()}.weight"
+                name = f"{prefix}{layer}.{block}.{module}.lora_{path[3].upper()}.weight"
                 parts.setdefault(name, _Part(layer, expert, [])).paths.append(path)
     return parts
 

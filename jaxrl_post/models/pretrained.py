@@ -237,13 +237,14 @@ def flat(params: Params) -> dict[ParamPath, Any]:
 def check_vocabulary(rows: int, tokenizer: HasVocabulary) -> None:
     """Raise ValueError if a model with an embedding of `rows` tokens lacks some of a tokenizer.
 
-    Fewer tokens than rows are fine: many models pad their embedding.
+    Fewer tokens than rows are fine: many models pad their embedding. So is a token that stands for a piece of an image
+    (`media_ids` of the tokenizer), which models of text alone lack.
 
     Args:
         rows: of the embedding.
         tokenizer: with a `vocab_size`.
     """
-    if tokenizer.vocab_size > rows:
+    if not set(range(rows, tokenizer.vocab_size)) <= set(getattr(tokenizer, "media_ids", ())):
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's embedding only {rows} rows; they do not "
             "belong together, or the embedding was not resized when tokens were added"

@@ -12,6 +12,7 @@ import jax
 
 from jaxrl_post import models
 from jaxrl_post.data import load_tokenizer
+from jaxrl_post.models.export import with_dtype
 from jaxrl_post.models.hub import HUB, writable_directory
 from jaxrl_post.models.orbax_io import is_orbax, restore_orbax, save_orbax
 from jaxrl_post.training.model_setup import export
@@ -59,7 +60,7 @@ def convert(source: str, target: str, *, dtype: str | None = None) -> str:
             models.load_adapters(source, found.params),
             found.config,
             lora=lora,
-            tokenizer=_tokenizer(found.directory),
+            tokenizer=_tokenizer(source) or _tokenizer(found.directory),  # PEFT's users save it beside them
             generation_config=found.generation_config,
         )
         return f"{target} is a Hugging Face checkpoint of {base} with the adapters of {source} merged into it"
@@ -75,7 +76,7 @@ def convert(source: str, target: str, *, dtype: str | None = None) -> str:
     found = models.from_pretrained(source, abstract=True)
     stored = dtype or _dtype(found.config)
     read = models.from_pretrained(source, param_dtype=stored)
-    save_orbax(target, read.params, {**read.config, "dtype": stored})
+    save_orbax(target, read.params, with_dtype(read.config, stored))
     for path in read.directory.iterdir():
         if path.is_file() and path.name != "config.json" and not path.name.endswith(_WEIGHTS):
             shutil.copy2(path, Path(target) / path.name)

@@ -306,4 +306,5 @@ def export(
         overwrite=overwrite,
     )
     if lora is not None and model.path is not None:  # adapters of a model that is nowhere else would be of no use
-        models.save_adapters(f"{directory}/adapter", params, lora, base=model.path, model_type=config["model_type"])
+        of = {"base": model.path, "revision": model.revision, "model_type": config["model_type"]}
+        models.save_adapters(f"{directory}/adapter", params, lora, **of)

@@ -145,6 +145,25 @@ def test_stop_tokens_of_the_generation_config_come_after_the_tokenizers_own(fast
     assert loaded.decode([2, 4]) == "one"
 
 
+@pytest.mark.parametrize("config", [{"eos_token_id": [1, 4]}, {"text_config": {"eos_token_id": 4}}])
+def test_stop_tokens_of_a_model_without_a_generation_config_are_those_of_its_config(fast, tmp_path, config):
+    fast.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
+    assert load_tokenizer(tmp_path).eos_ids == (1, 4)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
+    assert load_tokenizer(tmp_path).eos_ids == (1,)
+
+
+def test_a_vocabulary_that_leaves_ids_out_is_as_large_as_its_largest_id():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "one": 2, "<end>": 9}, unk_token="<unk>"))
+    inner = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", unk_token="<unk>")
+    assert len(inner) == 3
+    assert HFTokenizer(inner).vocab_size == 10
+
+
 def test_a_saved_transformers_tokenizer_keeps_its_stop_tokens(fast, tmp_path):
     HFTokenizer(fast, eos_ids=[4]).save(tmp_path)
     loaded = load_tokenizer(tmp_path)

@@ -248,6 +248,16 @@ def model(name):
     )
 
 
+@functools.cache
+def with_images():
+    """A Gemma 3 that sees images too."""
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    text = SIZES | CONFIGS["gemma3_text"]
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, eos_token_id=5)
+    return randomize(transformers.Gemma3ForConditionalGeneration(config))
+
+
 def run(model, tokens):
     """Logits and last hidden states of one sequence, which is alone and whole."""
     rotary = model.model.rotary_emb

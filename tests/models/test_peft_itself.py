@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from jaxrl_post import models
-from jaxrl_post.models.peft import load_adapters, read_adapter_config, save_adapters
+from jaxrl_post.models.peft import adapter_base, load_adapters, read_adapter_config, save_adapters
 from jaxrl_post.training.convert import convert
 from tests.models import hf
 
@@ -35,13 +35,18 @@ def case(request, tmp_path):
     adapted = peft.get_peft_model(
         copy.deepcopy(hf.model(request.param)), peft.LoraConfig(r=3, lora_alpha=5, **CASES[request.param])
     )
+    moved_adapters(adapted).save_pretrained(tmp_path / "adapter")
+    return request.param, tmp_path, adapted
+
+
+def moved_adapters(adapted):
+    """The same model, whose adapters say something."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    adapted.save_pretrained(tmp_path / "adapter")
-    return request.param, tmp_path, adapted
+    return adapted
 
 
 def read(directory, adapter):
@@ -89,6 +94,26 @@ def test_adapters_go_from_peft_to_here_and_back_with_the_same_logits(case):
     convert(str(directory / "ours"), str(directory / "merged"))
     merged = transformers.AutoModelForCausalLM.from_pretrained(directory / "merged", attn_implementation="eager")
     np.testing.assert_allclose(theirs(merged), theirs(given), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj", "down_proj")])
+def test_adapters_of_a_model_that_sees_images_are_those_of_its_language_model(tmp_path, targets):
+    base = hf.with_images()
+    base.save_pretrained(tmp_path / "base")
+    pattern = rf".*language_model.*\.({'|'.join(targets)})"
+    adapted = moved_adapters(peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=3, target_modules=pattern)))
+    adapted.save_pretrained(tmp_path / "adapter")
+    policy, params = read(tmp_path, tmp_path / "adapter")
+    found = ours(policy, params)
+    np.testing.assert_allclose(found, theirs(adapted), rtol=2e-5, atol=2e-5)
+    assert np.abs(found - theirs(base)).max() > 0.1
+    lora = read_adapter_config(tmp_path / "adapter")
+    models.check_targets(lora, "gemma3")
+    save_adapters(tmp_path / "ours", params, lora, base=str(tmp_path / "base"), revision="v1", model_type="gemma3")
+    assert adapter_base(tmp_path / "ours") == (str(tmp_path / "base"), "v1")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    np.testing.assert_allclose(theirs(again), found, rtol=2e-5, atol=2e-5)
+    jax.tree.map(np.testing.assert_array_equal, read(tmp_path, tmp_path / "ours")[1], params)
 
 
 def test_adapters_of_each_expert_go_to_peft(tmp_path):

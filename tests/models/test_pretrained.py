@@ -18,8 +18,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
     GenerationConfig,
     PreTrainedTokenizerFast,
 )
@@ -260,11 +258,7 @@ def test_adapters_start_from_a_key_and_are_not_written_by_mistake(directories, t
 
 
 def test_of_a_model_that_sees_images_the_language_model_is_read(tmp_path):
-    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision |= {"image_size": 28, "patch_size": 14}
-    text = hf.SIZES | hf.CONFIGS["gemma3_text"]
-    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, eos_token_id=5)
-    theirs = hf.randomize(Gemma3ForConditionalGeneration(config))
+    theirs = hf.with_images()
     theirs.save_pretrained(tmp_path / "model")
     found = models.from_pretrained(tmp_path / "model")
     with torch.no_grad():
@@ -279,7 +273,44 @@ def test_of_a_model_that_sees_images_the_language_model_is_read(tmp_path):
         np.testing.assert_allclose(back(torch.tensor(TOKENS).long()).logits[0].numpy(), expected, atol=1e-4)
 
 
+def test_what_was_ignored_in_a_section_of_the_configuration_is_no_reason_not_to_write_the_model(tmp_path):
+    config = hf.model("qwen2-yarn").config.to_dict()
+    config["rope_parameters"]["finetuned"] = True
+    with pytest.raises(ValueError, match="finetuned"):
+        models.from_config(config)
+    policy = models.from_config(config, ignore=["finetuned"])
+    models.save_pretrained(tmp_path, jax.jit(policy.init)(jax.random.key(0)), config)
+    assert models.read_config(tmp_path)["rope_parameters"]["finetuned"] is True
+
+
+def test_the_dtype_of_a_file_stands_under_each_name_that_its_configuration_has(directories, tmp_path):
+    found = loaded(directories / "qwen3")
+    for names in (["torch_dtype"], ["dtype"], ["dtype", "torch_dtype"], []):
+        config = {name: value for name, value in found.config.items() if name not in ("dtype", "torch_dtype")}
+        directory = tmp_path / "-".join(["of", *names])
+        models.save_pretrained(directory, found.params, config | dict.fromkeys(names, "bfloat16"), dtype="float16")
+        written = models.read_config(directory)
+        assert {name: written.get(name) for name in names or ["dtype"]} == dict.fromkeys(names or ["dtype"], "float16")
+
+
 # The other files of a directory.
+
+
+def test_a_token_for_images_needs_no_row_of_a_model_of_text():
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    fast = Tokenizer(WordLevel({"<end>": 0, "yes": 1, "no": 2}, unk_token="no"))
+    special = {"extra_special_tokens": {"image_token": "<image_soft_token>"}}
+    image = HFTokenizer(PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<end>", **special))
+    assert (image.vocab_size, image.media_ids) == (4, (3,))
+    models.check_vocabulary(3, image)
+    with pytest.raises(ValueError, match="the tokenizer has 4 tokens, but the model's embedding only 2 rows"):
+        models.check_vocabulary(2, image)
+    fast.add_tokens(["<start>"])
+    other = HFTokenizer(PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<end>"))
+    with pytest.raises(ValueError, match="the embedding was not resized when tokens were added"):
+        models.check_vocabulary(3, other)
 
 
 def test_tokenizer_and_generation_config_are_written(directories, tmp_path):
