@@ -382,3 +382,20 @@ class Curriculum(NamedTuple):
     init: Callable[[int], PyTree]
     select: Callable[..., tuple[Array, Array, Any]]
     observe: Callable[..., PyTree]
+
+
+def typed_key(key: Array) -> Array:
+    """The threefry key (or keys) that a key stands for, typed or raw, of whatever kind.
+
+    Of the kinds of JAX's keys only threefry gives what a key of a batch draws by itself: under `vmap` the others, as
+    `rbg`, draw by the first key of all.
+
+    Example:
+        >>> typed_key(jax.random.key(3, impl="rbg")) == typed_key(jax.random.PRNGKey(3))
+        Array(True, dtype=bool)
+    """
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if str(jax.random.key_impl(key)) == "threefry2x32":
+            return key
+        key = jax.random.key_data(key)
+    return jax.random.wrap_key_data(key[..., :2], impl="threefry2x32")

@@ -117,8 +117,8 @@ def with_critic(
     checks.reduction(aggregation, horizon)
     for name, value in (("gamma", gamma), ("lam", lam)):
         checks.within(name, value, 0, 1)
-    for name, value in (("value_clip", value_clip), ("value_weight", value_weight)):
-        checks.within(name, value, 0)
+    checks.within("value_weight", value_weight, 0)
+    checks.above("value_clip", value_clip, 0)
     checks.one_of("old_logp", old_logp, OldLogp)
 
     def targets(state, rollouts: Rollouts, stats: Stats, key) -> tuple[Targets, tuple[()]]:

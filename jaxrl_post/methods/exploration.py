@@ -14,8 +14,7 @@ from jaxrl_post.methods import checks
 from jaxrl_post.methods.choices import Choice
 from jaxrl_post.methods.credit import Advantage, Credit, Signals, as_advantage
 from jaxrl_post.methods.policy_gradient import ClippedOptions, Options, clipped, take, with_defaults
-from jaxrl_post.sampling.draw import typed_key
-from jaxrl_post.types import Array, Method, Metric, Rollouts, Stats, Targets, Term
+from jaxrl_post.types import Array, Method, Metric, Rollouts, Stats, Targets, Term, typed_key
 
 Power = Literal["reward", "sigmoid"]
 _SELECTED = "selected_tokens"

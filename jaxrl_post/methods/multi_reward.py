@@ -24,7 +24,8 @@ def gdpo(
     $$S_g = \sum_n w_n\, \mathrm{GRPO}(r_n)_g, \qquad A_g = (S_g - \bar S) / (\mathrm{std}(S) + \epsilon)$$
 
     Args:
-        weights: of reward functions by name; None for all of them with weight 1.
+        weights: of reward functions by name; None for all of them with weight 1, or, in a configuration, with those
+            that `rewards` gives them.
         leave_one_out: a sequence's mean and deviation are those of the group's others.
         by_token: sequences weigh by their length in the batch's mean and deviation; None for False, or what a preset
             says.
@@ -59,7 +60,8 @@ def paco_grpo(
     $$r_n' = \log(1 + r_n)\ \text{if}\ \mathrm{std}(r_n) / \bar r_n > h\ \text{else}\ r_n$$
 
     Args:
-        weights: of reward functions by name; None for all of them with weight 1.
+        weights: of reward functions by name; None for all of them with weight 1, or, in a configuration, with those
+            that `rewards` gives them.
         threshold: $h$: the mean or the median of the coefficients of variation, or a number.
         std_level: of `advantages.grpo`.
         **options: `clip_low` (0.2), `clip_high` (0.2), `dual_clip` (None) and the others of `policy_gradient`.

@@ -13,7 +13,7 @@ from jaxrl_post.kernels.token_logprob.reference import TokenLogprob, stats_of_lo
 from jaxrl_post.models.flattening import flatten, length_parts, unflatten
 from jaxrl_post.models.group_divergence import GROUP_FIELDS, group_fields
 from jaxrl_post.models.shared_prompt import share_prompts
-from jaxrl_post.types import Array, Params, Policy, Rollouts, Score, TokenStats, Unembedding, Unit
+from jaxrl_post.types import Array, Params, Policy, Rollouts, Score, TokenStats, Unembedding, Unit, typed_key
 
 VOCABULARY_FIELDS = frozenset({"logp", "entropy", "mean_logp", "sum_p_squared", "max_prob", "logsumexp"})
 """Fields that come from the distribution over tokens; all others but the router's come from the policy's heads."""
@@ -205,7 +205,7 @@ class _LanguageScore:
 
 def row_keys(key: Array | None, ids: Array) -> Array | None:
     """A key for each row, which its id decides: neither its micro-batch nor its device does."""
-    return None if key is None else jax.vmap(lambda id: jax.random.fold_in(key, id))(ids)
+    return None if key is None else jax.vmap(lambda id: jax.random.fold_in(typed_key(key), id))(ids)
 
 
 def _fields(

@@ -234,7 +234,9 @@ def _evaluations(setup: Setup, state: Any) -> Iterator[Program]:
     if not (options.problems and config.rewards and (config.data.eval_files or not config.data.files)):
         return
     rows = config.rollout.prompts * config.curriculum.oversample * config.rollout.group_size
-    greedy, each = min(rows, options.problems), min(max(1, rows // options.samples), options.problems)
+    warm = config.warm_start
+    checked = warm.check_problems if warm is not None and warm.until is not None else 0
+    greedy, each = min(rows, max(options.problems, checked)), min(max(1, rows // options.samples), options.problems)
     yield _sampling(setup, state, "evaluate/greedy", setup.generation(SamplingParams(greedy=True)), greedy)
     yield _sampling(setup, state, "evaluate/sampled", setup.generation(setup.sampling(), options.samples), each)
 

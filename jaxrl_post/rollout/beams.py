@@ -324,7 +324,9 @@ def best_of_n(rollouts: Rollouts, scores: Array, n: int = 1) -> Rollouts:
     if not 1 <= n <= size:
         raise ValueError(f"n must be between 1 and the group size {size}, got {n}")
     usable = rollouts.valid & ~jnp.isnan(scores)
-    order = jnp.lexsort((-jnp.where(usable, scores, 0), ~usable), axis=-1)[:, :n]
+    # The negative of an integer may be none of its type; its complement orders them the other way round too.
+    falling = -scores if jnp.issubdtype(scores.dtype, jnp.inexact) else ~scores
+    order = jnp.lexsort((jnp.where(usable, falling, 0), ~usable), axis=-1)[:, :n]
 
     def members(x: Array) -> Array:
         return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)

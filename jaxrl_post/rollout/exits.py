@@ -15,8 +15,7 @@ from jaxrl_post import masked, models
 from jaxrl_post.rollout.drawing import own_of_sequences
 from jaxrl_post.rollout.generate import PLAIN, Prompts, SamplingParams, generate
 from jaxrl_post.rollout.groups import EXIT, join_columns, merge_groups
-from jaxrl_post.sampling.draw import typed_key
-from jaxrl_post.types import FINISH_STOP, Array, Params, Policy, Rollouts
+from jaxrl_post.types import FINISH_STOP, Array, Params, Policy, Rollouts, typed_key
 
 _CUTS = 0x65786974  # parts the draws of the cuts from those of tokens, which have the same ids
 
@@ -253,7 +252,8 @@ def _with_thought(
     end = begin + cuts.reshape(-1, 1)
     thought, text = (places >= begin) & (places < end), (places >= end) & (places < end + len(exits.text))
     score = models.score(policy, temperature=temperature, max_chosen=len(exits.text))
-    given = score(params, answers.replace(mask=text.astype(jnp.float32)), frozenset({"logp", "entropy"}), key)
+    # As it was sampled: without dropout.
+    given = score.still(params, answers.replace(mask=text.astype(jnp.float32)), frozenset({"logp", "entropy"}), key)
 
     def fill(of_answer: Array, of_thought: Array, of_text: Array) -> Array:
         padded = jnp.pad(of_thought, ((0, 0), (0, of_answer.shape[1] - of_thought.shape[1])))

@@ -230,6 +230,7 @@ def recompute_logp(score: Score, params: Params, rollouts: Rollouts, key: Array)
         >>> out.logp.shape, sorted(out.extras)
         ((1, 2), ['sampler_logp'])
     """
+    score = getattr(score, "still", score)  # without dropout, as tokens are sampled
     own = score(params, rollouts, frozenset({"logp"}), key).logp
     given = rollouts.extras.get("sampler_logp", rollouts.logp)
     return rollouts.replace(

@@ -15,9 +15,19 @@ from jaxrl_post.rollout.environments.interface import Environment, Text, Transit
 from jaxrl_post.rollout.generate import PLAIN, Prompts, assemble, behind_prompts, check_requests, launch
 from jaxrl_post.rollout.slots import Drawn, Reply, Requests
 from jaxrl_post.sampling import SamplingParams
-from jaxrl_post.sampling.draw import row_keys, typed_key
+from jaxrl_post.sampling.draw import row_keys
 from jaxrl_post.sampling.transforms import check, is_off
-from jaxrl_post.types import FINISH_ABORT, FINISH_LENGTH, FINISH_STOP, Array, Params, Policy, PyTree, Rollouts
+from jaxrl_post.types import (
+    FINISH_ABORT,
+    FINISH_LENGTH,
+    FINISH_STOP,
+    Array,
+    Params,
+    Policy,
+    PyTree,
+    Rollouts,
+    typed_key,
+)
 
 REWARD = "environment"
 """`[B, T]` of `Rollouts.rewards`: what the environment gave for each action, on its last token."""

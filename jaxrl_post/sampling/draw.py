@@ -6,12 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_post.sampling.vocabulary import devices_of_vocabulary, where_it_lies
-from jaxrl_post.types import Array
-
-
-def typed_key(key: Array) -> Array:
-    """`key` itself, or the typed key (or keys) that a raw one (`jax.random.PRNGKey`) stands for."""
-    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+from jaxrl_post.types import Array, typed_key
 
 
 def row_keys(key: Array, ids: Array, positions: Array) -> Array:

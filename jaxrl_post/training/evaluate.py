@@ -61,7 +61,8 @@ class Evaluator:
         sampler = functools.partial(Sampler, setup, prompt_length=config.data.max_prompt_length)
         count = max(1, len(setup.problems.held_out))
         how = setup.generation(SamplingParams(greedy=True))
-        self._greedy = sampler(how, name="evaluate/greedy", prompts=min(rows, count))
+        most = max(count, len(setup.problems.validation))
+        self._greedy = sampler(how, name="evaluate/greedy", prompts=min(rows, most))
         how = setup.generation(setup.sampling(), self._samples)
         self._sampled = sampler(how, name="evaluate/sampled", prompts=min(max(1, rows // self._samples), count))
 

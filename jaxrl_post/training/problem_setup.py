@@ -135,6 +135,9 @@ def make_problems(config: Config, tokenizer: data.Tokenizer, turns: Turns | Host
         if options.eval_files and held_out_count:
             source = read(options.eval_files, kind="rollouts")  # whatever is trained on, these are sampled for
             fitting = {data.identity(p) for p in (source[i] for i in range(len(source))) if fits(p)}
+            if not fitting and config.rewards:
+                limit = f"data.max_prompt_length = {options.max_prompt_length} tokens"
+                raise ConfigError([f"data.eval_files: no prompt is within {limit}; raise it or give shorter ones"])
             held_out = some(source, min(held_out_count, len(fitting)), frozenset())
             with_given = held_out_given(kind, source)
     exclude = frozenset(map(data.identity, (*held_out, *with_given)))

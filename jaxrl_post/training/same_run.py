@@ -56,14 +56,16 @@ def check_same_run(run_dir: str, stored: dict[str, Any], config: Config) -> None
         stored = configs.to_dict(configs.from_dict(stored, check_files=False))
     old, new = _flat(stored), _flat(configs.to_dict(config))
     absent = "(not set)"
-    schedule = config.training.optimizer.schedule
+    optimizers = [config.training.optimizer, *(role.optimizer for role in config.roles.values())]
+    schedules = [optimizer.schedule for optimizer in optimizers if optimizer is not None]
+    schedule = next((name for name in schedules if name != "constant"), None)
     lines = []
     for key in sorted(old.keys() | new.keys()):
         there, here = old.get(key, absent), new.get(key, absent)
         if there == here:
             continue
         why = ""
-        if key == "training.steps" and schedule != "constant":
+        if key == "training.steps" and schedule is not None:
             why = f" (the {schedule} schedule of the step size depends on it)"
         elif any(key == harmless or key.startswith(harmless + ".") for harmless in HARMLESS_KEYS):
             continue

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import optax
 
 from jaxrl_post import methods
-from jaxrl_post.training.config import Config, OptimizerConfig
+from jaxrl_post.methods.credit import MAKERS
+from jaxrl_post.training.config import Config, ConfigError, OptimizerConfig
 from jaxrl_post.training.config.methods_check import find_method
 from jaxrl_post.training.optimizers import make_optimizer, make_schedule
+from jaxrl_post.training.reward_setup import reward_components
 from jaxrl_post.training.roles import Role
 from jaxrl_post.training.step import most_updates
 from jaxrl_post.types import LearnsFrom, Method
@@ -50,8 +54,35 @@ class Stage:
 
 
 def make_method(config: Config) -> Method:
-    """The method that the configuration names, with its keywords."""
-    return find_method(config.method.name)(**config.method.keywords)
+    """The method that the configuration names, with its keywords.
+
+    One that puts the reward's components together itself does so by the weights that `rewards` gives them, unless it is
+    given others.
+
+    Raises:
+        ConfigError: if it takes no weights, and they are not all 1.
+    """
+    function, keywords = find_method(config.method.name), dict(config.method.keywords)
+    weights = dict(zip(reward_components(config), (option.weight for option in config.rewards), strict=True))
+    if all(weight == 1 for weight in weights.values()):
+        return function(**keywords)
+    if _weighs_components(function):
+        return function(**{**keywords, "weights": keywords.get("weights") or weights})
+    advantage = keywords.get("advantage")
+    chosen = {"name": advantage} if isinstance(advantage, str) else advantage
+    if isinstance(chosen, Mapping) and _weighs_components(MAKERS.get(chosen.get("name"))):
+        keywords["advantage"] = {**chosen, "weights": chosen.get("weights") or weights}
+    elif keywords.get("decompose") or (isinstance(chosen, Mapping) and chosen.get("decompose")):
+        raise ConfigError(["rewards: with decompose each component counts alike; leave out weight, or decompose"])
+    return function(**keywords)
+
+
+def _weighs_components(function: Callable[..., Any] | None) -> bool:
+    """Whether a method, or an advantage, takes weights of the reward's components by their names."""
+    if function is None:
+        return False
+    weights = inspect.signature(function).parameters.get("weights")
+    return weights is not None and str(weights.annotation).startswith("Mapping")
 
 
 def make_stages(config: Config) -> list[Stage]:

@@ -215,6 +215,15 @@ def test_the_best_members_come_first_and_what_is_said_of_them_goes_with_them():
     assert best.prompt_id.tolist() == groups().prompt_id.tolist()
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint32", "int32", "bool", "bfloat16"])
+def test_scores_may_be_counts(dtype):
+    low, high = (jnp.iinfo(dtype).min, jnp.iinfo(dtype).max) if "int" in dtype else (0, 1)
+    scores = jnp.asarray([[low, high, low, low], [high, low, high, high]], dtype)
+    best = best_of_n(groups(), scores, n=2)
+    assert best.extras["member"].tolist()[0] == [1, 0]
+    assert best.extras["member"].tolist()[1][0] == 6  # the one that is valid
+
+
 def test_a_valid_member_of_the_lowest_score_ranks_before_one_that_is_not_valid():
     scores = jnp.array([[1.0, 2.0, 3.0, 4.0], [5.0, 5.0, -jnp.inf, 5.0]])
     best = best_of_n(groups(), scores)

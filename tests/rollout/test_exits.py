@@ -21,6 +21,7 @@ from jaxrl_post.rollout import (
     merge_groups,
     thought_length,
 )
+from jaxrl_post.rollout.served import recompute_logp
 from jaxrl_post.types import FINISH_LENGTH, FINISH_STOP
 
 V, L, N, A, M = 12, 4, 6, 3, 3
@@ -253,3 +254,15 @@ def test_limits_and_sampling_of_each_prompt_are_refused_by_name():
     warm = SamplingParams(temperature=jnp.ones(2), min_p=jnp.zeros((2, 1)))
     with pytest.raises(ValueError, match="sampling's temperature, min_p must be the same"):
         generate_exits(None, None, prompts, KEY, exits=exits, sampling=warm, max_new_tokens=3)
+
+
+def test_the_text_of_an_exit_is_scored_as_tokens_are_sampled_without_dropout():
+    policy = models.decoder(vocab_size=V, width=16, layers=1, heads=2, lora=models.Lora(rank=4, dropout=0.5))
+    weights = jax.tree.map(lambda x: x + 0.1, policy.init(jax.random.key(0)))  # adapters that say something
+    exits = EXITS._replace(whole=True)
+    sample = jax.jit(functools.partial(generate_exits, policy, exits=exits, max_new_tokens=N))
+    found = sample(weights, PROMPTS, KEY)
+    plain = jax.jit(models.score(policy).still, static_argnums=2)(weights, found, frozenset({"logp"}), KEY)
+    np.testing.assert_allclose(found.logp, np.where(found.mask > 0, plain.logp, 0), atol=2e-5)
+    again = jax.jit(functools.partial(recompute_logp, models.score(policy)))(weights, found, KEY)
+    np.testing.assert_allclose(again.logp, found.logp, atol=2e-5)

@@ -102,6 +102,19 @@ def test_raw_keys_do_what_typed_ones_do():
     )
 
 
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+def test_keys_of_any_kind_give_a_row_the_same_noise_in_every_batch(impl):
+    key = jax.random.key(4, impl=impl)
+    ids, positions, logits = jnp.arange(5, dtype=jnp.uint32), jnp.arange(5), jnp.zeros((5, 300))
+    together = sample(row_keys(key, ids, positions), logits)
+    alone = [sample(row_keys(key, ids[i : i + 1], positions[i : i + 1]), logits[:1]) for i in range(5)]
+    assert together.tolist() == jnp.concatenate(alone).tolist()
+    assert together.tolist() == sample(row_keys(jax.random.key(4), ids, positions), logits).tolist()
+    with jax.default_prng_impl(impl):
+        raw = jax.random.PRNGKey(4)
+        assert together.tolist() == sample(row_keys(raw, ids, positions), logits).tolist()
+
+
 def test_sixteen_bit_logits_do_not_make_the_noise_coarse():
     # With 16-bit noise nearly every draw over 20000 equal tokens would be a tie, which the smallest id wins.
     tokens = jax.jit(sample)(keys_of_rows(64), jnp.zeros((64, 20_000), jnp.bfloat16))

@@ -15,7 +15,7 @@ from jaxrl_post.training import loop, setup
 from jaxrl_post.training.batches import Batches, Cursor, TrainingError, with_greedy_reward
 from jaxrl_post.training.generation import sample_groups
 from jaxrl_post.training.sampler import Sampler, sampled_metrics
-from jaxrl_post.types import FINISH_ABORT
+from jaxrl_post.types import FINISH_ABORT, TokenStats
 from tests.training import runs
 
 WITHOUT = {"warm_start": None, "eval": {"problems": 0}}
@@ -180,6 +180,54 @@ def test_a_component_that_could_not_be_scored_reaches_the_method_as_nan(tmp_path
     assert np.isnan(judged[1::2]).all()
     assert (judged[::2] == 1).all()
     assert np.isfinite(np.asarray(batch.rollouts.reward)).all()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "gdpo"},
+        {"name": "paco_grpo"},
+        {"name": "policy_gradient", "advantage": "gdpo"},
+        {"name": "policy_gradient", "advantage": {"name": "log_tamed", "threshold": "median"}},
+    ],
+)
+def test_a_method_that_adds_up_the_components_itself_does_so_by_the_weights_of_the_rewards(tmp_path, method):
+    source = tmp_path / "judges.py"
+    source.write_text(
+        "def length(completions, answer): return [float(len(c)) for c in completions]\n"
+        "def odd(completions, answer): return [float(i % 3) for i in range(len(completions))]\n"
+    )
+
+    def advantages(of_rewards, of_method=None):
+        rewards = [{"path": f"{source}:{name}", "weight": weight} for name, weight in of_rewards.items()]
+        how = method
+        if of_method is not None and "advantage" in method:
+            chosen = method["advantage"] if isinstance(method["advantage"], dict) else {"name": method["advantage"]}
+            how = {**method, "advantage": {**chosen, "weights": of_method}}
+        elif of_method is not None:
+            how = {**method, "weights": of_method}
+        run = runs.tiny_run(tmp_path / "run", method=how, rewards=rewards, **WITHOUT)
+        batch, stage, *_ = first_batch(run)
+        stats = {"policy": TokenStats(logp=batch.rollouts.logp)}
+        targets, _ = stage.method.targets((), batch.rollouts, stats, jax.random.key(0))
+        return np.asarray(targets.advantages)
+
+    found = advantages({"length": 1.0, "odd": -0.5})
+    assert np.any(found != 0)
+    np.testing.assert_array_equal(found, advantages({"length": 1.0, "odd": 2.0}, {"length": 1.0, "odd": -0.5}))
+    assert np.any(found != advantages({"length": 1.0, "odd": 1.0}))
+    metric = advantages({"length": 1.0, "odd": 0.0})
+    np.testing.assert_array_equal(metric, advantages({"length": 1.0, "odd": 3.0}, {"length": 1.0}))
+
+
+def test_components_that_count_alike_have_no_weights(tmp_path):
+    rewards = [{"name": "exact_match", "weight": 0.5}]
+    for method in (
+        {"name": "bnpo", "decompose": True},
+        {"name": "policy_gradient", "advantage": {"name": "bnpo", "decompose": True}},
+    ):
+        with pytest.raises(configs.ConfigError, match="with decompose each component counts alike"):
+            setup.build(configs.load(runs.tiny_run(tmp_path, method=method, rewards=rewards, **WITHOUT)))
 
 
 GROUPS = {"group_size": 4, "prompts": 4, "max_new_tokens": 3}

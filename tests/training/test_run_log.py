@@ -294,6 +294,15 @@ def test_the_steps_may_not_change_under_a_schedule_that_ends_with_them(tmp_path,
     assert prepare_run_dir(make_config(tmp_path, training={"optimizer": decaying, "keep_checkpoints": 3})) is True
 
 
+def test_the_schedule_of_a_role_ends_with_the_steps_too(tmp_path):
+    plain = make_config(tmp_path, method={"name": "ppo"})
+    optimizer = dataclasses.replace(plain.training.optimizer, schedule="linear")
+    ten = dataclasses.replace(plain, roles={"critic": configs.RoleConfig(optimizer=optimizer)})
+    begin(ten)
+    with pytest.raises(RunDirError, match=r"training.steps: 10 there, 20 here \(the linear schedule of the step size"):
+        prepare_run_dir(dataclasses.replace(ten, training=dataclasses.replace(ten.training, steps=20)))
+
+
 def test_what_does_not_change_a_step_may_change_when_a_run_is_resumed(tmp_path):
     begin(make_config(tmp_path))
     measured = {"every": 5, "samples": 16, "k": 4, "correct_at": 0.5}

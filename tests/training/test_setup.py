@@ -78,6 +78,12 @@ def test_training_never_sees_a_held_out_prompt(tmp_path):
     assert [problem["prompt"] for problem in made.warm_start] == ["q5", "q6", "q7", "q8"]
 
 
+def test_held_out_prompts_that_are_all_too_long_are_an_error(tmp_path):
+    held_out = write(tmp_path / "eval.jsonl", [{"question": "q" * 99, "answer": "ab"}])
+    with pytest.raises(ValueError, match=r"data.eval_files: no prompt is within data.max_prompt_length = \d+ tokens"):
+        problems(tmp_path, ANSWERED, data={"eval_files": [held_out]}, rewards=[{"name": "exact_match"}])
+
+
 def test_generated_problems_are_disjoint_by_content():
     values = {
         "run_dir": "unused",

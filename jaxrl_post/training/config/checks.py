@@ -57,6 +57,8 @@ def check(config: Config, made: Method | None, problems: Problems, check_files: 
             if options is not None and options.optimizer is not None:
                 _optimizer(options.optimizer, f"roles.{role}.optimizer", None, problems)
     _warm_start(config, problems)
+    if config.run_dir == "":
+        problems.add("run_dir", "must name a directory", "")
     if check_files:
         content_checks.check_files_exist(config, problems)
     if made is not None:

@@ -147,6 +147,8 @@ def check_rewards(config: Config, made: Method | None, problems: Problems) -> No
                     problems.add(f"{key}.name", why, reward.name)
         elif not all(reward.path.rpartition(":")[::2]):  # pyright: ignore[reportOptionalMemberAccess]
             problems.add(f"{key}.path", "must be module:function or file.py:function", reward.path)
+    if config.rewards and problems.ok("rewards") and all(reward.weight == 0 for reward in config.rewards):
+        problems.add("rewards", "all have weight 0, so that there is nothing to learn from; give one another weight")
     if made is not None and made.learns_from == "rollouts" and problems.ok("rewards") and not config.rewards:
         problems.add(
             "rewards", f"method {config.method.name} needs at least one reward, e.g. [{{name: task_score}}]", []

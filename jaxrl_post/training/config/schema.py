@@ -391,7 +391,11 @@ class RoleConfig:
     )
     weights: tuple[float, ...] | None = option("of the average, one for each of from; null: equal ones", None)
     refresh: Literal["frozen", "every"] = option("frozen, or every: renewed every n steps", "frozen")
-    every: int | None = option("steps between renewals (refresh: every)", None, minimum=1)
+    every: int | None = option(
+        "steps between renewals (refresh: every), which are where it divides a step of the run, warm_start's included",
+        None,
+        minimum=1,
+    )
     mix: float = option("a renewal gives mix * source + (1 - mix) * old (refresh: every)", 1.0, above=0, maximum=1)
     optimizer: OptimizerConfig | None = option("of a role that the method trains; null: training.optimizer", None)
 
