@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from jaxrl_post import mesh as mesh_lib
 from jaxrl_post import models
 from jaxrl_post.data import Tokenizer, load_tokenizer
 from jaxrl_post.models.hub import local_directory, writable_directory
-from jaxrl_post.training.config import ModelConfig
+from jaxrl_post.training.config import ConfigWarning, ModelConfig
 from jaxrl_post.training.config.schema import NOT_SIZES
 from jaxrl_post.training.router import RouterLoss
 from jaxrl_post.types import Array, Params, Policy, PyTree, Unembedding
@@ -86,6 +87,26 @@ def make_models(model: ModelConfig, tokenizer: Tokenizer) -> Models:
     policy = made(lora)
     base = policy if lora is None else made(None)
     return Models(policy, made(lora, value_head=True), base, source, load)
+
+
+def warn_of_long_rows(model: ModelConfig, source: models.Pretrained | None, longest: int) -> None:
+    """Warn of rows whose positions turn out to be others where they are scored than where they were sampled.
+
+    Args:
+        model: the section of the configuration.
+        source: its checkpoint.
+        longest: tokens of a prompt with its completion.
+    """
+    rope = None if source is None else models.decoder_keywords(source.config, ignore=model.ignore).get("rope")
+    if rope is not None and rope.kind in ("dynamic", "longrope") and longest > rope.original_length:
+        warnings.warn(
+            f"model.path: the rotary positions of {model.path} ({rope.kind}) change where a row has more than "
+            f"{rope.original_length} tokens, and what it sampled until then is scored with the others. Keep "
+            f"data.max_prompt_length + rollout.max_new_tokens = {longest} within that, or give method.old_logp: "
+            "recompute with a method.correction",
+            ConfigWarning,
+            stacklevel=2,
+        )
 
 
 def make_checkpoint(

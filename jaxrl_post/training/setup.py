@@ -36,6 +36,7 @@ from jaxrl_post.training.model_setup import (
     read_policy,
     router_losses,
     trainable,
+    warn_of_long_rows,
 )
 from jaxrl_post.training.problem_setup import Problems, make_problems
 from jaxrl_post.training.reward_setup import check_reward_columns, make_rewards, reward_components
@@ -477,6 +478,7 @@ def build(
     if longest is not None and wanted > longest:
         limits = f"data.max_prompt_length + rollout.max_new_tokens = {wanted}"
         raise ConfigError([f"{limits}, but the model was made for {longest} positions"])
+    warn_of_long_rows(config.model, made.source, wanted)
     mesh = mesh_lib.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
     setup = Setup(config, tokenizer, made, mesh, make_stages(config), executables)
     if config.rollout.server is not None:

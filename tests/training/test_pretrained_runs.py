@@ -18,6 +18,7 @@ from jaxrl_post.training import config as configs
 from jaxrl_post.training import inference, loop
 from jaxrl_post.training.checkpoint import CheckpointError
 from jaxrl_post.training.config import ConfigError
+from jaxrl_post.training.model_setup import warn_of_long_rows
 from tests.training import runs
 
 ALPHABET = "_$>0123456789"
@@ -400,6 +401,21 @@ def test_an_export_that_would_fail_or_overwrite_is_refused_before_training(tmp_p
     )
     with pytest.raises(ConfigError, match="made for"):
         loop.run(configs.load(path))
+
+
+def test_a_context_that_is_stretched_by_the_length_of_a_row_is_a_warning(tmp_path, checkpoint):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 3, "long_factor": [1.0, 2.0, 4.0]}
+    rope["original_max_position_embeddings"] = 5
+    stretched = save_qwen3(tmp_path / "model", max_position_embeddings=32, rope_parameters=rope)
+    source = hf_models.from_pretrained(stretched, abstract=True)
+    options = configs.ModelConfig(path=str(stretched))
+    with pytest.warns(configs.ConfigWarning, match=r"\(longrope\) change where a row has more than 5 tokens"):
+        warn_of_long_rows(options, source, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_long_rows(options, source, 5)
+        warn_of_long_rows(options, hf_models.from_pretrained(checkpoint, abstract=True), 6)
+        warn_of_long_rows(options, None, 6)
 
 
 def test_a_model_that_was_drawn_here_becomes_a_checkpoint_too(tmp_path):
