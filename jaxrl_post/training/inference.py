@@ -53,6 +53,7 @@ def load_roles(
     overrides: Sequence[str] = (),
     *,
     mesh: configs.MeshConfig | None = None,
+    measured_only: bool = False,
 ) -> tuple[Setup, dict[str, Params]]:
     """`load_run` with parameters by role.
 
@@ -60,6 +61,7 @@ def load_roles(
         run_dir: the run's directory.
         roles: which of the run's roles are wanted; one that the newest checkpoint does not have is left out.
         overrides: as for `load_run`, as is `mesh`.
+        measured_only: see `make_problems`.
     """
     files = RunFiles(run_dir)
     checkpoint_dir = files.root / CHECKPOINTS
@@ -74,7 +76,7 @@ def load_roles(
     if math.prod(sizes.values()) > jax.device_count():
         logger.warning("the run's mesh %s needs more than the %d devices here; using one", sizes, jax.device_count())
         config = _laid_out(config, configs.MeshConfig())
-    setup = setups.build(config)
+    setup = setups.build(config, measured_only=measured_only)
     if not checkpoint_dir.is_dir():
         raise CheckpointError(f"{run_dir} holds no checkpoint yet; train first, or wait for the first save")
     wanted = roles(setup)
@@ -115,7 +117,7 @@ def evaluate_run(run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str
             return {"policy"}
         return {"policy", *stage.method.roles} - set(setup.borrows(stage))
 
-    setup, params = load_roles(run_dir, roles, overrides)
+    setup, params = load_roles(run_dir, roles, overrides, measured_only=True)
     results, stage = Evaluator(setup)(params["policy"]), setup.stages[-1]
     if missing := roles(setup) - set(params):
         logger.warning("no loss of %s on held-out data: the newest checkpoint has no %s", stage.name, sorted(missing))

@@ -327,5 +327,5 @@ def export(
         overwrite=overwrite,
     )
     if lora is not None and model.path is not None:  # adapters of a model that is nowhere else would be of no use
-        of = {"base": model.path, "revision": model.revision, "model_type": config["model_type"]}
-        models.save_adapters(f"{directory}/adapter", params, lora, **of)
+        target, kind = f"{directory}/adapter", config["model_type"]
+        models.save_adapters(target, params, lora, base=model.path, revision=model.revision, model_type=kind)

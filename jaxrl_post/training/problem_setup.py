@@ -44,8 +44,18 @@ class Problems(NamedTuple):
     exclude: frozenset[str]
 
 
-def make_problems(config: Config, tokenizer: data.Tokenizer, turns: Turns | HostTurns | None = None) -> Problems:
-    """Sources of the run's problems; held-out ones differ in content from all that training sees."""
+def make_problems(
+    config: Config, tokenizer: data.Tokenizer, turns: Turns | HostTurns | None = None, *, measured_only: bool = False
+) -> Problems:
+    """Sources of the run's problems; held-out ones differ in content from all that training sees.
+
+    Args:
+        config: of the run.
+        tokenizer: its tokenizer.
+        turns: its environment.
+        measured_only: leave `data.files` alone, which may be gone: only what is held out can be relied on then, and
+            where there are `data.eval_files`, nothing else is made.
+    """
     options = config.data
     fits = data.prompt_fits(tokenizer, options.max_prompt_length, on_long_prompt=options.on_long_prompt)
 
@@ -118,7 +128,8 @@ def make_problems(config: Config, tokenizer: data.Tokenizer, turns: Turns | Host
             raise ConfigError([f"data.eval_files: no row is within {limits}; raise them or give shorter ones"])
         return found
 
-    warm = config.warm_start
+    alone = measured_only and bool(options.eval_files)
+    warm = None if alone else config.warm_start
     held_out_count = config.eval.problems
     with_given: list[data.Problem] = []
     if not options.files:
@@ -128,9 +139,11 @@ def make_problems(config: Config, tokenizer: data.Tokenizer, turns: Turns | Host
     else:
         kind = make_method(config).learns_from
         supervised = kind == "completions" or warm is not None
-        train = warm_source = validation_source = read(
-            options.files, kind=kind, supervised=supervised, split=options.split
-        )
+        if alone:
+            train = read(options.eval_files, kind="rollouts")
+        else:
+            train = read(options.files, kind=kind, supervised=supervised, split=options.split)
+        warm_source = validation_source = train
         held_out = []
         if options.eval_files and held_out_count:
             source = read(options.eval_files, kind="rollouts")  # whatever is trained on, these are sampled for

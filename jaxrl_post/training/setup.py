@@ -59,6 +59,7 @@ class Setup:
     mesh: Mesh
     stages: list[Stage]
     executables: str | None = None
+    measured_only: bool = False
 
     def program(self, name: str, jitted: Any, how: Generation | None = None) -> Callable[..., Any]:
         """`jitted`, or what was compiled of it before, where the run was given a directory of `executables`."""
@@ -94,7 +95,7 @@ class Setup:
     @functools.cached_property
     def problems(self) -> Problems:
         """The run's problems, made when they are first asked for."""
-        return make_problems(self.config, self.tokenizer, self.turns)
+        return make_problems(self.config, self.tokenizer, self.turns, measured_only=self.measured_only)
 
     @functools.cached_property
     def turns(self) -> Turns | HostTurns | None:
@@ -455,6 +456,7 @@ def build(
     devices: Sequence[Any] | None = None,
     tokenizer: data.Tokenizer | None = None,
     executables: str | None = None,
+    measured_only: bool = False,
 ) -> Setup:
     """Build a run's parts.
 
@@ -463,6 +465,7 @@ def build(
         devices: that its mesh is made of, present or only described; those of this machine if None.
         tokenizer: in place of the one that the configuration names.
         executables: a directory of programs that need not be compiled.
+        measured_only: see `make_problems`.
 
     Raises:
         ConfigError: if there are too few devices.
@@ -480,7 +483,7 @@ def build(
         raise ConfigError([f"{limits}, but the model was made for {longest} positions"])
     warn_of_long_rows(config.model, made.source, wanted)
     mesh = mesh_lib.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
-    setup = Setup(config, tokenizer, made, mesh, make_stages(config), executables)
+    setup = Setup(config, tokenizer, made, mesh, make_stages(config), executables, measured_only)
     if config.rollout.server is not None:
         check_served(config.rollout.server, config.model, made, tokenizer, setup.trained_generation().sampling)
     return setup
