@@ -70,7 +70,7 @@ def make_method(config: Config) -> Method:
         return function(**{**keywords, "weights": keywords.get("weights") or weights})
     advantage = keywords.get("advantage")
     chosen = {"name": advantage} if isinstance(advantage, str) else advantage
-    if isinstance(chosen, Mapping) and _weighs_components(MAKERS.get(chosen.get("name"))):
+    if isinstance(chosen, Mapping) and _weighs_components(MAKERS.get(str(chosen.get("name")))):
         keywords["advantage"] = {**chosen, "weights": chosen.get("weights") or weights}
     elif keywords.get("decompose") or (isinstance(chosen, Mapping) and chosen.get("decompose")):
         raise ConfigError(["rewards: with decompose each component counts alike; leave out weight, or decompose"])
