@@ -326,6 +326,11 @@ def test_an_unknown_key_is_fine_where_it_is_off_or_the_user_says_so():
     assert decoder_keywords(PLAIN | {"rope_scaling": rope | {"attn_factor": 0.9}}, ignore=["attn_factor"]) == scaled
 
 
+def test_a_second_size_of_the_window_that_some_files_have_says_nothing():
+    config = hf.config("gemma2").to_dict()
+    assert decoder_keywords(config | {"sliding_window_size": 3}) == decoder_keywords(config)
+
+
 def test_only_heads_that_give_one_number_are_read():
     assert head_of({"architectures": ["LlamaForCausalLM"]}) == ("causal_lm", 0)
     assert head_of({"architectures": ["Qwen2ForTokenClassification"]}) == ("token_classification", 2)

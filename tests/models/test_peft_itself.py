@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +115,23 @@ def test_adapters_of_a_model_that_sees_images_are_those_of_its_language_model(tm
     again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
     np.testing.assert_allclose(theirs(again), found, rtol=2e-5, atol=2e-5)
     jax.tree.map(np.testing.assert_array_equal, read(tmp_path, tmp_path / "ours")[1], params)
+
+
+def test_a_tokenizer_that_was_saved_beside_adapters_goes_with_the_model_they_are_merged_into(tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    words = Tokenizer(WordLevel({"<end>": 0, "yes": 1, "no": 2}, unk_token="no"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
+    base = hf.model("qwen3")
+    for number, model in enumerate((base, peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2)))):
+        tokenizer.chat_template = f"template {number}"
+        model.save_pretrained(tmp_path / str(number))
+        tokenizer.save_pretrained(tmp_path / str(number))
+    config = tmp_path / "1" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "0")}))
+    convert(str(tmp_path / "1"), str(tmp_path / "merged"))
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == "template 1"
 
 
 def test_adapters_of_each_expert_go_to_peft(tmp_path):

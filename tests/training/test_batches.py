@@ -11,7 +11,7 @@ import pytest
 from jaxrl_post import data, methods
 from jaxrl_post.rollout import Prompts, SamplingParams
 from jaxrl_post.training import config as configs
-from jaxrl_post.training import loop, setup
+from jaxrl_post.training import evaluate, loop, setup
 from jaxrl_post.training.batches import Batches, Cursor, TrainingError, with_greedy_reward
 from jaxrl_post.training.generation import sample_groups
 from jaxrl_post.training.sampler import Sampler, sampled_metrics
@@ -218,6 +218,15 @@ def test_a_method_that_adds_up_the_components_itself_does_so_by_the_weights_of_t
     assert np.any(found != advantages({"length": 1.0, "odd": 1.0}))
     metric = advantages({"length": 1.0, "odd": 0.0})
     np.testing.assert_array_equal(metric, advantages({"length": 1.0, "odd": 3.0}, {"length": 1.0}))
+
+
+def test_the_problems_that_end_a_warm_start_are_not_sampled_one_by_one_where_nothing_is_held_out(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(evaluate, "Sampler", lambda setup, how, **options: made.append(options["prompts"]))
+    warm = {"steps": 3, "batch_size": 4, "examples": 8, "optimizer": {"learning_rate": 0.01}}
+    warm |= {"until": 0.5, "check_every": 1, "check_problems": 7}
+    evaluate.Evaluator(setup.build(configs.load(runs.tiny_run(tmp_path, warm_start=warm, eval={"problems": 0}))))
+    assert made == [7, 1]
 
 
 def test_components_that_count_alike_have_no_weights(tmp_path):
