@@ -60,7 +60,7 @@ def make_method(config: Config) -> Method:
     given others.
 
     Raises:
-        ConfigError: if it takes no weights, and they are not all 1.
+        ConfigError: if its components count alike (`decompose`), and their weights are not all 1.
     """
     function, keywords = find_method(config.method.name), dict(config.method.keywords)
     weights = dict(zip(reward_components(config), (option.weight for option in config.rewards), strict=True))

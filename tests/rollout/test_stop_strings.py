@@ -81,19 +81,18 @@ def test_a_cut_may_go_through_a_text():
 
 
 def test_a_text_ends_an_action_and_does_not_reach_from_one_into_the_next():
-    # The policy says x, y, ... after a, and z after an observation that ends with b: "yz" stands across a turn's end.
-    params = host.script("axy", "bzxy")
-    stop = stop_strings(["yz", "zx"], token_bytes(host.TOKENIZER))
-    how = {"max_turn_tokens": 2, "max_turns": 3, "sampling": host.STOP._replace(stop_strings=stop)}
-    actions = []
+    # After a the policy says xy and ends its turn, after b it would say zxy: "yz" stands across the turns.
+    params = host.script("axy$", "bzxy$")
 
-    def answer(task, turn, action):
-        actions.append(action)
-        return "b" if turn == 0 else "", 1.0, turn == 2
+    def play(*texts):
+        stop = stop_strings(texts, token_bytes(host.TOKENIZER)) if texts else None
+        how = {"max_turn_tokens": 5, "max_turns": 2, "sampling": host.STOP._replace(stop_strings=stop)}
+        return host.text(host.play(lambda task, turn, action: ("b", 0.0, turn == 1), ["a"], params, **how), 0)
 
-    out = host.play(answer, ["a"], params, **how)
-    assert host.text(out, 0)[:6] == "aXYbZX"
-    assert actions[:2] == ["xy", "zx"]
+    assert play()[:8] == "aXY$bZXY"
+    assert play("yz")[:8] == "aXY$bZXY"
+    assert play("yz", "zx")[:7] == "aXY$bZX"
+    assert "ZXY" not in play("yz", "zx")
 
 
 def test_who_cannot_heed_them_says_so():
