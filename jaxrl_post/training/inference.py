@@ -7,6 +7,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,14 @@ def load_roles(
     """
     files = RunFiles(run_dir)
     checkpoint_dir = files.root / CHECKPOINTS
-    with files.reading(CONFIG_FILE) as path, warnings.catch_warnings():
-        if not overrides:
-            warnings.simplefilter("ignore", configs.ConfigWarning)  # whoever trained it was warned
+
+    def quiet() -> AbstractContextManager[Any]:
+        # Whoever trained it was warned.
+        if overrides:
+            return nullcontext()
+        return warnings.catch_warnings(action="ignore", category=configs.ConfigWarning)
+
+    with files.reading(CONFIG_FILE) as path, quiet():
         # The data that it was trained on may be gone by now.
         config = configs.load(path, overrides, check_files=False)
     if mesh is not None:
@@ -76,7 +82,8 @@ def load_roles(
     if math.prod(sizes.values()) > jax.device_count():
         logger.warning("the run's mesh %s needs more than the %d devices here; using one", sizes, jax.device_count())
         config = _laid_out(config, configs.MeshConfig())
-    setup = setups.build(config, measured_only=measured_only)
+    with quiet():
+        setup = setups.build(config, measured_only=measured_only)
     if not checkpoint_dir.is_dir():
         raise CheckpointError(f"{run_dir} holds no checkpoint yet; train first, or wait for the first save")
     wanted = roles(setup)

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from jaxrl_post import models as hf_models
 from jaxrl_post.training import config as configs
 from jaxrl_post.training import inference, loop
+from jaxrl_post.training import setup as setups
 from jaxrl_post.training.checkpoint import CheckpointError
 from jaxrl_post.training.config import ConfigError
 from jaxrl_post.training.model_setup import warn_of_long_rows
@@ -416,6 +417,16 @@ def test_a_context_that_is_stretched_by_the_length_of_a_row_is_a_warning(tmp_pat
         warn_of_long_rows(options, source, 5)
         warn_of_long_rows(options, hf_models.from_pretrained(checkpoint, abstract=True), 6)
         warn_of_long_rows(options, None, 6)
+    # Whoever trained a run was warned, and whoever uses it is not.
+    config = configs.load(written(tmp_path, stretched))
+    with pytest.warns(configs.ConfigWarning, match="longrope"):
+        setups.build(config)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(configs.dump(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(CheckpointError, match="no checkpoint yet"):
+            inference.load_run(tmp_path / "run")
 
 
 def test_a_model_that_was_drawn_here_becomes_a_checkpoint_too(tmp_path):
