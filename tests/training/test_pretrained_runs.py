@@ -324,17 +324,22 @@ def test_whether_a_prompt_is_a_message_is_what_the_run_was_trained_on(tmp_path, 
     assert "prompts are plain text" in caplog.text
 
 
+def use_unwarned(run_dir, config):
+    """Use a run as far as one without a checkpoint can be, with each warning an error."""
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(configs.dump(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(CheckpointError, match="no checkpoint yet"):
+            inference.load_run(run_dir)
+
+
 def test_what_a_run_was_warned_of_is_not_said_again_where_it_is_used(tmp_path):
     model = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 16, "param_dtype": "bfloat16"}
     path = runs.tiny_run(tmp_path, model=model, warm_start=None)
     with pytest.warns(configs.ConfigWarning, match="rounded away"):
         config = configs.load(path)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text(configs.dump(config))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(CheckpointError, match="no checkpoint yet"):
-            inference.load_run(tmp_path / "run")
+    use_unwarned(tmp_path / "run", config)
 
 
 def test_models_are_converted_there_and_back_bit_by_bit(tmp_path, checkpoint, capsys):
@@ -421,12 +426,7 @@ def test_a_context_that_is_stretched_by_the_length_of_a_row_is_a_warning(tmp_pat
     config = configs.load(written(tmp_path, stretched))
     with pytest.warns(configs.ConfigWarning, match="longrope"):
         setups.build(config)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text(configs.dump(config))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(CheckpointError, match="no checkpoint yet"):
-            inference.load_run(tmp_path / "run")
+    use_unwarned(tmp_path / "run", config)
 
 
 def test_a_model_that_was_drawn_here_becomes_a_checkpoint_too(tmp_path):
