@@ -101,7 +101,8 @@ class Conversation(NamedTuple):
         place = jnp.minimum(state.fed, tokens.shape[1] - 1)[:, None]
         token = jnp.where(fed, jnp.take_along_axis(tokens, place, axis=1)[:, 0], drawn.token)
         mask = jnp.where(fed, 1.0, drawn.mask)
-        return Drawn(token, mask, *(jnp.where(fed, 0.0, x) for x in drawn[2:5]))
+        others = jax.tree.map(lambda x: jnp.where(fed[:, None], 0, x), drawn.others)
+        return Drawn(token, mask, *(jnp.where(fed, 0.0, x) for x in drawn[2:5]), others=others)
 
     def reply(self, state: Exchange, request: Array, token: Array, alive: Array, stopped: Array, left: Array) -> Reply:
         """The state after one token of each sequence: where it ends an action, the environment has played it."""
@@ -181,6 +182,8 @@ def generate_turns(
     cache_dtype: jnp.dtype | None = None,
     slots: int | None = None,
     refill: int | None = None,
+    cache_pages: int | None = None,
+    alternatives: int = 0,
     id: Array | None = None,
 ) -> Rollouts:
     """Sample `group_size` episodes of each task, in one program: nobody waits for another, nor for the host.
@@ -215,6 +218,8 @@ def generate_turns(
         cache_dtype: of the key-value cache; the model's own choice if None.
         slots: as in `generate`.
         refill: as in `generate`.
+        cache_pages: as in `generate`, for what is said and fed; an episode that starts over is played again as it was.
+        alternatives: as in `generate`; 0 in the places of observations.
         id: `[P, G]` uint32, of the sequences; `arange(P * G)` if None.
 
     Returns:
@@ -264,6 +269,8 @@ def generate_turns(
         slots=slots,
         refill=refill,
         cache_dtype=cache_dtype,
+        cache_pages=cache_pages,
+        alternatives=alternatives,
         turns=Conversation(environment, states, key, requests, max_turns, max_turn_tokens),
     )
     marks = drawn.marks

@@ -129,6 +129,7 @@ def sample_groups(
         "version": version,
         "cache_dtype": None if how.cache_dtype is None else jnp.dtype(how.cache_dtype),
     }
+    pool = {"slots": how.slots, "cache_pages": how.cache_pages}
     if isinstance(prompts, Tasks):
         assert isinstance(how.turns, Turns)
         sampled = generate_turns(
@@ -140,15 +141,14 @@ def sample_groups(
             max_turns=how.turns.max_turns,
             max_turn_tokens=how.turns.max_turn_tokens,
             group_size=how.group_size,
-            slots=how.slots,
             id=prompts.id,
+            **pool,
             **limits,
         )
         return sampled.replace(prompt_id=prompts.prompt_id)
     if how.exits is not None:
         return generate_exits(policy, params, prompts, key, exits=how.exits, **limits)
     size = how.group_size // how.parts
-    pool = {"slots": how.slots, "cache_pages": how.cache_pages}
     sampled = generate(policy, params, prompts, key, group_size=size, **pool, **limits)
     return sampled if how.parts == 1 else merge_groups(sampled, how.parts)
 

@@ -10,6 +10,7 @@ import pytest
 from jaxrl_post import models
 from jaxrl_post.advantages import to_turns
 from jaxrl_post.mesh import make_mesh
+from jaxrl_post.models import cache as caches
 from jaxrl_post.rollout import SamplingParams, generate_turns
 from jaxrl_post.rollout.environments import Environment, Text, Transition, gridworld
 from jaxrl_post.sampling import row_keys
@@ -199,6 +200,42 @@ def test_a_queue_through_few_slots_gives_what_all_at_once_give(slots, refill):
     out = program(slots=slots, refill=refill)(params(), TASKS, KEY)
     assert np.array_equal(out.id, base().id)
     same(by_id(out), by_id(base()))
+
+
+@pytest.mark.parametrize("slots", [4, pytest.param(None, marks=pytest.mark.nightly)])
+def test_episodes_that_start_over_in_a_full_pool_of_pages_are_played_as_they_were(monkeypatch, slots):
+    monkeypatch.setitem(caches.BLOCKS, "cpu", 4)
+    decoded = []
+
+    def decode(params, tokens, positions, cache):
+        jax.debug.callback(lambda x: decoded.append(int((x >= 0).sum())), positions)
+        return POLICY.decode(params, tokens, positions, cache)
+
+    room = -(-base().tokens.shape[1] // 4)  # pages of the longest episode
+    watched = POLICY._replace(decode=decode)
+    out = program(policy=watched, slots=slots, cache_pages=room + 2)(params(), TASKS, KEY)
+    jax.effects_barrier()
+    assert np.array_equal(out.id, base().id)
+    same(by_id(out), by_id(base()))
+    once = np.asarray(out.length - (1 + TASKS % 3)[:, None]).sum()
+    assert sum(decoded) > once + 5  # tokens of those that have gone back
+
+
+def test_alternatives_are_those_of_what_the_policy_says():
+    out = program(alternatives=3)(params(), TASKS, KEY)
+    same(by_id(out), by_id(base()))
+    found, logp = (np.asarray(out.extras[name]) for name in ("alternatives", "alternative_logp"))
+    said = np.asarray(out.mask) > 0
+    assert not found[~said].any()
+    assert not logp[~said].any()
+    score = jax.jit(models.score(POLICY, temperature=0.8), static_argnums=2)
+    rows, last = np.arange(len(said)), np.asarray(out.length).reshape(-1) - 1
+    for place in range(3):
+        # Another last token changes nothing that stands before it.
+        one = out.replace(tokens=out.tokens.at[rows, last].set(found[rows, last, place]))
+        expected = np.asarray(score(params(), one, frozenset({"logp"}), KEY).logp)[rows, last]
+        np.testing.assert_allclose(logp[rows, last, place], expected, atol=1e-5)
+    assert (np.diff(logp, axis=-1)[said] <= 0).all()
 
 
 def test_an_episode_is_the_same_alone():

@@ -92,12 +92,14 @@ def test_a_run_in_an_environment_trains_and_measures(tmp_path, method):
     assert rows[0]["sampling/sampling_logp_difference/max"] < 1e-4
 
 
-def test_episodes_do_not_depend_on_devices_or_slots(tmp_path):
+def test_episodes_do_not_depend_on_devices_slots_or_pages(tmp_path):
     plain, *_ = first_batch(world_run(tmp_path / "plain"))
-    rollout = {**WORLD["rollout"], "slots": 8}
-    other, *_ = first_batch(world_run(tmp_path / "other", rollout=rollout, mesh={"data": 2}))
-    for name in ("tokens", "mask", "step", "reward", "length"):
-        np.testing.assert_array_equal(getattr(plain.rollouts, name), getattr(other.rollouts, name))
+    for mesh, room in (({"data": 2}, {"slots": 8}), ({"tensor": 2}, {"slots": 8, "cache_pages": 3})):
+        rollout = {**WORLD["rollout"], **room}
+        other, parts, _ = first_batch(world_run(tmp_path / str(mesh), rollout=rollout, mesh=mesh))
+        assert parts.generation(parts.sampling()).cache_pages == room.get("cache_pages")
+        for name in ("tokens", "mask", "step", "reward", "length"):
+            np.testing.assert_array_equal(getattr(plain.rollouts, name), getattr(other.rollouts, name))
 
 
 def test_an_environment_of_ones_own_is_named_by_its_file(tmp_path):

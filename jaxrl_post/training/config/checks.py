@@ -235,9 +235,8 @@ def _slots(config: Config, made: Method, problems: Problems) -> None:
         if any(size > 1 for axis, size in devices.items() if axis != "tensor"):
             why = "are a pool of one device, or of several along tensor; leave it out, or sample on rollout.mesh"
             problems.add("rollout.cache_pages", why, rollout.cache_pages)
-        acting = rollout.environment or (config.data is not None and config.data.environment)
-        if acting or rollout.exits is not None:
-            why = "is for completions that nobody answers and that are not left early; leave it out"
+        if rollout.environment is not None or rollout.exits is not None:
+            why = "is for what one program samples to its end: no rollout.environment, no rollout.exits; leave it out"
             problems.add("rollout.cache_pages", why, rollout.cache_pages)
     if rollout is None or rollout.slots is None or not problems.ok("rollout", "curriculum", "mesh"):
         return
