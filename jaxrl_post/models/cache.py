@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxrl_post.kernels.attention.xla import MASKED_SCORE
 from jaxrl_post.kernels.platform import current_device
-from jaxrl_post.mesh import LogicalAxes, constrain
+from jaxrl_post.mesh import LogicalAxes, constrain, spread
 from jaxrl_post.types import Array
 
 if TYPE_CHECKING:
@@ -299,7 +300,7 @@ def attend_cached(
         def block(x: Array) -> Array:
             if read.table is not None:
                 page = jax.lax.dynamic_index_in_dim(read.table, wanted // width, axis=1, keepdims=False)
-                return x.at[read.layer, page].get(mode="clip")
+                return _pages(x, read.layer, page)
             shape = (1, *x.shape[1:3], width, *x.shape[4:])
             none = jnp.zeros_like(begin)
             return jax.lax.dynamic_slice(x, (read.layer, none, none, begin, none)[: x.ndim], shape)[0]
@@ -333,6 +334,20 @@ def attend_cached(
     out = (state.mixed / state.total).astype(query.dtype)
     out = out.reshape(batch, kv_heads, heads // kv_heads, length, head_dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(query.shape)
+
+
+def _pages(pool: Array, layer: Array, page: Array) -> Array:
+    """`[B, kv_heads, width, ...]`: of a layer the page of each row, which lies on the row's device."""
+    over = spread(("batch",), page.shape)[0]
+    if not over:
+        return pool.at[layer, page].get(mode="clip")
+    heads = spread((None, None, "kv_heads"), pool.shape[:3])[2] or None
+
+    def own(pool: Array, layer: Array, page: Array) -> Array:
+        return pool.at[layer, page - jax.lax.axis_index(over) * pool.shape[1]].get(mode="clip")
+
+    specs = (PartitionSpec(None, over, heads), PartitionSpec(), PartitionSpec(over))
+    return jax.shard_map(own, in_specs=specs, out_specs=PartitionSpec(over, heads), check_vma=False)(pool, layer, page)
 
 
 class _Softmax(NamedTuple):

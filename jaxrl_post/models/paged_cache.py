@@ -5,15 +5,18 @@ How attention reads a page is in `cache`; who waits when the pool is empty is fo
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxrl_post.kernels.platform import current_device
-from jaxrl_post.mesh import spread
-from jaxrl_post.models.cache import KVCache, arrays, block_sizes, empty_cache, in_order
+from jaxrl_post.mesh import LogicalAxes, spread
+from jaxrl_post.models.cache import CACHE_AXES, KVCache, arrays, block_sizes, empty_cache, in_order
 from jaxrl_post.types import Array
 
 
@@ -23,7 +26,7 @@ class PagedCache(NamedTuple):
     The token at position `p` of a row stands in column `p % width` of the page `table[row, p // width]`; a row's
     positions count from 0 without a gap. A page is `2 * layers * kv_heads * width * head_dim` numbers. Attention brings
     the pages of a block together before it multiplies them: a step costs a little more than with columns of a row's
-    own, which lie so.
+    own, which lie so. Where rows lie on several devices, each device has a part of the pool for its own rows.
 
     Attributes:
         k: `[layers, pages, kv_heads, width, head_dim]`, rotated.
@@ -68,6 +71,12 @@ def page_width(capacity: int) -> int:
     return block_sizes(capacity)[1]
 
 
+def pool_parts(rows: int) -> int:
+    """In how many parts the ambient mesh splits the pool of so many rows: the devices along which these lie."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in spread(("batch",), (rows,))[0])
+
+
 def empty_pages(
     layers: int, batch: int, capacity: int, pages: int, kv_heads: int, head_dim: int, dtype: DTypeLike
 ) -> PagedCache:
@@ -83,7 +92,8 @@ def empty_pages(
         dtype: a float type or int8.
 
     Raises:
-        ValueError: for fewer than one page, another dtype, or under a mesh that spreads rows over devices.
+        ValueError: for fewer than one page, another dtype, or pages that the devices which share the rows cannot share
+            evenly.
 
     Example:
         >>> cache = empty_pages(2, 3, 8, 4, 1, 6, jnp.float32)
@@ -92,11 +102,11 @@ def empty_pages(
     """
     if pages < 1:
         raise ValueError(f"a paged cache needs at least one page, got {pages}")
-    over = spread(("batch",), (0,))[0]  # 0 rows are a multiple of any number of devices
-    if over:
+    parts = pool_parts(batch)
+    if pages % parts:
         raise ValueError(
-            f"pages do not lie over several devices along {', '.join(over)}: any row may have any page; "
-            "use a mesh of the axis tensor alone, or leave pages out"
+            f"{parts} devices share the rows, and each has a part of the pool for its own: {pages} pages must be a "
+            f"multiple of {parts}"
         )
     blocks, width = block_sizes(capacity)
     pool = empty_cache(layers, pages, width, kv_heads, head_dim, dtype)
@@ -134,6 +144,11 @@ def write_pages(cache: PagedCache, k: Array, v: Array, positions: Array) -> Page
         v: the same shape.
         positions: `[B, T]` int32, -1 for padding.
     """
+    new: LogicalAxes = ("layers", "batch", None, "kv_heads", None)
+    return _in_parts(_written, cache, (k, v, positions), (new, new, ("batch", None)))
+
+
+def _written(cache: PagedCache, _: Array | int, k: Array, v: Array, positions: Array) -> PagedCache:
     pages, width, blocks = cache.k.shape[1], cache.k.shape[3], cache.table.shape[1]
     cache = _grown(cache, jnp.maximum(cache.length, jnp.max(positions, axis=1).astype(jnp.int32) + 1))
     block = jnp.where(positions < 0, blocks, positions // width)
@@ -175,20 +190,31 @@ def insert_pages(cache: PagedCache, rows: KVCache, source: Array | int, slots: A
         source, slots = jnp.repeat(jnp.arange(read), source)[:batch], jnp.arange(batch)
     source = jnp.asarray(source, jnp.int32)
     added = jnp.sum(rows.positions >= 0, axis=1, dtype=jnp.int32)[source]
+    names = ("k", "v") if cache.k_scale is None else ("k", "v", "k_scale", "v_scale")
+    new = {name: getattr(rows, name) for name in names}
+    whole = {name: ("layers", None, *CACHE_AXES[2 : x.ndim]) for name, x in new.items()}
+    return _in_parts(_inserted, cache, (new, source, added, slots), (whole, (None,), (None,), (None,)))
+
+
+def _inserted(
+    cache: PagedCache, part: Array | int, rows: dict[str, Array], source: Array, added: Array, slots: Array
+) -> PagedCache:
+    (batch, _), width, columns = cache.table.shape, cache.k.shape[3], rows["k"].shape[3]
+    slots = slots - part * batch
+    slots = jnp.where((slots < 0) | (slots >= batch), batch, slots)  # which does not exist
     gone = jnp.zeros(batch, bool).at[slots].set(True, mode="drop")
     cache = release_pages(cache, gone)
     cache = _grown(cache, cache.length.at[slots].set(added, mode="drop"))
     pieces = -(-columns // width)
     page = cache.table.at[slots, :pieces].get(mode="fill", fill_value=-1).reshape(-1)
     first = jnp.argsort(page < 0)  # those that there are
-    names = ("k", "v") if cache.k_scale is None else ("k", "v", "k_scale", "v_scale")
 
     def padded(x: Array) -> Array:
         room = [(0, 0)] * x.ndim
         room[3] = (0, pieces * width - columns)
         return jnp.pad(x, room)
 
-    given = {name: padded(getattr(rows, name)) for name in names}
+    given = {name: padded(x) for name, x in rows.items()}
 
     def put(at: Array, pool: dict[str, Array]) -> dict[str, Array]:
         number = first[at]
@@ -198,11 +224,43 @@ def insert_pages(cache: PagedCache, rows: KVCache, source: Array | int, slots: A
             new = jax.lax.dynamic_slice_in_dim(new, number % pieces * width, width, axis=3).astype(old.dtype)
             return in_order(jax.lax.dynamic_update_slice_in_dim(old, new, page[number], axis=1))
 
-        return {name: one(pool[name], given[name]) for name in names}
+        return {name: one(pool[name], given[name]) for name in given}
 
     # Page by page: a scatter of whole pages would have a TPU's compiler turn the pool over.
-    pool = jax.lax.fori_loop(0, jnp.sum(page >= 0), put, {name: getattr(cache, name) for name in names})
+    pool = jax.lax.fori_loop(0, jnp.sum(page >= 0), put, {name: getattr(cache, name) for name in given})
     return cache._replace(**pool)
+
+
+def _in_parts(
+    run: Callable[..., PagedCache], cache: PagedCache, given: tuple[Any, ...], axes: tuple[Any, ...]
+) -> PagedCache:
+    """`run(cache, part, *given)` on each device for its own rows and pages, which it counts from 0.
+
+    Args:
+        run: see there; `part` is the number of the device along those that share the rows.
+        cache: the whole pool.
+        given: arrays, or dicts of them.
+        axes: logical axes of each.
+    """
+    over = spread(("batch",), (len(cache.table),))[0]
+    if not over:
+        return run(cache, 0, *given)
+
+    def lies(x: Array, axes: LogicalAxes) -> PartitionSpec:
+        return PartitionSpec(*(along or None for along in spread(axes, x.shape)))
+
+    def moved(cache: PagedCache, first: Array) -> PagedCache:
+        return cache._replace(table=jnp.where(cache.table < 0, -1, cache.table + first))
+
+    def own(cache: PagedCache, *given: Any) -> PagedCache:
+        part = jax.lax.axis_index(over)
+        first = part * cache.k.shape[1]
+        return moved(run(moved(cache, -first), part, *given), first)
+
+    heads = spread((None, None, "kv_heads"), cache.k.shape[:3])[2] or None
+    pool = jax.tree.map(lambda x: PartitionSpec(over) if x.ndim < 3 else PartitionSpec(None, over, heads), cache)
+    specs = tuple(jax.tree.map(lies, x, names) for x, names in zip(given, axes, strict=True))
+    return jax.shard_map(own, in_specs=(pool, *specs), out_specs=pool, check_vma=False)(cache, *given)
 
 
 def _grown(cache: PagedCache, length: Array) -> PagedCache:

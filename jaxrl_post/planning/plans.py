@@ -230,8 +230,9 @@ def _copies(config: Config, scale: _Scale, wanted: Topology) -> list[dict[str, i
     """Meshes of copies of the model that are split over heads alone, which all sample the same number of rows."""
     found = []
     for tensor in _divisors(math.gcd(wanted.devices // wanted.slices, scale.heads)):
-        data, slots = wanted.devices // tensor, config.rollout.slots or 0
-        if scale.rows % data == slots % data == 0 and (config.rollout.cache_pages is None or data == 1):
+        data = wanted.devices // tensor
+        shared = (scale.rows, config.rollout.slots or 0, config.rollout.cache_pages or 0)
+        if not any(number % data for number in shared):
             found.append({"data": data, "fsdp": 1, "tensor": tensor, "sequence": 1, "expert": 1})
     return found
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxrl_post.mesh import constrain
-from jaxrl_post.models.paged_cache import page_width
+from jaxrl_post.models.paged_cache import page_width, pool_parts
 from jaxrl_post.rollout.drawing import Drawer, flat_params
 from jaxrl_post.rollout.slots import Drawn, Requests, Turns, decode_all
 from jaxrl_post.sampling import SamplingParams, is_truncating
@@ -98,8 +98,8 @@ def generate(
         cache_pages: keep keys and values in a pool of so many pages of `models.page_width(L + N)` tokens, which
             sequences take as they grow and give back when they end: it may be smaller than `slots` sequences of `L + N`
             tokens. Where it is full, the sequence that came last gives its pages back and starts over later, with the
-            same random stream. A group's prompt is then kept for each of its members. None for room of its own for
-            each slot; static.
+            same random stream. A group's prompt is then kept for each of its members. Devices that share the slots
+            have equal parts of the pool, each for its own. None for room of its own for each slot; static.
         alternatives: `k`: of how many of the most probable tokens the ids and tempered log-probs are recorded at each
             place, in `extras["alternatives"]` and `extras["alternative_logp"]` `[B, T, k]`; 0 for none; static.
 
@@ -109,7 +109,8 @@ def generate(
 
     Raises:
         ValueError: for wrong shapes, sizes below 1, sampling parameters out of range, slots that are refilled where
-            the policy cannot insert rows into its cache, or pages that cannot hold one sequence of `L + N` tokens.
+            the policy cannot insert rows into its cache, or pages that cannot hold one sequence of `L + N` tokens or
+            that devices cannot share evenly.
 
     Example:
         >>> import jax
@@ -172,7 +173,7 @@ def launch(
             f"{slots} slots for {batch} sequences need a policy whose cache takes rows (Policy.insert); give slots=None"
         )
     if cache_pages is not None:
-        _check_pages(policy, cache_pages, requests.tokens.shape[1], max_new_tokens)
+        _check_pages(policy, cache_pages, slots, requests.tokens.shape[1], max_new_tokens)
     own = flat_params(sampling, len(requests.tokens), requests.group_size)
     return decode_all(
         policy,
@@ -188,18 +189,19 @@ def launch(
     )
 
 
-def _check_pages(policy: Policy, pages: int, width: int, max_new_tokens: int) -> None:
+def _check_pages(policy: Policy, pages: int, slots: int, width: int, max_new_tokens: int) -> None:
     if policy.insert is None or "pages" not in inspect.signature(policy.init_cache).parameters:
         raise ValueError(
             "cache_pages needs a policy whose cache takes rows and comes in pages: Policy.insert and "
             "init_cache(batch, capacity, dtype, pages=...), as models.decoder has them; leave cache_pages out"
         )
-    columns = page_width(width + max_new_tokens)
-    needed = -(-(width + max_new_tokens) // columns)
+    columns, parts = page_width(width + max_new_tokens), pool_parts(slots)
+    needed = -(-(width + max_new_tokens) // columns) * parts
     if pages < needed:
+        each = f" on each of {parts} devices that share the slots" if parts > 1 else ""
         raise ValueError(
             f"cache_pages={pages} of {columns} tokens cannot hold one sequence of L + max_new_tokens = "
-            f"{width} + {max_new_tokens}; give at least {needed}"
+            f"{width} + {max_new_tokens}{each}; give at least {needed}"
         )
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxrl_post.mesh import constrain, spread
 from jaxrl_post.models.cache_kinds import release
-from jaxrl_post.models.paged_cache import page_width
+from jaxrl_post.models.paged_cache import page_width, pool_parts
 from jaxrl_post.rollout.endings import Said, kept_where, listen, nothing_said
 from jaxrl_post.sampling import SamplingParams
 from jaxrl_post.types import FINISH_ABORT, FINISH_LENGTH, FINISH_NONE, FINISH_STOP, Array, Params, Policy, PyTree
@@ -191,6 +191,9 @@ def decode_all(
     # Then every sequence has a slot from the beginning, and all have equally many tokens.
     at_once = slots == total and cache_pages is None
     limit = jnp.full(total, max_new_tokens, jnp.int32) if requests.limit is None else requests.limit
+    # Of a pool that lies on several devices, each slot uses the pages of its own device.
+    parts = 1 if cache_pages is None else pool_parts(slots)
+    part_of = jnp.arange(slots, dtype=jnp.int32) // (slots // parts)
 
     def prefilled(tokens: Array, length: Array, cache: PyTree) -> tuple[Array, PyTree]:
         """The prompts' states, and a cache of them without their last tokens: the loop reads these, and goes on."""
@@ -206,6 +209,12 @@ def decode_all(
         """`[R]`, pages that sequences of so many tokens take with the next; of one that does not exist, none."""
         row = jnp.minimum(request, total - 1) // requests.group_size
         return jnp.where(request < total, (requests.length[row] + count - 1) // page_width(capacity) + 1, 0)
+
+    def fit(request: Array, slot: Array, free: Array) -> Array:
+        """`[R]`, whether sequences that come into slots have pages, of those that are free in each part."""
+        part = part_of.at[slot].get(mode="clip")
+        before = jnp.where(part[:, None] == jnp.arange(parts), pages(request, 0)[:, None], 0)
+        return jnp.take_along_axis(jnp.cumsum(before, axis=0) <= free, part[:, None], axis=1)[:, 0]
 
     def begin() -> _Slots:
         """All slots filled with the first sequences of the queue, as far as there are pages for them."""
@@ -224,7 +233,7 @@ def decode_all(
             elif cache_pages is None:
                 cache = policy.insert(policy.init_cache(slots, capacity, cache_dtype), own, requests.group_size)
             else:
-                fits = jnp.cumsum(pages(first, 0)) <= cache_pages
+                fits = fit(first, first, jnp.full(parts, cache_pages // parts))
                 cache = policy.init_cache(slots, capacity, cache_dtype, pages=cache_pages)
                 cache = policy.insert(cache, own, first // requests.group_size, jnp.where(fits, first, slots))
         size = draw.counted(states.shape[-1])
@@ -247,26 +256,33 @@ def decode_all(
             turns=() if turns is None else turns.begin(first),
         )
 
-    def queue(state: _Slots) -> Array:
-        """`[refill]` int32, the sequences that come next; `B` where there is none, or no room for it in the pool."""
-        # A compiler that has split the array unevenly would count its padding too.
-        waiting = constrain(state.waiting, ("batch",))
+    def queue(state: _Slots) -> tuple[Array, Array]:
+        """`[refill]` int32: the sequences that come next, `B` for none or one without room, and slots, `S` for none."""
+        # A compiler that has split the arrays unevenly would count their padding too.
+        waiting, ended = (constrain(x, ("batch",)) for x in (state.waiting, state.ended))
         request = jnp.nonzero(waiting, size=refill, fill_value=total)[0].astype(jnp.int32)
         if cache_pages is None:
-            return request
-        free = cache_pages - jnp.sum(pages(jnp.where(state.ended, total, state.request), state.count))
-        return jnp.where(jnp.cumsum(pages(request, 0)) <= free, request, total)
+            return request, jnp.nonzero(ended, size=refill, fill_value=slots)[0].astype(jnp.int32)
+        held = pages(jnp.where(ended, total, state.request), state.count)
+        free = cache_pages // parts - jnp.sum(held.reshape(parts, -1), axis=1)
+        # The part with most pages comes first, as if each sequence that it has got took as many as any of them.
+        each = jnp.max(pages(request, 0))
+        earlier = jnp.cumsum(ended.reshape(parts, -1), axis=1) - 1
+        left = jnp.where(ended.reshape(parts, -1), free[:, None] - each * earlier, jnp.iinfo(jnp.int32).min)
+        order = jnp.argsort(left.reshape(-1), descending=True, stable=True)[:refill].astype(jnp.int32)
+        slot = jnp.where(ended[order], order, slots)
+        # Nobody comes before the one in front of him.
+        comes = jnp.cumsum(~fit(request, slot, free)) == 0
+        return jnp.where(comes, request, total), slot
 
     def admit(state: _Slots) -> _Slots:
         """The next `refill` sequences of the queue in slots that are free."""
-        request = queue(state)
+        request, rows = queue(state)
         # Each prompt is read once, however many of its group come in. Where sequences have come back there may be more
         # prompts than are read: the others wait.
         first = jnp.minimum(request[0], total - 1) // requests.group_size
         prompts = min(refill, (refill - 2) // requests.group_size + 2)
         source = request // requests.group_size - first
-        ended = constrain(state.ended, ("batch",))
-        rows = jnp.nonzero(ended, size=refill, fill_value=slots)[0].astype(jnp.int32)
         comes = (request < total) & (source < prompts)
         rows, request = jnp.where(comes, rows, slots), jnp.where(comes, request, total)
         read = jnp.minimum(first + jnp.arange(prompts), len(requests.tokens) - 1)
@@ -295,11 +311,12 @@ def decode_all(
         )
 
     def relieved(state: _Slots, most: int) -> _Slots:
-        """The state with room for the next token in each slot in `most` pages: who came last goes back to the queue."""
+        """The state with room for the next token in each slot in `most` pages a part: who came last goes back."""
         request = jnp.where(state.ended, total, state.request)
         own = pages(request, state.count)
-        # The first of all has room for itself alone, so that every sequence ends at some time.
-        needed = jnp.sum(jnp.where(request <= request[:, None], own, 0), axis=1)
+        # The first of a part has room for itself alone, so that every sequence ends at some time.
+        others = (request <= request[:, None]) & (part_of == part_of[:, None])
+        needed = jnp.sum(jnp.where(others, own, 0), axis=1)
         leaves = ~state.ended & (needed > most)
         ended = state.ended | leaves
         return state._replace(
@@ -312,7 +329,7 @@ def decode_all(
     def advance(state: _Slots) -> _Slots:
         """The state with a new token in each slot; those that are not running stay as they are."""
         if cache_pages is not None:
-            state = relieved(state, cache_pages)
+            state = relieved(state, cache_pages // parts)
         request, count = state.request, state.count
         # The cache's place of a sequence that has ended is marked as padding; its output is not used.
         known = jnp.minimum(request, total - 1)
@@ -378,7 +395,7 @@ def decode_all(
         ready = (wanted > 0) & (free >= wanted)
         if cache_pages is not None:
             # What has gone back would soon do so again: something has to end first.
-            ready &= ~state.crowded & (jnp.sum(queue(state) < total) >= wanted)
+            ready &= ~state.crowded & (jnp.sum(queue(state)[0] < total) >= wanted)
         return (free < slots) & ~ready
 
     def refilled(state: _Slots) -> _Slots:

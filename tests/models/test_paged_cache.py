@@ -212,9 +212,12 @@ def test_a_loop_over_tokens_copies_no_page(name, dtype):
             assert [line for line in text.splitlines() if f"= {shape}" in line and " copy(" in line] == []
 
 
-def test_heads_of_a_pool_may_lie_on_several_devices():
+@pytest.mark.parametrize(
+    ("sizes", "pages", "own"), [({"tensor": 2}, 9, (3, 9, 1, 4, 4)), ({"data": 2, "tensor": 2}, 10, (3, 5, 1, 4, 4))]
+)
+def test_heads_and_rows_of_a_pool_may_lie_on_several_devices(sizes, pages, own):
     policy, params = model("global")
-    cache, mesh = policy.init_cache(4, 20, pages=9), mesh_lib.make_mesh(tensor=2)
+    cache, mesh = policy.init_cache(4, 20, pages=pages), mesh_lib.make_mesh(**sizes)
 
     def run(params, cache):
         positions = jnp.tile(jnp.arange(6), (4, 1))
@@ -228,7 +231,7 @@ def test_heads_of_a_pool_may_lie_on_several_devices():
         compiled = jax.jit(run).lower(*given).compile()
     state, found = compiled(*given)
     np.testing.assert_allclose(state, alone, atol=1e-5)
-    assert found.k.sharding.shard_shape(found.k.shape) == (3, 9, 1, 4, 4)
+    assert found.k.sharding.shard_shape(found.k.shape) == own
     assert "all-gather" not in compiled.as_text()
 
 
@@ -239,19 +242,25 @@ def lie(tree, axes, mesh):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [("Qwen/Qwen3-8B", jnp.bfloat16), ("Qwen/Qwen3-8B", jnp.int8), ("google/gemma-3-4b-it", jnp.bfloat16)],
-    ids=["bfloat16", "int8", "window"],
+    ("name", "dtype", "data"),
+    [
+        ("Qwen/Qwen3-8B", jnp.bfloat16, 1),
+        ("Qwen/Qwen3-8B", jnp.bfloat16, 2),
+        ("Qwen/Qwen3-8B", jnp.int8, 1),
+        ("google/gemma-3-4b-it", jnp.bfloat16, 1),
+    ],
+    ids=["bfloat16", "parts", "int8", "window"],
 )
-def test_a_step_on_a_tpu_writes_its_pages_in_place_and_copies_no_pool(name, dtype):
+def test_a_step_on_a_tpu_writes_its_pages_in_place_and_copies_no_pool(name, dtype, data):
     rows, columns, pages = 64, 2048, 256  # half of what the rows could need
     policy = models.from_config(known_configs()[name], dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     params = jax.eval_shape(policy.init, jax.random.key(0))
-    with pod("v5e:2x2", tensor=4) as mesh:
+    with pod("v5e:2x2", data=data, tensor=4 // data) as mesh:
         cache = jax.eval_shape(lambda: policy.init_cache(rows, columns, dtype, pages=pages))
-        axes = jax.tree.map(lambda x: caches.CACHE_AXES[: x.ndim] if x.ndim > 3 else (None,) * x.ndim, cache)
+        names = {0: (), 1: ("batch",), 2: ("batch", None)}
+        axes = jax.tree.map(lambda x: names.get(x.ndim, caches.CACHE_AXES[: x.ndim]), cache)
         params, cache = lie(params, policy.axes(), mesh), lie(cache, axes, mesh)
-        tokens = lie(jax.ShapeDtypeStruct((rows, 1), jnp.int32), (None, None), mesh)
+        tokens = lie(jax.ShapeDtypeStruct((rows, 1), jnp.int32), ("batch", None), mesh)
         compiled = jax.jit(policy.decode, donate_argnums=3).lower(params, tokens, tokens, cache).compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
     own = {x.sharding.shard_shape(x.shape): x.dtype.itemsize for x in jax.tree.leaves(cache) if x.ndim > 3}
@@ -280,5 +289,5 @@ def test_what_does_not_fit_is_refused_and_named():
         insert(policy.init_cache(2, 9, jnp.int8, pages=3), rows, 2, local_layers=(True, False, True))
     with pytest.raises(ValueError, match="shared prompts are not kept in pages"):
         share_prompts(pool, rows)
-    with jax.set_mesh(mesh_lib.make_mesh(data=2, tensor=2)), pytest.raises(ValueError, match="devices along data"):
+    with jax.set_mesh(mesh_lib.make_mesh(data=2)), pytest.raises(ValueError, match="3 pages must be a multiple of 2"):
         policy.init_cache(2, 9, pages=3)

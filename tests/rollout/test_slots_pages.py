@@ -137,7 +137,47 @@ def test_pages_that_do_not_fit_are_refused(options, message):
         generate(**given, max_new_tokens=N, group_size=GROUP)
 
 
-def test_a_pool_is_not_spread_over_devices_with_its_rows():
-    run = functools.partial(generate, POLICIES["global"], max_new_tokens=N, group_size=GROUP, cache_pages=9)
-    with jax.set_mesh(mesh_lib.make_mesh(data=2)), pytest.raises(ValueError, match="do not lie over several devices"):
-        jax.eval_shape(run, params("global"), prompts(None), KEY)
+@pytest.mark.parametrize(
+    ("name", "mesh", "slots", "pages", "options"),
+    [
+        ("global", {"data": 2}, 6, 2 * ROOM, {"sampling": BUSY, "alternatives": 2}),
+        ("mixed", {"fsdp": 2, "tensor": 2}, 4, 4 * ROOM - 4, {"refill": 2, "cache_dtype": jnp.int8}),
+        pytest.param("global", {"data": 4}, 8, 4 * ROOM + 4, {"refill": 3}, marks=pytest.mark.nightly),
+        pytest.param("global", {"data": 2}, None, 2 * ROOM + 8, {}, marks=pytest.mark.nightly),
+        # Devices cannot share five slots, nor eight of them six, of which two have three each.
+        pytest.param("global", {"data": 2}, 5, 2 * ROOM, {}, marks=pytest.mark.nightly),
+        pytest.param("global", {"data": 2, "fsdp": 4}, 6, 16, {}, marks=pytest.mark.nightly),
+    ],
+)
+def test_devices_that_share_the_slots_have_parts_of_the_pool(name, mesh, slots, pages, options):
+    expected, _ = sampled(name, slots=6, **options)
+    seen = []
+    run = functools.partial(generate, watched(POLICIES[name], seen), max_new_tokens=N, group_size=GROUP)
+    given = {"sampling": STOPPED, **options}
+    with jax.set_mesh(mesh_lib.make_mesh(**mesh)):
+        found = jax.jit(functools.partial(run, cache_pages=pages, slots=slots, **given))(params(name), prompts(), KEY)
+        jax.effects_barrier()
+    same(found, expected, 1e-5)
+    ways = {5: 1, 6: 2, 8: 4}.get(slots, 2)
+    for positions, table in seen:
+        held = table >= 0
+        np.testing.assert_array_equal(held.sum(1), positions // WIDTH + 1)
+        assert len(set(table[held].tolist())) == held.sum()
+        part = np.arange(len(table)) // (len(table) // ways)
+        # A row's pages are of its own device.
+        assert (np.where(held, table // (pages // ways), part[:, None]) == part[:, None]).all()
+    if pages == ways * ROOM:  # one whole sequence a device: some have gone back
+        assert sum((positions >= 0).sum() for positions, _ in seen) > expected.mask.sum() + 5
+
+
+@pytest.mark.parametrize(
+    ("slots", "pages", "message"),
+    [
+        (6, 2 * ROOM - 1, "on each of 2 devices that share the slots; give at least 10"),
+        (6, 2 * ROOM + 1, "11 pages must be a multiple of 2"),
+    ],
+)
+def test_what_devices_cannot_share_evenly_is_refused(slots, pages, message):
+    run = functools.partial(generate, POLICIES["global"], max_new_tokens=N, group_size=GROUP, cache_pages=pages)
+    with jax.set_mesh(mesh_lib.make_mesh(data=2)), pytest.raises(ValueError, match=message):
+        jax.eval_shape(functools.partial(run, slots=slots), params("global"), prompts(None), KEY)

@@ -247,8 +247,12 @@ GROUPS = {"group_size": 4, "prompts": 4, "max_new_tokens": 3}
     [
         {"rollout": {**GROUPS, "slots": 8}, "mesh": {"data": 2, "fsdp": 2}},
         pytest.param({"rollout": {**GROUPS, "slots": 8, "cache_pages": 5}}, marks=pytest.mark.nightly),
+        pytest.param(
+            {"rollout": {**GROUPS, "slots": 8, "cache_pages": 8}, "mesh": {"data": 2, "fsdp": 2}},
+            marks=pytest.mark.nightly,
+        ),
     ],
-    ids=["on four devices", "of a pool"],
+    ids=["on four devices", "of a pool", "of a pool on four devices"],
 )
 def test_completions_that_take_each_others_slots_are_those_that_are_decoded_together(tmp_path, changes):
     together, found = (

@@ -216,6 +216,7 @@ CASES = [
     ({"method": {"name": "ppo", "value_clip": 0}}, "method.value_clip", "must be above 0"),
     ({"rollout__slots": 256}, "rollout.slots", "a step samples 256 completions"),
     ({"rollout__slots": 6, "mesh": {"fsdp": 4}}, "rollout.slots", "try 8"),
+    ({"rollout__cache_pages": 10, "mesh": {"fsdp": 4}}, "rollout.cache_pages", "try 12"),
     ({"rollout__cache_dtype": "int4"}, "rollout.cache_dtype", "int8"),
     (
         {"training__optimizer": {"learning_rate": 1e-3, "name": "sgd", "b2": 0.9}},

@@ -231,9 +231,11 @@ def _rollout_mesh(rollout: RolloutConfig, mesh: MeshConfig, training: MeshConfig
 def _slots(config: Config, made: Method, problems: Problems) -> None:
     rollout = config.rollout
     if rollout is not None and rollout.cache_pages is not None and problems.ok("rollout", "data", "mesh"):
-        devices = dataclasses.asdict(rollout.mesh or config.mesh)
-        if any(size > 1 for axis, size in devices.items() if axis != "tensor"):
-            why = "are a pool of one device, or of several along tensor; leave it out, or sample on rollout.mesh"
+        mesh = rollout.mesh or config.mesh
+        ways = math.prod(dataclasses.asdict(mesh).values()) // mesh.tensor
+        if rollout.cache_pages % ways:
+            nearest = -(-rollout.cache_pages // ways) * ways
+            why = f"{ways} devices that share the completions cannot share so many evenly; try {nearest}"
             problems.add("rollout.cache_pages", why, rollout.cache_pages)
         if rollout.environment is not None or rollout.exits is not None:
             why = "is for what one program samples to its end: no rollout.environment, no rollout.exits; leave it out"

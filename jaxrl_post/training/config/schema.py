@@ -306,7 +306,8 @@ class RolloutConfig:
     cache_pages: int | None = option(
         "keep keys and values in a pool of so many pages (of 256 tokens, on a CPU of 32), which completions take as "
         "they grow and give back when they end, so that it may be smaller than slots times the longest; where full, "
-        "the last to come starts over later. On one device, or a mesh of tensor alone. null: room for each slot",
+        "the last to come starts over later; devices that share the completions share the pages too, evenly. null: "
+        "room for each slot",
         None,
         minimum=1,
     )
