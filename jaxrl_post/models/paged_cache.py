@@ -216,7 +216,8 @@ def _inserted(
 
     given = {name: padded(x) for name, x in rows.items()}
 
-    def put(at: Array, pool: dict[str, Array]) -> dict[str, Array]:
+    def put(state: tuple[Array, dict[str, Array]]) -> tuple[Array, dict[str, Array]]:
+        at, pool = state
         number = first[at]
 
         def one(old: Array, new: Array) -> Array:
@@ -224,10 +225,13 @@ def _inserted(
             new = jax.lax.dynamic_slice_in_dim(new, number % pieces * width, width, axis=3).astype(old.dtype)
             return in_order(jax.lax.dynamic_update_slice_in_dim(old, new, page[number], axis=1))
 
-        return {name: one(pool[name], given[name]) for name in given}
+        return at + 1, {name: one(pool[name], given[name]) for name in given}
 
-    # Page by page: a scatter of whole pages would have a TPU's compiler turn the pool over.
-    pool = jax.lax.fori_loop(0, jnp.sum(page >= 0), put, {name: getattr(cache, name) for name in given})
+    # Page by page: a scatter of whole pages would have a TPU's compiler turn the pool over. The second bound says
+    # nothing new, but is a constant: whoever counts a program's rounds can read it.
+    count = jnp.sum(page >= 0, dtype=jnp.int32)
+    state = (jnp.zeros((), jnp.int32), {name: getattr(cache, name) for name in given})
+    pool = jax.lax.while_loop(lambda state: (state[0] < count) & (state[0] < len(page)), put, state)[1]
     return cache._replace(**pool)
 
 

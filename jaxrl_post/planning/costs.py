@@ -92,7 +92,7 @@ class OpenLoop(NamedTuple):
         costs: of all of them.
     """
 
-    trips: int
+    trips: float
     costs: Costs
 
 
@@ -112,13 +112,14 @@ class Counted(NamedTuple):
     loops: list[int | None]
 
 
-def count(text: str, slices: int = 1, rounds: int = 1) -> Counted:
+def count(text: str, slices: int = 1, rounds: int = 1, outer: int = 1) -> Counted:
     """Count what a compiled program does.
 
     Args:
         text: `compiled.as_text()`, of any backend.
         slices: that it was compiled for.
         rounds: of a loop whose number of rounds cannot be read off, as one that only the data ends.
+        outer: rounds of such a loop that has another in it, which then runs `rounds / outer` times in each.
 
     Returns:
         The counts of one device.
@@ -131,15 +132,15 @@ def count(text: str, slices: int = 1, rounds: int = 1) -> Counted:
         (5120.0, 1024.0)
     """
     module = hlo.parse(text)
-    counter = _Counter(module, slices, rounds)
+    counter = _Counter(module, slices, rounds, outer)
     total = counter.computation(module.entry, loops=True)
-    once = _Counter(module, slices, 1).computation(module.entry, loops=False)
+    once = _Counter(module, slices, 1, 1).computation(module.entry, loops=False)
     return Counted(total, once, counter.open_loops, counter.rounds)
 
 
 class _Counter:
-    def __init__(self, module: Module, slices: int, unbounded: int):
-        self.module, self.slices, self.unbounded = module, slices, unbounded
+    def __init__(self, module: Module, slices: int, rounds: int, outer: int):
+        self.module, self.slices, self.unread, self.outer = module, slices, rounds, outer
         self.open_loops: list[OpenLoop] = []
         self.rounds: list[int | None] = []
 
@@ -161,13 +162,15 @@ class _Counter:
 
     def _while(self, costs: Costs, where: Computation, instruction: Instruction, loops: bool) -> None:
         found = hlo.loop(self.module, where, instruction)
-        bound = self.unbounded if found.trips is None else found.trips
-        times = bound if loops else 1
+        place = len(self.rounds)
         if loops:
             self.rounds.append(found.trips)
+        parts = [self.computation(instruction.attribute(part) or "", loops) for part in ("body", "condition")]
+        bound = self.outer if None in self.rounds[place + 1 :] else self.unread / self.outer
+        bound = bound if found.trips is None else found.trips
         inside = Costs()
-        for part in ("body", "condition"):
-            inside.add(self.computation(instruction.attribute(part) or "", loops), times)
+        for part in parts:
+            inside.add(part, bound if loops else 1)
         costs.add(inside)
         if loops and not found.exact:
             self.open_loops.append(OpenLoop(bound, inside))

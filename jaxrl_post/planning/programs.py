@@ -21,7 +21,7 @@ from jaxrl_post.models.cache import CACHE_AXES
 from jaxrl_post.models.pretrained import known_configs
 from jaxrl_post.models.quantize import Quantized
 from jaxrl_post.rollout import SamplingParams
-from jaxrl_post.rollout.slots import together
+from jaxrl_post.rollout.slots import default_refill, together
 from jaxrl_post.training import executables
 from jaxrl_post.training import setup as setups
 from jaxrl_post.training.config import Config, ConfigError
@@ -50,7 +50,8 @@ class Program:
         arguments: bytes on a device of what goes in, by kind.
         resident: bytes on a device of what stays there meanwhile and does not go in, by kind.
         cache: bytes on a device of the key-value cache that the program makes.
-        rounds: of a loop that only the data ends: the most that there can be.
+        rounds: of the loop over tokens, which only the data ends: the most that there can be.
+        refills: rounds of the loop around it, where completions take each other's slots.
         tokens: tokens of all devices that it samples, scores or trains on.
         model_flops: what the model's definition asks of all devices, without anything that is computed again.
         needs: names of the programs that run before it in every step.
@@ -67,6 +68,7 @@ class Program:
     model_flops: float
     needs: tuple[str, ...] = ()
     configuration: str = ""
+    refills: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,6 +276,7 @@ def _sampling(setup: Setup, state: Any, name: str, how: Generation, count: int) 
 
     with jax.set_mesh(mesh):
         cache = jax.eval_shape(cache_of)
+    slots = min(how.slots or rows, rows)
     sizes = ModelSizes.of(setup)
     # A prompt is read once for all its completions, but for its last token, which gives each its first.
     read = sizes.forward(begun, length - 1, 0)
@@ -283,10 +286,11 @@ def _sampling(setup: Setup, state: Any, name: str, how: Generation, count: int) 
         {"parameters": own, "batch": _bytes(prompts)},
         every | {"parameters": every["parameters"] + moved - own},
         sum(_cache_bytes(leaf, mesh) for leaf in jax.tree.leaves(cache)),
-        new,
+        -(-rows // slots) * new,
         rows * new,
         read + sizes.forward(rows, new, rows * new, before=length - 1),
         configuration=executables.identity(setup.config, how),
+        refills=1 + -(-(rows - slots) // default_refill(slots)),
     )
 
 

@@ -56,7 +56,7 @@ class Compiled:
         largest: the largest arrays at the worst moment.
         total: operations and traffic; None if the compiler wrote no text.
         unread_loops: those of which neither the program nor the compiler says how often they run; they are counted
-            `program.rounds` times.
+            as `program.rounds` and `program.refills` say.
         phases: parts of it, `prefill` and `decode` of a rollout.
         xla: what `cost_analysis` says, with loops counted once.
         once: the same by our count, to be held against it.
@@ -107,7 +107,7 @@ def compile_program(program: Program, topology: Topology) -> Compiled:
             problem = next(filter(out_of_memory, lines), lines[0])
         text = _text(Path(notes)) if problem is None or out_of_memory(problem) else None
     seconds = time.perf_counter() - began
-    counted = None if text is None else costs.count(text, topology.slices, program.rounds)
+    counted = None if text is None else costs.count(text, topology.slices, program.rounds, program.refills)
     local = [] if text is None else buffers.at_peak(text)
     memory, peak = _memory(program, executable, local, problem)
     chip = topology.chip

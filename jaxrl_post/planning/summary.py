@@ -190,7 +190,8 @@ def table(compiled: Sequence[Compiled], topology: Topology, mesh: Mapping[str, i
             lines += [f"  {b.bytes / GIB:7.2f} GiB  {b.shape}  {b.source}" for b in one.largest] + [""]
         if one.total is not None and one.total.unknown_kernels:
             lines += [f"{one.program.name}: kernels that do not say what they cost: {one.total.unknown_kernels}", ""]
-        if one.unread_loops > (one.program.rounds > 1):  # of those that sample, the loop over tokens is one
+        # Of those that sample, the loop over tokens is one, and what fills slots again is another.
+        if one.unread_loops > (one.program.rounds > 1) + (one.program.refills > 1):
             lines += [
                 f"{one.program.name}: loops that do not say how often they run: {one.unread_loops}, counted "
                 f"{one.program.rounds} times",

@@ -17,7 +17,7 @@ from jax.core import Tracer
 from jaxrl_post.mesh import constrain
 from jaxrl_post.models.paged_cache import page_width, pool_parts
 from jaxrl_post.rollout.drawing import Drawer, flat_params
-from jaxrl_post.rollout.slots import Drawn, Requests, Turns, decode_all
+from jaxrl_post.rollout.slots import Drawn, Requests, Turns, decode_all, default_refill
 from jaxrl_post.sampling import SamplingParams, is_truncating
 from jaxrl_post.sampling.transforms import check
 from jaxrl_post.types import FINISH_ABORT, Array, Params, Policy, Rollouts
@@ -164,7 +164,7 @@ def launch(
         raise ValueError(f"alternatives must be at least 0 tokens, got {alternatives}")
     batch = requests.count
     slots = batch if slots is None else slots
-    refill = max(min(slots, batch) // 8, 1) if refill is None else refill
+    refill = default_refill(min(slots, batch)) if refill is None else refill
     if not 1 <= refill <= max(slots, 1) or slots < 1:
         raise ValueError(f"slots must be at least 1, and refill between 1 and slots, got {slots} and {refill}")
     slots, refill = min(slots, batch), min(refill, batch)

@@ -411,6 +411,11 @@ def decode_all(
     return state.drawn, state.finish
 
 
+def default_refill(slots: int) -> int:
+    """How many slots must be free before others take them, where nobody says."""
+    return max(slots // 8, 1)
+
+
 def without_padding(tokens: Array, length: Array) -> Array:
     """Prompts `[R, L]` with their first token in the place of padding, whose embedding need not be a number."""
     return jnp.where(jnp.arange(tokens.shape[1]) < length[:, None], tokens, tokens[:, :1])

@@ -84,6 +84,20 @@ def test_a_loop_that_only_the_data_ends_counts_as_often_as_one_says():
     assert counted.loops == [None]
 
 
+def test_of_two_such_loops_in_each_other_the_inner_one_runs_so_often_in_all():
+    def run(x):
+        def outer(x):
+            return jax.lax.while_loop(lambda x: jnp.all(x < 1e3), lambda x: x @ x, x + 1)
+
+        return jax.lax.while_loop(lambda x: jnp.all(x < 1e9), outer, x)
+
+    text = compiled(run, jnp.ones((N, N))).as_text()
+    counted = costs.count(text, rounds=12, outer=5)
+    assert counted.loops == [None, None]
+    assert counted.total.flops == pytest.approx(12 * 2 * N**3)
+    assert sorted(one.trips for one in counted.open_loops) == [2.4, 5]
+
+
 def gradient(layers):
     """The gradient of a decoder's log-probs, the shapes of what it takes, and what its definition asks for."""
     width, mlp, vocab, rows, length = 64, 192, 96, 2, 64
