@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import os
@@ -102,16 +103,28 @@ def identity(config: Config, how: Generation | None = None) -> str:
     if how is not None:
         how = how._replace(turns=None)  # functions have no lasting names; the configuration says which they are
     values = configs.to_dict(config)
+    code = [_source(name) for name in (config.method.name, config.data and config.data.environment) if name]
     for name in ("run_dir", "logging", "seed"):
         values.pop(name, None)
-    text = json.dumps([__version__, values, repr(how)], sort_keys=True)
+    text = json.dumps([__version__, values, repr(how), *code], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _source(name: str) -> str:
+    """The text of the file that a function of the user's own is in, as `file.py:function` or `module:function`."""
+    place, colon, _ = name.rpartition(":")
+    if not colon:
+        return ""
+    found = importlib.util.find_spec(place) if not place.endswith(".py") else None
+    path = Path(place) if found is None else Path(found.origin or "")
+    return path.read_text() if path.is_file() else ""
 
 
 def use(directory: str | os.PathLike[str], name: str, jitted: Any, *, configuration: str) -> Callable[..., Any]:
     """A program of a directory in the place of a jitted function, or that function where there is no such program.
 
-    The code of an environment of your own is not part of `configuration`: compile again when it has changed.
+    Of code of your own the file that `method` or `data.environment` names is part of `configuration`, and what it
+    imports is not: compile again when that has changed.
 
     Args:
         directory: that `save` wrote to.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 from jaxrl_post import mesh as mesh_lib
 from jaxrl_post import models
 from jaxrl_post.data import Tokenizer, load_tokenizer
+from jaxrl_post.models.families import decoder_keywords
 from jaxrl_post.models.hub import local_directory, writable_directory
 from jaxrl_post.training.config import ConfigWarning, ModelConfig
 from jaxrl_post.training.config.schema import NOT_SIZES
@@ -173,6 +175,42 @@ def check_same_tokens(tokenizer: Tokenizer, path: str) -> None:
             raise ValueError(
                 f"token {token} is {here!r} in this run but {there!r} in {path}; tokens must mean the same"
             )
+
+
+_BESIDE_SHAPES = (
+    *("rope", "local_rope", "window", "local_layers", "qk_norm", "attention_scale", "attention_softcap", "activation"),
+    *("norms", "norm_offset", "norm_eps", "embedding_scale", "experts_per_token", "normalize_experts", "softcap"),
+)
+"""Keywords of `models.decoder` that its parameters mean something else by, and do not show."""
+
+
+def what_parameters_mean(model: ModelConfig, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a model's output depends on beside its parameters, by name.
+
+    Args:
+        model: of a run.
+        config: of the checkpoint that it starts from; None if it is drawn.
+    """
+    given = sizes_of(model) if config is None else decoder_keywords(dict(config), ignore=model.ignore)
+    defaults = {name: one.default for name, one in inspect.signature(models.decoder).parameters.items()}
+    found = {**defaults, **given}
+    head_dim = found["head_dim"] or found["width"] // found["heads"]
+    rope = found["rope"] or models.Rope(base=found["rope_base"])
+    lora = lora_of(model)
+    return {name: found[name] for name in _BESIDE_SHAPES} | {
+        "rope": rope,
+        "local_rope": found["local_rope"] or rope,
+        "qk_norm": {True: "head", False: "none"}.get(found["qk_norm"], found["qk_norm"]),
+        "attention_scale": found["attention_scale"] or head_dim**-0.5,
+        "lora's scale": None if lora is None else lora.scale,
+    }
+
+
+def check_same_meaning(own: Mapping[str, Any], other: Mapping[str, Any], path: str) -> None:
+    """Raise ValueError unless a directory's parameters mean what this run's do; see `what_parameters_mean`."""
+    differing = [f"{name} is {own[name]} here but {other[name]} in {path}" for name in own if own[name] != other[name]]
+    if differing:
+        raise ValueError("; ".join(differing))
 
 
 def _policy(

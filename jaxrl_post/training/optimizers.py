@@ -71,8 +71,8 @@ def make_schedule(
         learning_rate: peak learning rate.
         schedule: `"constant" | "cosine" | "linear"`, after the warm-up.
         warmup_steps: updates over which the rate grows to its peak; the first of them already moves the parameters.
-        steps: updates in all; a decay ends with the last of them.
-        end_fraction: final rate as a fraction of the peak, for a schedule that decays.
+        steps: updates in all, of which the last is number `steps - 1`.
+        end_fraction: rate that a decay comes to behind the last of them, as a fraction of the peak.
 
     Returns:
         `update number (from 0) -> learning rate`.

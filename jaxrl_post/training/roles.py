@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -50,11 +50,13 @@ def soup(params_list: Sequence[Params], weights: Sequence[float] | None = None) 
         weights: one number for each; None for their mean, `1 / n`.
 
     Returns:
-        A pytree like each of them. Sums are taken in float32 or wider; integer leaves must agree and are kept.
+        A pytree like each of them. Sums are taken in float32 or wider; integer leaves, as those of quantized weights,
+        must agree and are kept.
 
     Raises:
         ValueError: for an empty list, another number of weights, weights that are not finite, or models that differ in
-            structure, shapes or dtypes (the message names the first parameter that does).
+            structure, shapes or dtypes (the message names the first parameter that does), or, where these are known
+            already, in integers.
 
     Example:
         >>> soup([{"a": jnp.array([0.0, 2.0])}, {"a": jnp.array([2.0, 4.0])}], [0.5, 0.5])["a"].tolist()
@@ -78,14 +80,20 @@ def soup(params_list: Sequence[Params], weights: Sequence[float] | None = None) 
     if not used:
         return jax.tree.map(jnp.zeros_like, params_list[0])
 
-    def average(first: Array, *leaves: Array) -> Array:
+    def average(path: Any, first: Array, *leaves: Array) -> Array:
         if not jnp.issubdtype(first.dtype, jnp.inexact):
+            known = not any(isinstance(leaf, jax.core.Tracer) for leaf in (first, *leaves))
+            if known and not all(jnp.array_equal(first, leaf) for leaf in leaves):
+                raise ValueError(
+                    f"the models have other integers at {jax.tree_util.keystr(path)}, which cannot be averaged: "
+                    "quantized models mix where they are adapters on one base"
+                )
             return first
         wide = jnp.promote_types(first.dtype, jnp.float32)
         terms = [leaf.astype(wide) * weight for (weight, _), leaf in zip(used, (first, *leaves), strict=True)]
         return sum(terms[1:], terms[0]).astype(first.dtype)
 
-    return jax.tree.map(average, *(params for _, params in used))
+    return jax.tree_util.tree_map_with_path(average, *(params for _, params in used))
 
 
 def check_same_shapes(one: Params, other: Params, one_name: str, other_name: str) -> None:
@@ -170,13 +178,14 @@ def make_refresh(roles: Mapping[str, Role]) -> Refresh | None:
         for name, role in moving.items():
             due = step % role.every == 0
             sources = [params[source] for source in role.sources]
-            new[name] = jax.tree.map(
-                lambda own, source, due=due, mix=role.mix: jnp.where(due, mix * source + (1 - mix) * own, own).astype(
-                    own.dtype
-                ),
-                params[name],
-                sources[0] if len(sources) == 1 and role.weights is None else soup(sources, role.weights),
-            )
+            source = sources[0] if len(sources) == 1 and role.weights is None else soup(sources, role.weights)
+
+            def renewed(own: Array, source: Array, due: Array = due, mix: float = role.mix) -> Array:
+                # Integers are of quantized weights under adapters, the same in both.
+                mixed = mix * source + (1 - mix) * own if jnp.issubdtype(own.dtype, jnp.inexact) else source
+                return jnp.where(due, mixed, own).astype(own.dtype)
+
+            new[name] = jax.tree.map(renewed, params[name], source)
         return new
 
     return refresh

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from jaxrl_post import data, models, rewards
 from jaxrl_post import mesh as mesh_lib
+from jaxrl_post.models.hub import local_directory
 from jaxrl_post.rollout import Exits, Prompts, SamplingParams
 from jaxrl_post.sampling import StopStrings, stop_strings
 from jaxrl_post.training import executables
@@ -29,6 +30,7 @@ from jaxrl_post.training.model_setup import (
     Checkpoint,
     Models,
     check_export,
+    check_same_meaning,
     check_same_tokens,
     make_checkpoint,
     make_copy,
@@ -37,6 +39,7 @@ from jaxrl_post.training.model_setup import (
     router_losses,
     trainable,
     warn_of_long_rows,
+    what_parameters_mean,
 )
 from jaxrl_post.training.problem_setup import Problems, make_problems
 from jaxrl_post.training.reward_setup import check_reward_columns, make_rewards, reward_components
@@ -401,10 +404,14 @@ class Setup:
         if is_checkpoint(run_dir):
             check_same_tokens(self.tokenizer, run_dir)
             params = read_policy(self.config.model, run_dir, jax.random.fold_in(self.key, 1), self.mesh)
+            config = models.read_config(local_directory(run_dir, ("config.json",)))
+            meaning = what_parameters_mean(self.config.model, config)
         else:
             other, params = load_run(run_dir, mesh=self.config.mesh)
+            meaning = other._meaning
         try:
             check_same_shapes(jax.eval_shape(self.policy.init, self.key), params, "the model of this run", run_dir)
+            check_same_meaning(self._meaning, meaning, run_dir)
         except ValueError as error:
             raise ConfigError([f"roles: {error}; give both runs the same model"]) from None
         if other is None:
@@ -416,6 +423,11 @@ class Setup:
                     [f"roles: data.{name} is {own!r} here but {found!r} in {run_dir}; tokens must mean the same"]
                 )
         return params
+
+    @property
+    def _meaning(self) -> dict[str, Any]:
+        source = self.models.source
+        return what_parameters_mean(self.config.model, None if source is None else source.config)
 
     def _read_checkpoint(self, role: str) -> Params:
         return self.checkpoints[role].load(jax.random.fold_in(self.key, 3), self.mesh)

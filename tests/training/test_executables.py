@@ -1,5 +1,6 @@
 """Compiled programs in files: a run that starts without compiling, and what such files are refused for."""
 
+import dataclasses
 import logging
 import subprocess
 import sys
@@ -78,6 +79,17 @@ def test_the_programs_of_another_configuration_are_refused(tmp_path, made):
     other = configs.load(path, ["training.optimizer.learning_rate=0.02", f"run_dir={tmp_path}/other"])
     with pytest.raises(ValueError, match="was compiled from another configuration, or for other end tokens"):
         loop.run(other, executables=str(directory))
+
+
+def test_code_of_ones_own_tells_programs_apart(tmp_path):
+    file = tmp_path / "mine.py"
+    found = []
+    for weight in (1, 1, 2):
+        file.write_text(f"from jaxrl_post import methods\nmine = lambda: methods.grpo(beta=0.0) and {weight}\n")
+        values = configs.load("configs/quickstart.yaml")
+        method = dataclasses.replace(values.method, name=f"{file}:mine")
+        found.append(executables.identity(dataclasses.replace(values, method=method)))
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize(

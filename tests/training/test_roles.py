@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from jaxrl_post import training
+from jaxrl_post.models.quantize import quantize_array
 from jaxrl_post.training import config as configs
 from jaxrl_post.training import inference, loop
 from jaxrl_post.training import setup as setups
@@ -63,6 +64,23 @@ def test_only_models_of_one_shape_mix():
         soup([])
     with pytest.raises(ValueError, match="finite"):
         soup([one, one], [float("nan"), 1])
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantized_weights_stay_where_they_are_and_are_not_averaged_with_others(kind):
+    def model(seed, base=0):
+        weight = jax.random.normal(jax.random.key(base), (8, 64))
+        return {"base": quantize_array(weight, kind=kind), "lora": jax.random.normal(jax.random.key(seed), (4,))}
+
+    one, other = model(1), model(2)
+    refresh = make_refresh({"reference": Role(every=1, mix=0.1)})
+    state = jax.jit(refresh)({"policy": one, "reference": other}, jnp.asarray(1))["reference"]
+    for mixed, share in ((soup([one, other], [0.1, 0.9]), 0.1), (state, 0.1)):
+        jax.tree.map(np.testing.assert_array_equal, mixed["base"].values, one["base"].values)
+        np.testing.assert_allclose(mixed["base"].astype(float), one["base"].astype(float), rtol=1e-6)
+        np.testing.assert_allclose(mixed["lora"], share * one["lora"] + (1 - share) * other["lora"], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"other integers at .*base.*adapters on one base"):
+        soup([one, model(1, base=3)])
 
 
 def test_roles_are_made_in_the_order_of_their_sources():
@@ -154,6 +172,13 @@ def test_a_run_of_another_model_or_alphabet_is_an_error_that_says_where_they_dif
     wide = salsa(tmp_path / "a", others, model={"width": 32, "layers": 1, "heads": 2, "mlp_width": 16})
     with pytest.raises(ConfigError, match=r"the model of this run and .*sft-1/run differ at .*give both runs the same"):
         loop.run(configs.load(wide))
+    sizes = yaml.safe_load(salsa(tmp_path / "c", others).read_text())["model"]
+    for change, words in (
+        ({"softcap": 1.0}, "softcap is 1.0 here but None in .*sft-1/run"),
+        ({"rope_base": 10.0}, r"rope is Rope\(base=10.0.*local_rope is"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            loop.run(configs.load(salsa(tmp_path / "c", others, model={**sizes, **change})))
     values = yaml.safe_load(salsa(tmp_path / "b", others).read_text())
     values["data"]["alphabet"] = "9876543210>"
     with pytest.raises(ConfigError, match=r"data\.alphabet is '9876543210>' here but '>0123456789' in"):

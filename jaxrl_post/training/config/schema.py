@@ -366,7 +366,10 @@ class OptimizerConfig:
         "updates over which the step size rises linearly; the first has peak / (warmup_steps + 1)", 0, minimum=0
     )
     end_fraction: float = option(
-        "step size at the last step, as a fraction of the peak (cosine, linear)", 0.1, minimum=0, maximum=1
+        "step size that it comes to behind the last step, as a fraction of the peak (cosine, linear)",
+        0.1,
+        minimum=0,
+        maximum=1,
     )
     b1: float = option("decay of the mean of gradients (adam, adamw); momentum (sgd)", 0.9, minimum=0, below=1)
     b2: float = option("decay of the mean of squared gradients (adam, adamw)", 0.999, minimum=0, below=1)
