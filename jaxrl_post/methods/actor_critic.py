@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxrl_post import advantages, losses
 from jaxrl_post.methods import checks
-from jaxrl_post.methods.policy_gradient import OldLogp, policy_metrics
+from jaxrl_post.methods.policy_gradient import OldLogp, logp_at_start, policy_metrics
 from jaxrl_post.types import AggregationMode, Array, Method, Metric, Rollouts, Stats, Targets, Term
 
 TokenRewards: TypeAlias = Callable[[Rollouts, Stats, Array, Array], Array]
@@ -124,7 +124,7 @@ def with_critic(
     def targets(state, rollouts: Rollouts, stats: Stats, key) -> tuple[Targets, tuple[()]]:
         del key
         mask = rollouts.valid_mask
-        start = rollouts.logp if old_logp == "rollout" else stats["policy"].logp
+        start = logp_at_start(rollouts, stats, old_logp)
         earned = token_rewards(rollouts, stats, mask, start)
         values = stats["critic"].value
         advantage, returns = advantages.gae(earned, values, mask, gamma=gamma, lam=lam, whiten=whiten)

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jaxrl_post import advantages, losses, masked
 from jaxrl_post.methods import checks
 from jaxrl_post.methods.choices import Choice
-from jaxrl_post.methods.correction import as_corrections
+from jaxrl_post.methods.correction import as_corrections, rejection
 from jaxrl_post.methods.credit import Advantage, Credit, Signals, as_advantage
 from jaxrl_post.methods.presets import Preset, preset_options, preset_values
-from jaxrl_post.methods.surrogate import as_surrogate
-from jaxrl_post.types import AggregationMode, Method, Metric, Rollouts, Stats, Targets, Term
+from jaxrl_post.methods.surrogate import as_surrogate, sampler_logp
+from jaxrl_post.types import AggregationMode, Array, Method, Metric, Rollouts, Stats, Targets, Term
 
 KLEstimator = losses.KLEstimator
 OldLogp = Literal["rollout", "recompute"]
@@ -75,6 +75,15 @@ def policy_needs(beta: float) -> Mapping[str, frozenset[str]]:
     """What a method with a KL term of weight `beta` reads: the reference only if it counts."""
     logp = frozenset({"logp"})
     return {"policy": logp, "reference": logp} if beta else {"policy": logp}
+
+
+def logp_at_start(rollouts: Rollouts, stats: Stats, old_logp: OldLogp) -> Array:
+    """`[B, T]`, nats: the denominator of the ratios, which is 0 where it is no number and no token counts.
+
+    What does not count is left out of a loss, but would be in its gradient.
+    """
+    start = rollouts.logp if old_logp == "rollout" else stats["policy"].logp
+    return jnp.where((rollouts.valid_mask == 0) & ~jnp.isfinite(start), 0.0, start)
 
 
 def policy_metrics(
@@ -154,12 +163,14 @@ def policy_gradient(
     given.pop("preset", None)
     if unknown := sorted(set(given) - set(DEFAULTS)):
         raise ValueError(f"policy_gradient has no keyword {unknown[0]!r}; it has {', '.join(sorted(DEFAULTS))}")
-    _check(given)
+    _check(given, options)
     credit = as_advantage(advantage, preset.advantages)
     if not credit.penalized:
         checks.kl_in_loss(given, "its advantage does not read the reward less the KL")
     surrogate = as_surrogate(loss, preset.losses)
     corrections = as_corrections(given["correction"])
+    if surrogate.corrects and any(getattr(one, "func", one) is not rejection for one in corrections):
+        raise ValueError("correction does not apply: decoupled_ppo weighs by the ratio to the sampler itself")
     if corrections and given["old_logp"] != "recompute":
         raise ValueError("correction weighs the trained model against the sampler: give old_logp='recompute'")
     mode, horizon, beta = given["aggregation"], given["horizon"], given["beta"]
@@ -179,8 +190,7 @@ def policy_gradient(
 
     def targets(state, rollouts: Rollouts, stats: Stats, key) -> tuple[Targets, Any]:
         mask = rollouts.valid_mask
-        start = rollouts.logp if given["old_logp"] == "rollout" else stats["policy"].logp
-        start = jnp.where((mask == 0) & jnp.isnan(start), 0.0, start)  # anything may stand where it is 0
+        start = logp_at_start(rollouts, stats, given["old_logp"])
         new, extras = dict(state) if state else {}, {}
         weight = new.get("beta", beta)
         if beta and (in_reward or kl_target is not None):
@@ -204,7 +214,7 @@ def policy_gradient(
             new["advantage"] = own
         found = found if isinstance(found, Credit) else Credit(found)
         mask = found.kept(mask)
-        sampler = rollouts.extras.get("sampler_logp", rollouts.logp)
+        sampler = sampler_logp(rollouts)
         for correction in corrections:
             weights, mask = correction(start, sampler, mask)
             extras["weights"] = weights * extras.get("weights", 1.0)
@@ -228,10 +238,9 @@ def policy_gradient(
     def loss_terms(stats: Stats, rollouts: Rollouts, targets: Targets) -> dict[str, Term]:
         policy, mask, extras = stats["policy"], targets.mask, targets.extras
         value = surrogate(stats, rollouts, targets)
-        factors = [extras[name] for name in ("weights", "top_entropy") if name in extras]
+        factors = [extras["top_entropy"]] if "top_entropy" in extras else []
         if far is not None:
-            sampler = rollouts.extras.get("sampler_logp", rollouts.logp)
-            stays = losses.off_policy_sequence_mask(policy.logp, sampler, targets.advantages, mask, threshold=far)
+            stays = losses.off_policy_sequence_mask(policy.logp, sampler_logp(rollouts), targets.advantages, mask, threshold=far)
             factors.append(stays)
         for factor in factors:  # a loss per sequence takes the mean of its tokens' factors
             value = value * (factor if value.ndim == 2 else masked.mean(factor, mask, axis=1))
@@ -254,8 +263,7 @@ def policy_gradient(
         found = policy_metrics(stats, targets, clip_low=surrogate.clip_low, clip_high=surrogate.clip_high)
         if "weights" in targets.extras:
             weights = targets.extras["weights"]
-            sampler = rollouts.extras.get("sampler_logp", rollouts.logp)
-            found |= losses.mismatch_metrics(targets.old_logp, sampler, rollouts.valid_mask)
+            found |= losses.mismatch_metrics(targets.old_logp, sampler_logp(rollouts), rollouts.valid_mask)
             found["sampling/importance_weight/mean"] = Metric.mean(weights, targets.mask)
         for name in ("beta", "entropy_weight"):
             if name in targets.extras:
@@ -282,13 +290,16 @@ def policy_gradient(
     )
 
 
-def _check(given: Mapping[str, Any]) -> None:
+def _check(given: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     checks.reduction(given["aggregation"], given["horizon"])
     for name, literal in (("kl_estimator", KLEstimator), ("old_logp", OldLogp), ("kl_in", Literal["loss", "reward"])):
         checks.one_of(name, given[name], literal)
     for name in ("beta", "kl_target", "kl_horizon", "nll_weight", "entropy_target", "off_policy_threshold"):
         checks.within(name, given[name], 0)
     checks.within("top_entropy", given["top_entropy"], 1e-6, 1)
+    if options.get("kl_in") == "reward" and not given["beta"]:
+        raise ValueError("kl_in='reward' does not apply: there is no KL without beta; give e.g. beta=0.01")
+    checks.applies(given["kl_target"] is not None, "kl_target=None", kl_horizon=options.get("kl_horizon"))
     if given["kl_target"] is not None and not given["beta"]:
         raise ValueError("kl_target moves beta, which must begin above 0; give e.g. beta=0.1")
 

@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxrl_post import losses
+import jax.numpy as jnp
+
+from jaxrl_post import losses, masked
 from jaxrl_post.methods.choices import Choice, call_by_name, choose, inputs
 from jaxrl_post.types import Array, Rollouts, Stats, Targets, Unit
 
@@ -27,6 +29,17 @@ LOSSES: dict[str, Callable[..., Array]] = {
 }
 """Surrogate losses by name."""
 
+
+
+def sampler_logp(rollouts: Rollouts) -> Array:
+    """`[B, T]`, nats: the log-probs under what was drawn from; 0 where there is no number and no token counts.
+
+    What does not count is left out of a loss, but would be in its gradient.
+    """
+    found = rollouts.extras.get("sampler_logp", rollouts.logp)
+    return jnp.where((rollouts.valid_mask == 0) & ~jnp.isfinite(found), 0.0, found)
+
+
 READ: dict[str, Callable[[Stats, Rollouts, Targets], Any]] = {
     "logp": lambda stats, rollouts, targets: stats["policy"].logp,
     "entropy": lambda stats, rollouts, targets: stats["policy"].entropy,
@@ -34,7 +47,7 @@ READ: dict[str, Callable[[Stats, Rollouts, Targets], Any]] = {
     "old_logp": lambda stats, rollouts, targets: targets.old_logp,
     "advantages": lambda stats, rollouts, targets: targets.advantages,
     "mask": lambda stats, rollouts, targets: targets.mask,
-    "sampler_logp": lambda stats, rollouts, targets: rollouts.extras.get("sampler_logp", rollouts.logp),
+    "sampler_logp": lambda stats, rollouts, targets: sampler_logp(rollouts),
     "extras": lambda stats, rollouts, targets: targets.extras,
     "step": lambda stats, rollouts, targets: targets.extras.get("step", rollouts.step),
 }
@@ -54,6 +67,7 @@ class Surrogate:
         unit: `"sequence"` if it reads the mask, hence more than one token at a time.
         clip_low: its clip distance, None if it does not clip the ratio of each token.
         clip_high: likewise.
+        corrects: whether it weighs by the ratio to the sampler itself.
     """
 
     def __init__(self, function: Callable[..., Array]) -> None:
@@ -76,8 +90,31 @@ class Surrogate:
         self.clip_low: float | None = parameters["clip_low"].default if clips else None
         self.clip_high: float | None = parameters["clip_high"].default if clips else None
 
+        self._base = getattr(function, "func", function)
+        self.corrects = self._base is losses.decoupled_ppo
+
     def __call__(self, stats: Stats, rollouts: Rollouts, targets: Targets) -> Array:
-        """The loss of each token, `[B, T]`, or of each sequence, `[B]`."""
+        """The loss of each token, `[B, T]`, or of each sequence, `[B]`, by the `"weights"` that extras may have.
+
+        These correct for the sampler, `[B, T]`. A loss of tokens is multiplied by them, one of sequences by their mean,
+        GMPO's by the geometric one, as its ratio is. In VESPO's they are factors of the sequence's ratio. In these two
+        a weight of 0 takes out its token and not the sequence.
+        """
+        weights = targets.extras.get("weights")
+        if weights is None:
+            return self._value(stats, rollouts, targets)
+        counts = weights > 0
+        logs = jnp.log(jnp.where(counts, weights, 1.0))
+        if self._base is losses.vespo:
+            return counts * self._value(stats, rollouts, targets._replace(old_logp=targets.old_logp - logs))
+        value = self._value(stats, rollouts, targets)
+        if self._base is losses.gmpo:
+            own = targets.mask * counts
+            mean = jnp.any(own != 0, axis=1) * jnp.exp(masked.mean(logs, own, axis=1))
+            return value * (mean if value.ndim == 1 else mean[:, None])
+        return value * (weights if value.ndim == 2 else masked.mean(weights, targets.mask, axis=1))
+
+    def _value(self, stats: Stats, rollouts: Rollouts, targets: Targets) -> Array:
         available = {name: READ[name](stats, rollouts, targets) for name in self._names}
         return call_by_name(self._function, available)
 

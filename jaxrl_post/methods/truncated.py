@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from jaxrl_post import advantages, masked
 from jaxrl_post.methods.actor_critic import ppo
+from jaxrl_post.methods.policy_gradient import logp_at_start
 from jaxrl_post.types import FINISH_NONE, AggregationMode, Method, Rollouts, Stats, Targets, Term
 
 
@@ -89,7 +90,7 @@ def t_ppo(
         )
         advantage = masked.whiten(advantage, window) if whiten else jnp.where(window != 0, advantage, 0.0)
         extras = {"old_values": values, "finished": mask * ended.reshape(-1, 1)}
-        return Targets(advantage, window, rollouts.logp, returns, extras), state
+        return Targets(advantage, window, logp_at_start(rollouts, stats, "rollout"), returns, extras), state
 
     def loss(stats: Stats, rollouts: Rollouts, targets: Targets) -> dict[str, Term]:
         terms = base.loss(stats, rollouts, targets)

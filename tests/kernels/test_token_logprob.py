@@ -416,6 +416,29 @@ def test_the_gradient_of_the_temperature_keeps_its_digits_beside_an_offset_of_te
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(jnp.float32(1.0)), gradients["temperature"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["chunked", "reference"])
+def test_second_derivatives_are_those_of_the_plain_entropy(implementation):
+    draw = jax.random.split(jax.random.key(0), 2)
+    hidden, weight = jax.random.normal(draw[0], (5, 4)), jax.random.normal(draw[1], (11, 4))
+
+    def entropy(hidden, temperature):
+        out = token_logprob(
+            hidden, weight, jnp.arange(5), temperature=temperature, outputs=("entropy",), implementation=implementation
+        )
+        return jnp.sum(out.entropy)
+
+    def plain(hidden, temperature):
+        logits = hidden @ weight.T / temperature
+        return jnp.sum(jax.scipy.special.entr(jax.nn.softmax(logits)))
+
+    def second(function):
+        squared = jax.grad(lambda hidden: jnp.sum(jax.grad(function)(hidden, 0.7) ** 2))(hidden)
+        return squared, jax.grad(jax.grad(function, 1), 1)(hidden, 0.7)
+
+    for found, expected in zip(jax.jit(second, static_argnums=0)(entropy), second(plain), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
+
+
 def test_no_tokens_give_no_numbers():
     inputs, targets = problem()
     x = {**as_dtype(inputs), "hidden": jnp.zeros((0, D))}

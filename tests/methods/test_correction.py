@@ -52,6 +52,37 @@ def test_weights_multiply_the_loss_and_only_rejection_changes_the_denominator(co
     np.testing.assert_array_equal(of_term, mask)
 
 
+def test_decoupled_ppo_may_leave_out_what_it_does_not_weigh():
+    plain = methods.decoupled_ppo(aggregation="token_mean")
+    value, mask, _ = _policy(methods.decoupled_ppo(aggregation="token_mean", correction={"name": "rejection"}))
+    np.testing.assert_array_equal(mask[:, 1:], [[0, 0], [1, 1]])
+    np.testing.assert_allclose(value[1], _policy(plain)[0][1])
+
+
+LATER = {"policy": TokenStats(logp=OLD + jnp.array([[0, 0.3, 0], [0, -0.2, 0.1]]), entropy=None)}
+
+
+def test_gmpo_weighs_sequences_by_the_geometric_mean_of_their_tokens_weights():
+    plain, _, _ = _policy(methods.gmpo(old_logp="recompute"), later=LATER)
+    value, _, _ = _policy(methods.gmpo(old_logp="recompute", correction="tis"), later=LATER)
+    np.testing.assert_allclose(value, plain * np.sqrt([[4.0], [0.5]]), rtol=1e-5)
+    # A token without weight takes no other with it.
+    value, _, _ = _policy(methods.gmpo(old_logp="recompute", correction={"name": "icepop", "low": 0.8}), later=LATER)
+    np.testing.assert_allclose(value, plain * [[3.0], [1.0]], rtol=1e-5)
+
+
+def test_the_weights_of_vespo_are_a_factor_of_the_sequences_ratio():
+    method = methods.vespo(old_logp="recompute", correction={"name": "tis", "high": 2.5})
+    value, _, _ = _policy(method, later=LATER)
+    log_w = np.array([0.3 + np.log(2.5), -0.1 + np.log(0.5)])
+    advantages = np.array([-1.0, 1.0])  # of rewards 1 and 3
+    k, lam = np.array([3.0, 2.0]), np.array([2.0, 3.0])
+    phi = np.exp(k * log_w + lam * (1 - np.exp(log_w)))
+    expected = -(phi * advantages)[:, None] * np.asarray(LATER["policy"].logp)
+    np.testing.assert_allclose(value[0, 1], expected[0, 1] / np.sqrt(2), rtol=1e-4)
+    np.testing.assert_allclose(value[1, 1:], expected[1, 1:] / np.sqrt(2), rtol=1e-4)
+
+
 def test_the_log_probs_of_a_cut_distribution_are_taken_where_the_sampler_cut():
     # In `logp` the distribution is whole and equals the trained one: every ratio would be 1.
     batch = _batch().replace(logp=OLD, extras={"sampler_logp": SAMPLER})

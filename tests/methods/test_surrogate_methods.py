@@ -47,11 +47,12 @@ def test_the_soft_punishment_of_dapo_lowers_the_reward_of_answers_near_the_limit
     assert not plain.advantages.any()
 
 
-def test_what_stands_at_masked_tokens_reaches_no_gradient():
+@pytest.mark.parametrize("made", [methods.grpo, methods.decoupled_ppo])
+def test_what_stands_at_masked_tokens_reaches_no_gradient(made):
     rollouts = _rollouts()
     rollouts = rollouts.replace(mask=rollouts.mask.at[:5, 2:].set(0.0))
     missing = rollouts.replace(logp=jnp.where(rollouts.mask == 0, jnp.nan, rollouts.logp))
-    method = methods.grpo(beta=0.0)
+    method = made(beta=0.0)
     one, other = (jax.grad(lambda p, r=r: _loss(method, r, p)[0])(0.9 * rollouts.logp) for r in (rollouts, missing))
     np.testing.assert_array_equal(one, other)
     assert other.any()
@@ -125,6 +126,10 @@ def test_topr_takes_its_baseline_from_the_rewards():
         ("dppo", {"max_ratio": 0.5}, "max_ratio must be at least 1"),
         ("dapo", {"max_length": 10}, "overlong_buffer needs max_length"),
         ("dapo", {"max_length": 10, "overlong_buffer": 20}, "overlong_buffer must be between 1 and 10"),
+        ("decoupled_ppo", {"correction": "tis"}, "correction does not apply: decoupled_ppo weighs by the ratio"),
+        ("decoupled_ppo", {"correction": ["rejection", "mis"]}, "correction does not apply"),
+        ("dapo", {"kl_in": "reward"}, "kl_in='reward' does not apply: there is no KL without beta"),
+        ("grpo", {"kl_horizon": 5.0}, "kl_horizon=5.0 does not apply to kl_target=None"),
         ("decoupled_ppo", {"old_logp": "rollout"}, "old_logp of decoupled_ppo is 'recompute', got 'rollout'"),
         ("m2po", {"threshold": 0.0}, "threshold must be above 0"),
         ("m2po", {"old_logp": "recompute"}, "old_logp of m2po is 'rollout'"),

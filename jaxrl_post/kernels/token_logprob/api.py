@@ -68,6 +68,7 @@ def token_logprob(
         A `TokenLogprob` with the asked-for fields, `[N]` float32 or wider.
 
     Raises:
+        TypeError: of JAX, for forward-mode differentiation of anything but the reference implementation.
         ValueError: for wrong ranks or sizes, an unknown output or implementation, `max_tokens` without `mask` or
             below 1, something that the named implementation cannot do, and outside `jit` for a target that is no token.
 

@@ -99,8 +99,9 @@ def sums_of_logits(
     others = jnp.where(left_out, -jnp.inf, z)
     best = jnp.argmax(others, axis=-1) if "best" in fields else None
     top = jnp.maximum(jnp.max(others, axis=-1), LOWEST)
-    x = (others - top[:, None]) / temperature
-    e = jnp.exp(x)
+    # Not of `others`: an infinity, though it counts nothing, would be in second derivatives.
+    x = jnp.where(left_out, 0.0, (z - top[:, None])) / temperature
+    e = jnp.where(left_out, 0.0, jnp.exp(x))
 
     def over(name: str, value: Any) -> Array | None:
         return jnp.sum(value(), axis=-1, dtype=z.dtype) if name in fields else None
@@ -110,9 +111,9 @@ def sums_of_logits(
         total=jnp.sum(e, axis=-1),
         # The chunk that holds a token last would count it twice, but a maximum does not mind.
         target=jnp.max(jnp.where(is_target, z, -jnp.inf), axis=-1),
-        weighted=over("weighted", lambda: jnp.where(e > 0, e * x, 0.0)),
+        weighted=over("weighted", lambda: e * jnp.where(e > 0, x, 0.0)),
         squares=over("squares", lambda: e * e),
-        shifted=over("shifted", lambda: jnp.where(left_out, 0.0, x)),
+        shifted=over("shifted", lambda: x),
         count=over("count", lambda: ~left_out),
         best=None if best is None else index[best].astype(jnp.int32),
     )

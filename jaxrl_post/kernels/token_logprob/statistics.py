@@ -172,7 +172,7 @@ def finish(
     is_token = (targets >= 0) & (targets < vocab_size)
     fields["logp"] = jnp.where(is_token, x - log_total, jnp.nan)
     if others.weighted is not None:
-        entropy = log_total - (others.weighted + jnp.where(e > 0, e * x, 0.0)) / total
+        entropy = log_total - (others.weighted + e * jnp.where(e > 0, x, 0.0)) / total
         fields["entropy"] = entropy
     if others.squares is not None:
         squares = (others.squares + e * e) / (total * total)
