@@ -240,7 +240,8 @@ def policy_gradient(
         value = surrogate(stats, rollouts, targets)
         factors = [extras["top_entropy"]] if "top_entropy" in extras else []
         if far is not None:
-            stays = losses.off_policy_sequence_mask(policy.logp, sampler_logp(rollouts), targets.advantages, mask, threshold=far)
+            sampler = sampler_logp(rollouts)
+            stays = losses.off_policy_sequence_mask(policy.logp, sampler, targets.advantages, mask, threshold=far)
             factors.append(stays)
         for factor in factors:  # a loss per sequence takes the mean of its tokens' factors
             value = value * (factor if value.ndim == 2 else masked.mean(factor, mask, axis=1))

@@ -30,7 +30,6 @@ LOSSES: dict[str, Callable[..., Array]] = {
 """Surrogate losses by name."""
 
 
-
 def sampler_logp(rollouts: Rollouts) -> Array:
     """`[B, T]`, nats: the log-probs under what was drawn from; 0 where there is no number and no token counts.
 

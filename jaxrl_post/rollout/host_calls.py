@@ -6,15 +6,17 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import dataclasses
 import inspect
 import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 GRACE = 5.0
-"""Seconds beyond its time-outs after which the event loop itself counts as blocked."""
+"""Seconds beyond a call's time in which none begins or ends: after these the event loop itself counts as blocked."""
 
 _choosing = threading.Lock()
 
@@ -43,11 +45,15 @@ def describe(error: BaseException) -> str:
         >>> describe(ValueError("no such city"))
         'ValueError: no such city'
     """
-    name, text = type(error).__name__, str(error)
+    name = type(error).__name__
+    try:
+        text = str(error)
+    except Exception:
+        text = ""
     return f"{name}: {text}"[:ERROR_CHARACTERS] if text else name
 
 
-async def call(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+async def call(function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Any:
     """What a function returns: a coroutine function runs in the loop, any other in a thread of its own.
 
     The thread is a daemon and belongs to no pool, so that one that never ends keeps neither others nor the end of the
@@ -92,7 +98,8 @@ class Caller:
 
     So what an environment keeps of a loop (a session, a lock) serves all its rollouts. The loop runs in a thread of its
     own, so that it goes where another loop runs already, as in a notebook. If a call blocks it, the loop is left to
-    itself and the next batch gets a new one.
+    itself with all calls that have begun, and those that have not are made in a new one. Plain functions run in
+    threads, which share the interpreter: what computes rather than waits takes its time from the others.
 
     Example:
         >>> caller = Caller(timeout=5.0)
@@ -123,34 +130,64 @@ class Caller:
             return []
         late = Outcome(error=f"timed out after {self.timeout:g} s", timed_out=True)
         outcomes = [late] * len(calls)
-        loop = _shared_loop()
-        everything = asyncio.run_coroutine_threadsafe(self._make_all(calls, outcomes), loop)
-        rounds = -(-len(calls) // self.concurrency)
-        try:
-            everything.result(rounds * self.timeout + GRACE)
-        except concurrent.futures.TimeoutError:
+        rows = list(range(len(calls)))
+        while rows:
+            loop, batch = _shared_loop(), _Batch(calls, outcomes)
+            everything = asyncio.run_coroutine_threadsafe(self._make_all(batch, rows), loop)
+            while not everything.done() and (left := batch.moved + self.timeout + GRACE - time.monotonic()) > 0:
+                concurrent.futures.wait([everything], left)
+            if everything.done():
+                everything.result()
+                break
+            batch.left = True
             _leave(loop)
+            waiting = [row for row in rows if row not in batch.begun]
+            rows = waiting if len(waiting) < len(rows) else []
         return list(outcomes)
 
-    async def _make_all(
-        self, calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]], outcomes: list[Outcome]
-    ) -> None:
+    async def _make_all(self, batch: _Batch, rows: Sequence[int]) -> None:
         free = asyncio.Semaphore(self.concurrency)
 
-        async def one(row: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        async def one(row: int) -> None:
             async with free:
-                outcomes[row] = await self._make(function, arguments, outcomes[row])
+                if batch.left:
+                    return
+                batch.begun.add(row)
+                batch.moved = time.monotonic()
+                outcome = await self._make(*batch.calls[row], batch.outcomes[row])
+                batch.moved = time.monotonic()
+                if not batch.left:
+                    batch.outcomes[row] = outcome
 
-        await asyncio.gather(*(one(row, *what) for row, what in enumerate(calls)))
+        await asyncio.gather(*map(one, rows))
 
     async def _make(self, function: Callable[..., Any], arguments: tuple[Any, ...], late: Outcome) -> Outcome:
         limit = asyncio.timeout(self.timeout)
         try:
             async with limit:
                 return Outcome(await call(function, *arguments))
-        # An environment may exit or be cancelled from within, which are no Exceptions.
-        except (Exception, SystemExit, asyncio.CancelledError) as error:
+        # An environment may exit or be cancelled from within, or raise what is no Exception otherwise.
+        except BaseException as error:
             return late if limit.expired() else Outcome(error=describe(error))
+
+
+@dataclasses.dataclass
+class _Batch:
+    """Calls that one loop makes.
+
+    Attributes:
+        calls: all of them.
+        outcomes: of all, changed in place.
+        begun: the rows of those that the loop has begun.
+        moved: when one has last begun or ended, by `time.monotonic`.
+        left: whether nobody waits for the loop any more: it begins nothing then.
+    """
+
+    calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]
+    outcomes: list[Outcome]
+    begun: set[int] = dataclasses.field(default_factory=set)
+    moved: float = dataclasses.field(default_factory=time.monotonic)
+    left: bool = False
 
 
 _loops: list[asyncio.AbstractEventLoop] = []  # the one in use, if there is one

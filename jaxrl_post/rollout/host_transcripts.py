@@ -15,6 +15,8 @@ from jaxrl_post.rollout.host_calls import Outcome
 from jaxrl_post.rollout.host_environment import Step, TextTokenizer
 from jaxrl_post.types import FINISH_ABORT, FINISH_LENGTH, FINISH_NONE, FINISH_STOP, Array, Rollouts
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 @dataclasses.dataclass
 class Record:
@@ -105,7 +107,8 @@ def _prompt_tokens(prompt: str | Sequence[int], task: int, tokenizer: TextTokeni
     if not 1 <= len(tokens) < max_length:
         raise ValueError(
             f"the prompt of task {task} has {len(tokens)} tokens; it needs at least 1, and fewer than "
-            f"max_length={max_length}, so that there is room for an action: raise max_length or shorten the prompt"
+            f"max_length={max_length} (in a configuration data.max_prompt_length + rollout.max_new_tokens), so that "
+            "there is room for an action: raise that or shorten the prompt"
         )
     return tokens
 
@@ -114,6 +117,8 @@ def _tokens(tokenizer: TextTokenizer, text: str | Sequence[int]) -> list[int]:
     """Token ids of a text, or those given, checked."""
     if isinstance(text, str):
         return tokenizer.encode(text)
+    if isinstance(text, bytes):
+        raise TypeError("an observation must be a text or token ids, got bytes")
     found = [int(token) for token in text]
     if wrong := [token for token in found if not 0 <= token < tokenizer.vocab_size]:
         raise ValueError(f"token ids must be 0 .. {tokenizer.vocab_size - 1}, got {wrong[0]}")
@@ -200,7 +205,7 @@ def _understood(outcome: Outcome, state: Any, tokenizer: TextTokenizer, on_error
         try:
             observation = [] if step.done else _tokens(tokenizer, step.observation)
             return step._replace(observation=observation, reward=float(step.reward))
-        except (ValueError, TypeError) as wrong:
+        except (ValueError, TypeError, OverflowError) as wrong:
             state, error = step.state, str(wrong)
     return Step(state, failure_tokens(error, tokenizer, on_error), failed=True)
 
@@ -214,7 +219,7 @@ def answered(
     for row, step in zip(rows, steps, strict=True):
         end = length[row]
         behind = end + len(step.observation)
-        sound = np.isfinite(step.reward)
+        sound = abs(step.reward) <= _LARGEST  # which no NaN is
         record.states[row] = step.state
         record.turns[row] += 1
         record.rewards[row, end - 1] = step.reward if sound else 0.0

@@ -328,7 +328,7 @@ def _ask(server: Server, kind: ServerFormat, ask: Ask, body: bytes) -> list[Comp
         return text
     try:
         answer = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ServerError(f"{address} answered with what is not JSON ({error}): {_beginning(text)}") from error
     try:
         return kind.read(answer, ask)
@@ -372,7 +372,14 @@ def _post(server: Server, address: str, body: bytes) -> tuple[int, bytes]:
             raise ConnectionError(f"cannot be reached within {server.timeout} seconds") from error
         connection.request("POST", parts.path, body, headers)
         response = connection.getresponse()
-        return response.status, response.read()
+        begun, pieces = time.monotonic(), []
+        while piece := response.read1(2**16):
+            pieces.append(piece)
+            if time.monotonic() - begun > server.timeout:
+                raise TimeoutError
+        if response.length:  # the connection has ended before
+            raise http.client.IncompleteRead(b"".join(pieces), response.length)
+        return response.status, b"".join(pieces)
     finally:
         connection.close()
 

@@ -6,7 +6,6 @@ prompt as token ids and give token ids back; text is never tokenised. Nothing he
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -125,7 +124,11 @@ def read_vllm(answer: Any, ask: Ask) -> list[Completion]:
     Reference: vLLM, vllm/entrypoints/openai/completion/serving.py.
     """
     choices = answer.get("choices") if isinstance(answer, Mapping) else None
-    choices = sorted(_as_many(choices, ask, "choices"), key=lambda choice: choice.get("index", 0))
+    choices = _as_many(choices, ask, "choices")
+    places = [choice.get("index", place) for place, choice in enumerate(choices)]
+    if len(set(places)) < len(places):
+        raise ValueError(f"its choices have the indices {places}, some of them twice")
+    choices = [choice for _, choice in sorted(zip(places, choices, strict=True), key=lambda pair: pair[0])]
     return [_vllm_choice(choice, ask, limit) for choice, limit in zip(choices, ask.limits, strict=True)]
 
 
@@ -237,6 +240,13 @@ def _sampling(ask: Ask) -> dict[str, Any]:
     }
 
 
+_ROUNDING = 1e-3
+"""Nats above 0 that a log-prob may be in half precision."""
+
+_LARGEST = 3.4e38
+"""Beyond it a number is none in float32."""
+
+
 def _as_many(found: Any, ask: Ask, what: str) -> list[Mapping[str, Any]]:
     if not isinstance(found, list) or not all(isinstance(each, Mapping) for each in found):
         raise ValueError(f"there are no {what} in it: {_shown(found)}")
@@ -307,15 +317,23 @@ def _completion(tokens: Sequence[Any], logp: Sequence[Any], why: Any, ask: Ask, 
     """
     if len(tokens) != len(logp):
         raise ValueError(f"a completion has {len(tokens)} token ids but {len(logp)} log-probs")
-    if not all(isinstance(token, int) and token >= 0 for token in tokens):
-        raise ValueError(f"token ids must be whole numbers of at least 0, got {_shown(tokens)}")
+    if not all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 2**31 for token in tokens):
+        raise ValueError(f"token ids must be whole numbers of 0 to 2**31 - 1, got {_shown(tokens)}")
     if len(tokens) > sent:
         raise ValueError(f"a completion has {len(tokens)} tokens, more than the {sent} that were allowed")
     if not all(value is None or isinstance(value, int | float) for value in logp):
         raise ValueError(f"log-probs must be numbers, got {_shown(logp)}")
+    if too_high := [value for value in logp if value is not None and value > _ROUNDING]:
+        raise ValueError(f"log-probs must not be above 0, got {too_high[0]}")
+    passed = next((at for at, token in enumerate(tokens[:-1]) if token in ask.stop_tokens), None)
+    if passed is not None:
+        raise ValueError(
+            f"the server went on behind token {tokens[passed]}, which is in sampling.stop_tokens {ask.stop_tokens}: it "
+            "does not know stop_token_ids"
+        )
     if len(tokens) > limit:
         tokens, logp, why = tokens[:limit], logp[:limit], "length"
-    sound = next((i for i, x in enumerate(logp) if x is None or not math.isfinite(x)), len(logp))
+    sound = next((i for i, x in enumerate(logp) if x is None or not abs(x) < _LARGEST), len(logp))
     finish = {"stop": FINISH_STOP, "length": FINISH_LENGTH}.get(why, FINISH_ABORT)
     if sound < len(tokens) or not tokens:
         finish = FINISH_ABORT

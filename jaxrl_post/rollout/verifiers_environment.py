@@ -6,6 +6,7 @@ The package is not needed to import this, and what has the same methods will do.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -165,7 +166,8 @@ class VerifiersEnvironment:
         """
         package, env, state = _package(self.env), self.env, turn.state
         said = package.messages([self.speak(action)])
-        turns, before = len(state["trajectory"]), dict(state)
+        turns = len(state["trajectory"])
+        before = {name: _copied(x) for name, x in state.items() if name != "trajectory"}
         step = {"prompt": turn.messages, "completion": said, "response": None, "tokens": None, "reward": None}
         more = {"advantage": None, "is_truncated": False, "trajectory_id": state.get("trajectory_id"), "extras": {}}
         try:
@@ -177,7 +179,7 @@ class VerifiersEnvironment:
             reward = await self._score(state) if over else 0.0
         except BaseException:  # a time-out too: whoever goes on does so from the state before
             del state["trajectory"][turns:]
-            for name in set(state) - set(before):
+            for name in set(state) - {*before, "trajectory"}:
                 del state[name]
             state.update(before)
             raise
@@ -214,6 +216,16 @@ class VerifiersEnvironment:
         if hasattr(rubric, "cleanup"):
             await rubric.cleanup(state)
         return float(state["reward"])
+
+
+def _copied(value: Any) -> Any:
+    """A copy of a container that a step may change; what cannot be copied (a client, a lock) is itself."""
+    if not isinstance(value, dict | list | set):
+        return value
+    try:
+        return copy.deepcopy(value)
+    except Exception:
+        return value
 
 
 class _Package(NamedTuple):

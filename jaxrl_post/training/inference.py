@@ -25,7 +25,7 @@ from jaxrl_post.training.run_files import RunFiles
 from jaxrl_post.training.run_log import CHECKPOINTS, CONFIG_FILE
 from jaxrl_post.training.sampler import Sampler
 from jaxrl_post.training.setup import Setup
-from jaxrl_post.types import FINISH_STOP, Params
+from jaxrl_post.types import FINISH_ABORT, FINISH_LENGTH, FINISH_STOP, Params
 
 logger = logging.getLogger(__name__)
 
@@ -170,18 +170,20 @@ def generate_text(
         samples: completions per prompt.
         temperature: divides the logits; 0 takes the most probable token.
         seed: of the random streams.
-        max_new_tokens: longest completion; the run's own limit if None.
+        max_new_tokens: longest completion; the run's own limit if None, of an action where it acted in turns.
         chat: whether a prompt is a user's message, and goes through the chat template; None for what the run was
             trained on, by `data.chat` or, while its files are there, by messages in them.
 
     Returns:
-        For each prompt `samples` dicts: `text`, `logp` (of the completion, nats, at this temperature), `finish` (`stop`
-        or `length`).
+        For each prompt `samples` dicts: `text`, `logp` (of the completion, nats, at this temperature), `finish`
+        (`stop`, `length`, or `abort` where logits were no numbers).
 
     Raises:
         ValueError: for an empty prompt, or characters that the tokenizer does not know.
     """
     setup, params = load_run(run_dir)
+    if setup.turns is not None and max_new_tokens is None:
+        max_new_tokens = setup.turns.max_turn_tokens
     options = setup.config.data
     problems: list[data.Problem] = [{"prompt": text.lower() if options.lowercase else text} for text in prompts]
     if _in_conversations(setup) if chat is None else chat:
@@ -201,13 +203,14 @@ def generate_text(
     )
     sampled = sampler(params, problems, jax.random.key(seed))
     logp, finish = jax.device_get((sampled.rollouts.logp, sampled.rollouts.finish))
+    names = {FINISH_STOP: "stop", FINISH_LENGTH: "length", FINISH_ABORT: "abort"}
     sums = np.sum(logp, axis=1).reshape(len(prompts), samples)
     return [
         [
             {
                 "text": sampled.completions[row * samples + column],
                 "logp": float(sums[row, column]),
-                "finish": "stop" if finish[row, column] == FINISH_STOP else "length",
+                "finish": names[int(finish[row, column])],
             }
             for column in range(samples)
         ]

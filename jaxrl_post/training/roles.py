@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxrl_post.types import Array, Params
 
@@ -82,7 +83,7 @@ def soup(params_list: Sequence[Params], weights: Sequence[float] | None = None) 
 
     def average(path: Any, first: Array, *leaves: Array) -> Array:
         if not jnp.issubdtype(first.dtype, jnp.inexact):
-            known = not any(isinstance(leaf, jax.core.Tracer) for leaf in (first, *leaves))
+            known = not any(isinstance(leaf, Tracer) for leaf in (first, *leaves))
             if known and not all(jnp.array_equal(first, leaf) for leaf in leaves):
                 raise ValueError(
                     f"the models have other integers at {jax.tree_util.keystr(path)}, which cannot be averaged: "

@@ -264,7 +264,8 @@ def test_nan_logits_and_rewards_that_are_not_finite_give_up_their_row_alone():
     assert [text(out, row) for row in (0, 1)] == ["aX$-aX$", "bY"]
     assert (out.finish.tolist(), out.valid.tolist()) == ([[FINISH_STOP], [FINISH_ABORT]], [[True], [False]])
     assert out.extras["turns"].tolist() == [[2], [0]]
-    out = play(lambda task, turn, action: ("-a", float(task == "b") or np.inf, turn == 1), ["a", "b"], COPY)
+    # 1e39 is finite, and is not in float32.
+    out = play(lambda task, turn, action: ("-a", float(task == "b") or 1e39, turn == 1), ["a", "b"], COPY)
     assert (out.finish.tolist(), out.valid.tolist()) == ([[FINISH_ABORT], [FINISH_STOP]], [[False], [True]])
     assert out.reward.tolist() == [[0.0], [2.0]]
     assert out.extras["environment_errors"].tolist() == [[1], [0]]
@@ -316,6 +317,10 @@ def test_an_observation_that_cannot_be_encoded_is_a_failure_without_its_text():
     assert text(out, 1)[:37] == f"bY$!token ids must be 0 .. {V - 1}, got {V}"
     assert out.extras["environment_errors"].tolist() == [[2], [2]]
     assert out.reward.tolist() == [[0.0], [0.0]]
+    wrong = {"a": (b"a", 1.0), "b": ("a", 10**400)}
+    options["max_length"] = 120
+    out = play(lambda task, turn, action: (*wrong[task], False), ["a", "b"], script("ax$", "by$", "!a"), **options)
+    assert out.extras["environment_errors"].tolist() == [[2], [2]]
     done = play(lambda task, *_: (shown[task], 1.0, True), ["a", "b"], COPY)
     assert done.reward.tolist() == [[1.0], [1.0]]
 

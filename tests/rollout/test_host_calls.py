@@ -4,11 +4,12 @@ import asyncio
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
 from jaxrl_post.rollout import host_calls
-from jaxrl_post.rollout.host_calls import Caller, Outcome
+from jaxrl_post.rollout.host_calls import Caller, Outcome, call
 
 
 async def double(x):
@@ -65,6 +66,52 @@ def test_a_coroutine_that_blocks_the_loop_costs_what_had_not_come_back_and_the_n
     assert found[0].timed_out
     assert found[1] == Outcome(8)
     assert caller([(double, (5,))]) == [Outcome(10)]
+
+
+def test_calls_that_block_the_loop_one_after_the_other_have_each_a_time_of_their_own(monkeypatch):
+    monkeypatch.setattr(host_calls, "GRACE", 0.2)
+
+    async def computes(x):
+        time.sleep(0.1)  # as what an environment computes, without giving way
+        return x
+
+    found = Caller(timeout=0.3)([(computes, (x,)) for x in range(10)])  # a second in all
+    assert [outcome.value for outcome in found] == list(range(10))
+
+
+def test_what_had_not_begun_when_the_loop_was_blocked_is_made_in_another_and_once(gate, monkeypatch):
+    monkeypatch.setattr(host_calls, "GRACE", 0.2)
+    made = []
+
+    async def blocks(x):
+        made.append(x)
+        gate.wait(60)
+
+    async def notes(x):
+        made.append(x)
+        return x
+
+    found = Caller(timeout=0.3)([(blocks, (0,)), (notes, (1,)), (blocks, (2,)), (notes, (3,))])
+    assert [outcome.timed_out for outcome in found] == [True, False, True, False]
+    assert [found[1].value, found[3].value] == [1, 3]
+    gate.set()
+    time.sleep(0.3)
+    assert sorted(made) == [0, 1, 2, 3]
+
+
+def test_an_error_that_cannot_be_told_has_its_name():
+    class Odd(BaseException):
+        def __str__(self):
+            raise RuntimeError
+
+    def fails():
+        raise Odd
+
+    assert Caller(timeout=5.0)([(fails, ()), (triple, (1,))]) == [Outcome(error="Odd"), Outcome(3)]
+
+
+def test_an_argument_may_be_called_function():
+    assert asyncio.run(call(lambda function: 2 * function, function=4)) == 8
 
 
 def test_more_hanging_calls_than_may_run_at_a_time_do_not_take_the_time_of_the_others(gate):

@@ -388,6 +388,7 @@ def vllm_choice(tokens=(4, 2), logp=(-1.0, -2.0), **more):
         (vllm_choice(stop_reason="repetition"), ((4, 2), (-1.0, -2.0), FINISH_ABORT)),
         (vllm_choice(logp=(-1.0, float("nan"))), ((4,), (-1.0,), FINISH_ABORT)),
         (vllm_choice(logp=(None, -2.0)), ((), (), FINISH_ABORT)),
+        (vllm_choice(logp=(-1e300, -2.0)), ((), (), FINISH_ABORT)),
         (vllm_choice((), ()), ((), (), FINISH_ABORT)),
     ],
 )
@@ -409,13 +410,22 @@ def test_what_vllm_has_said_beyond_a_completions_own_limit_says_nothing_of_it():
         (vllm_choice((4, 7)), r"ended a completion at token 7, which is not in sampling.stop_tokens \(2,\)"),
         (vllm_choice((4, 5, 5, 2), (-1.0,) * 4), "4 tokens, more than the 3"),
         (vllm_choice((4, 2), (-1.0,)), "2 token ids but 1 log-probs"),
-        (vllm_choice((4, -2)), "whole numbers of at least 0"),
+        (vllm_choice((4, -2)), r"whole numbers of 0 to 2\*\*31"),
+        (vllm_choice((4, True)), r"whole numbers of 0 to 2\*\*31"),
+        (vllm_choice((10**10, 2)), r"whole numbers of 0 to 2\*\*31"),
+        (vllm_choice(logp=(3.0, -2.0)), "must not be above 0, got 3.0"),
+        (vllm_choice((2, 4), finish_reason="length"), "went on behind token 2, which is in sampling.stop_tokens"),
         (vllm_choice((4, 2), ("-1", -2.0)), "log-probs must be numbers"),
     ],
 )
 def test_a_choice_that_is_not_what_was_asked_for_is_an_error(choice, message):
     with pytest.raises(ValueError, match=message):
         read_vllm({"choices": [choice]}, ASK)
+
+
+def test_choices_of_one_index_are_an_error():
+    with pytest.raises(ValueError, match=r"indices \[0, 0\], some of them twice"):
+        read_vllm({"choices": [vllm_choice(index=0)] * 2}, Ask((5, 6), (1, 2), (3, 3), stop_tokens=(2,)))
 
 
 def sglang_output(finish, pairs=((-1.0, 4, None), (-2.0, 2, None)), ids=(4, 2), **more):

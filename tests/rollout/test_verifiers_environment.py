@@ -32,7 +32,7 @@ class Guess:
         return {**row, "trajectory": [], "trajectory_id": "t", "final_env_response": None}
 
     async def setup_state(self, state):
-        state["secret"] = int(state["answer"])
+        state["secret"], state["guesses"] = int(state["answer"]), []
 
     async def is_completed(self, state):
         return len(state["trajectory"]) >= 3 or state["final_env_response"] is not None
@@ -42,6 +42,7 @@ class Guess:
             return state["prompt"]
         turn = state["trajectory"][-1]
         said = turn["completion"][-1]["content"]
+        state["guesses"].append(said)
         if said == state["answer"]:
             state["final_env_response"] = [{"role": "user", "content": "Right."}]
             answer = state["final_env_response"]
@@ -107,7 +108,7 @@ def test_a_turn_that_fails_is_taken_back_and_can_be_tried_again():
         state, _ = await environment.reset(TASK)
         with pytest.raises(ValueError, match="invalid literal"):
             await environment.step(state, "three")
-        assert state.state["trajectory"] == []
+        assert state.state["trajectory"] == state.state["guesses"] == []
         return (await environment.step(state, "5"))[1:]
 
     assert asyncio.run(run()) == ("Right.", pytest.approx(0.9), True)

@@ -7,7 +7,7 @@ import pytest
 
 from jaxrl_post.rollout.environments import Text
 from jaxrl_post.training import config as configs
-from jaxrl_post.training import loop, setup
+from jaxrl_post.training import inference, loop, setup
 from jaxrl_post.training.batches import Batches, Cursor
 from tests.training import runs, test_distributed
 from tests.training.configurations import problems_of
@@ -82,6 +82,8 @@ def test_the_reward_of_a_sequence_is_what_the_environment_gives_for_its_actions(
 @pytest.mark.parametrize("method", ["grpo", pytest.param("gigpo", marks=pytest.mark.nightly)])
 def test_a_run_in_an_environment_trains_and_measures(tmp_path, method):
     loop.run(configs.load(world_run(tmp_path, method={"name": method}, training=runs.training(steps=2))))
+    (said,) = inference.generate_text(tmp_path / "run", ["2A00?"])
+    assert 1 <= len(said[0]["text"]) <= 2  # one action
     rows = runs.lines(tmp_path / "run")
     assert len(rows) == 2
     assert all(np.isfinite(row["loss"]) for row in rows)
