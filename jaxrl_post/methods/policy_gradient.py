@@ -298,7 +298,8 @@ def _check(given: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     for name in ("beta", "kl_target", "kl_horizon", "nll_weight", "entropy_target", "off_policy_threshold"):
         checks.within(name, given[name], 0)
     checks.within("top_entropy", given["top_entropy"], 1e-6, 1)
-    if options.get("kl_in") == "reward" and not given["beta"]:
+    # Methods that take it from the reward may be given none, by beta=0.
+    if options.get("kl_in") == "reward" and not given["beta"] and "beta" not in options:
         raise ValueError("kl_in='reward' does not apply: there is no KL without beta; give e.g. beta=0.01")
     checks.applies(given["kl_target"] is not None, "kl_target=None", kl_horizon=options.get("kl_horizon"))
     if given["kl_target"] is not None and not given["beta"]:
