@@ -87,6 +87,15 @@ def test_a_batch_in_which_nothing_has_ended_trains_the_policy_alone():
     jax.tree.map(np.testing.assert_array_equal, state.params["critic"], before)
 
 
+@pytest.mark.parametrize("made", [methods.ppo, methods.t_ppo])
+def test_what_stands_at_masked_tokens_stops_no_update(made):
+    batch = tabular.batch()
+    batch = batch.replace(mask=batch.mask.at[::2, -1].set(0.0))
+    missing = batch.replace(logp=jnp.where(batch.mask == 0, jnp.nan, batch.logp))
+    (one, _), (other, _) = (tabular.one_step(made(), given) for given in (batch, missing))
+    jax.tree.map(np.testing.assert_array_equal, other.params, one.params)
+
+
 def test_keywords_without_meaning_are_refused():
     with pytest.raises(ValueError, match="lam must be between 0 and 1"):
         methods.t_ppo(lam=1.5)
