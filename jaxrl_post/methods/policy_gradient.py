@@ -17,7 +17,7 @@ from jaxrl_post.methods.choices import Choice
 from jaxrl_post.methods.correction import as_corrections, rejection
 from jaxrl_post.methods.credit import Advantage, Credit, Signals, as_advantage
 from jaxrl_post.methods.presets import Preset, preset_options, preset_values
-from jaxrl_post.methods.surrogate import as_surrogate, sampler_logp
+from jaxrl_post.methods.surrogate import as_surrogate, cleaned, sampler_logp
 from jaxrl_post.types import AggregationMode, Array, Method, Metric, Rollouts, Stats, Targets, Term
 
 KLEstimator = losses.KLEstimator
@@ -78,12 +78,8 @@ def policy_needs(beta: float) -> Mapping[str, frozenset[str]]:
 
 
 def logp_at_start(rollouts: Rollouts, stats: Stats, old_logp: OldLogp) -> Array:
-    """`[B, T]`, nats: the denominator of the ratios, which is 0 where it is no number and no token counts.
-
-    What does not count is left out of a loss, but would be in its gradient.
-    """
-    start = rollouts.logp if old_logp == "rollout" else stats["policy"].logp
-    return jnp.where((rollouts.valid_mask == 0) & ~jnp.isfinite(start), 0.0, start)
+    """`[B, T]`, nats: the denominator of the ratios, `cleaned`."""
+    return cleaned(rollouts.logp if old_logp == "rollout" else stats["policy"].logp, rollouts)
 
 
 def policy_metrics(

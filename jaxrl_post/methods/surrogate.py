@@ -30,13 +30,14 @@ LOSSES: dict[str, Callable[..., Array]] = {
 """Surrogate losses by name."""
 
 
-def sampler_logp(rollouts: Rollouts) -> Array:
-    """`[B, T]`, nats: the log-probs under what was drawn from; 0 where there is no number and no token counts.
+def cleaned(logp: Array, rollouts: Rollouts) -> Array:
+    """Log-probs `[B, T]`, 0 where there is no number and no token counts: what a loss leaves out is in its gradient."""
+    return jnp.where((rollouts.valid_mask == 0) & ~jnp.isfinite(logp), 0.0, logp)
 
-    What does not count is left out of a loss, but would be in its gradient.
-    """
-    found = rollouts.extras.get("sampler_logp", rollouts.logp)
-    return jnp.where((rollouts.valid_mask == 0) & ~jnp.isfinite(found), 0.0, found)
+
+def sampler_logp(rollouts: Rollouts) -> Array:
+    """`[B, T]`, nats: the log-probs under what was drawn from, `cleaned`."""
+    return cleaned(rollouts.extras.get("sampler_logp", rollouts.logp), rollouts)
 
 
 READ: dict[str, Callable[[Stats, Rollouts, Targets], Any]] = {
