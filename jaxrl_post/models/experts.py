@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
@@ -11,6 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxrl_post.kernels.ambient import vary_alike
+from jaxrl_post.kernels.platform import current_device
 from jaxrl_post.mesh import spread
 from jaxrl_post.models.layers import ACTIVATIONS, DecoderConfig, accumulation_dtype, adapter, param
 from jaxrl_post.models.lora import Adapter
@@ -19,15 +21,25 @@ from jaxrl_post.types import Array
 Map: TypeAlias = tuple[Array, ...]
 """A linear map of all experts: `W`, or `W`, `A` and `s B` where it has an adapter."""
 
+FEW = 512
+"""With so many tokens on an accelerator or fewer, all experts take less time than those that were chosen.
+
+A ragged product moves a layer's weights over and over: a token of Qwen3-30B-A3B on v5p, by the compiler, 4.2 times all
+weights, and 1.05 times if every row goes through every expert. With 64 rows that makes 5.8 ms of memory and 2.1 ms of
+products instead of 23.4 ms of memory; with 512 rows, 17 ms of products instead of 27 ms of memory.
+"""
+
 
 class Experts(nnx.Module):
     r"""$\sum_{e \in \mathrm{top}_k(p)} w_e\, \mathrm{MLP}_e(x)$, where $p = \mathrm{softmax}(R x)$ and $w$ is $p$.
 
     Or $w = p / \sum p$ over the token's experts, so that its weights add up to 1.
 
-    Tokens are sorted by expert and multiplied with the experts' weights in one ragged product: no token is dropped, no
-    expert has a capacity, and only the chosen ones cost anything. On a mesh every device does this for its own tokens
-    with its own experts. Tokens that are split over the axis of the experts are gathered along it before, and the
+    Tokens are sorted by expert and multiplied with the experts' weights in one ragged product, so that only the chosen
+    ones cost anything. Few tokens, as in decoding, choose nearly all experts between them, and go through all of them;
+    on CPUs all tokens do, since a ragged product is one with every expert there, for each of a token's choices. Either
+    way no token is dropped, and no expert has a capacity. On a mesh every device does this for its own tokens with its
+    own experts. Tokens that are split over the axis of the experts are gathered along it before, and the
     devices' sums scattered after: an exchange that drops nothing needs room for all of them anyway.
 
     Reference: Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer, arXiv 1701.06538.
@@ -97,19 +109,49 @@ def _mixed(
     x: Array, weight: Array, expert: Array, gate: Map, up: Map, down: Map, first: Array | int, activation: str
 ) -> Array:
     """What the experts from number `first` on, those of `gate`, add to each token of `x` `[B, T, D]`."""
-    held, per_token = gate[0].shape[0], expert.shape[-1]
-    own = expert.reshape(-1) - first
+    rows, own = x.reshape(-1, x.shape[-1]), expert.reshape(-1, expert.shape[-1]) - first
+    weight = weight.reshape(own.shape)
+    mixed = _all_experts if current_device().platform == "cpu" or len(rows) <= FEW else _chosen_experts
+    return mixed(rows, weight, own, gate, up, down, ACTIVATIONS[activation]).reshape(x.shape).astype(x.dtype)
+
+
+def _all_experts(
+    x: Array, weight: Array, own: Array, gate: Map, up: Map, down: Map, activation: Callable[[Array], Array]
+) -> Array:
+    """Every token through every expert, and those that it did not choose left out of the sum."""
+
+    def mapped(rows: Array, matrices: Map) -> Array:  # [E, N, I] to [E, N, O]
+        weight, *halves = matrices
+        out = jnp.einsum("eni,eio->eno", rows, weight)
+        for half in halves:
+            rows = jnp.einsum("eni,eio->eno", rows, half)
+        return out + rows if halves else out
+
+    held = gate[0].shape[0]
+    chosen = own[..., None] == jnp.arange(held)  # [N, k, E]
+    share = jnp.einsum("nk,nke->en", weight, chosen.astype(weight.dtype))
+    every = jnp.broadcast_to(x, (held, *x.shape))
+    out = mapped(activation(mapped(every, gate)) * mapped(every, up), down) * share[..., None]
+    wide = jnp.where(jnp.any(chosen, axis=1).T[..., None], out.astype(accumulation_dtype(out.dtype)), 0)
+    return jnp.sum(wide, axis=0)
+
+
+def _chosen_experts(
+    x: Array, weight: Array, own: Array, gate: Map, up: Map, down: Map, activation: Callable[[Array], Array]
+) -> Array:
+    """Every token through the experts that it chose, sorted by them."""
+    held, per_token = gate[0].shape[0], own.shape[-1]
+    own = own.reshape(-1)
     here = (own >= 0) & (own < held)
     own = jnp.where(here, own, held)  # what goes elsewhere is sorted behind all groups
     order = jnp.argsort(own, stable=True)
     token = order // per_token
     sizes = jnp.bincount(own, length=held).astype(jnp.int32)
-    rows = x.reshape(-1, x.shape[-1])[token]
-    inner = ACTIVATIONS[activation](_mapped(rows, gate, sizes)) * _mapped(rows, up, sizes)
+    rows = x[token]
+    inner = activation(_mapped(rows, gate, sizes)) * _mapped(rows, up, sizes)
     out = _mapped(inner, down, sizes) * weight.reshape(-1)[order][:, None]
     wide = jnp.where(here[order][:, None], out.astype(accumulation_dtype(out.dtype)), 0)
-    total = jnp.zeros((x.size // x.shape[-1], x.shape[-1]), wide.dtype).at[token].add(wide)
-    return total.reshape(x.shape).astype(x.dtype)
+    return jnp.zeros(x.shape, wide.dtype).at[token].add(wide)
 
 
 def _no_gathered(primitive: Any, *_: Any, **__: Any) -> bool:

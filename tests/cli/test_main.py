@@ -268,6 +268,13 @@ def test_help_and_version_do_not_import_jax():
         assert words in result.stdout
 
 
+def test_the_package_itself_is_the_command():
+    result = subprocess.run(
+        [sys.executable, "-m", "jaxrl_post", "--version"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == f"jaxrl-post {jaxrl_post.__version__}\n"
+
+
 def test_a_reader_that_leaves_early_ends_the_command_quietly():
     read, write = os.pipe()
     os.close(read)

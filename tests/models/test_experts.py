@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from jaxrl_post import models
+from jaxrl_post.kernels.platform import Device
 from jaxrl_post.mesh import make_mesh, place, shardings
+from jaxrl_post.models import experts
 
 LORA = models.Lora(rank=2, alpha=3.0, targets=("gate_up", "down"))
 SIZES = {"vocab_size": 12, "width": 8, "layers": 2, "heads": 2, "mlp_width": 8, "experts": 4, "experts_per_token": 2}
@@ -56,8 +58,30 @@ def alone():
     ],
 )
 def test_states_and_gradients_are_those_of_one_device(sizes, alone):
-    ((value, hidden), gradient), cached = program(make_mesh(**sizes))
-    ((expected, states), wanted), _ = alone
+    agree(program(make_mesh(**sizes)), alone)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 2, "tensor": 2, "expert": 2}])
+def test_the_chosen_experts_come_to_the_same_as_all_of_them(sizes, alone, monkeypatch):
+    """As accelerators have it: many tokens go through the experts that they chose, few through all."""
+    rows = []
+
+    def ragged_dot(x, *others):
+        rows.append(len(x))
+        return real(x, *others)
+
+    real = jax.lax.ragged_dot
+    monkeypatch.setattr(jax.lax, "ragged_dot", ragged_dot)
+    monkeypatch.setattr(experts, "current_device", lambda: Device("gpu", ""))
+    monkeypatch.setattr(experts, "FEW", 6)
+    agree(program(make_mesh(**sizes)), alone)
+    assert rows
+    assert min(rows) > 2 * 6  # two experts for each token
+
+
+def agree(found, wanted):
+    ((value, hidden), gradient), cached = found
+    ((expected, states), wanted), _ = wanted
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     np.testing.assert_allclose(hidden, states, atol=1e-5)
     np.testing.assert_allclose(cached, states, atol=1e-5)

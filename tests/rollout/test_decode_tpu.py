@@ -26,9 +26,9 @@ def local_bytes(tree):
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def compiled_step(topology, tensor, rows):
+def compiled_step(model, topology, tensor, rows):
     """The step on a mesh that splits heads, and bytes of a device's weights and cache."""
-    policy = models.from_config(known_configs()["Qwen/Qwen3-8B"], dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    policy = models.from_config(known_configs()[model], dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
 
     def step(params, tokens, positions, cache):
         hidden, cache = policy.decode(params, tokens, positions, cache)
@@ -46,9 +46,16 @@ def compiled_step(topology, tensor, rows):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("topology", "tensor", "rows"), [("v5e:2x4", 8, 64), ("v5p:2x2x1", 4, 64)])
-def test_a_step_reads_weights_and_cache_about_once_fits_and_copies_no_cache(topology, tensor, rows):
-    compiled, weights, cache, shape = compiled_step(topology, tensor, rows)
+@pytest.mark.parametrize(
+    ("model", "topology", "tensor", "rows"),
+    [
+        ("Qwen/Qwen3-8B", "v5e:2x4", 8, 64),
+        ("Qwen/Qwen3-8B", "v5p:2x2x1", 4, 64),
+        ("Qwen/Qwen3-30B-A3B", "v5p:2x2x1", 4, 64),
+    ],
+)
+def test_a_step_reads_weights_and_cache_about_once_fits_and_copies_no_cache(model, topology, tensor, rows):
+    compiled, weights, cache, shape = compiled_step(model, topology, tensor, rows)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert costs.count(text).total.bytes < 1.15 * (weights + cache)
     assert memory.alias_size_in_bytes >= cache  # it is donated
