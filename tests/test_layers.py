@@ -21,6 +21,7 @@ LINES = (  # the lowest line first; parts on one line do not import each other
     ("training",),
     ("planning",),
     ("cli",),
+    ("__main__",),
 )
 LINE = {part: number for number, line in enumerate(LINES) for part in line}
 ROOT_NAMES = {"__version__"}  # attributes of the bare package that any part may read

@@ -7,10 +7,12 @@ row comes from is not known here: what is wrong with a row is a ValueError, to w
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from jaxrl_post.data.problems import Problem
+from jaxrl_post.data.templates import digits
 
 Message: TypeAlias = dict[str, Any]
 """One message of a conversation: `role`, `content`, and what a chat template reads besides, e.g. `tool_calls`."""
@@ -146,8 +148,11 @@ def to_problem(row: Mapping[str, Any], kind: str) -> Problem:
         problem.update(_steps(problem.pop("completions"), row["labels"]))
     if kind == "verl" and "answer" not in row:
         problem["answer"] = _ground_truth(row["reward_model"])
-    if isinstance(problem.get("answer"), int | float):
-        problem["answer"] = str(problem["answer"])
+    answer = problem.get("answer")
+    if isinstance(answer, float):  # NaN is how data frames write that there is none
+        problem["answer"] = None if math.isnan(answer) else digits(answer)
+    elif isinstance(answer, int):
+        problem["answer"] = str(answer)
     if problem.get("answer", "") is None:
         del problem["answer"]
     if not problem["prompt"]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 
@@ -15,7 +17,19 @@ class _Template(string.Formatter):
         # Python's brackets and quotes around a list are noise in a prompt.
         if isinstance(value, list | tuple):
             return (format_spec or ",").join(str(item) for item in value)
+        if isinstance(value, float) and not format_spec:
+            return digits(value)
         return super().format_field(value, format_spec)
+
+
+def digits(number: float) -> str:
+    """A number as people write it, without an exponent.
+
+    Example:
+        >>> digits(1e-05), digits(2.5), digits(1e16)
+        ('0.00001', '2.5', '10000000000000000')
+    """
+    return f"{Decimal(repr(float(number))):f}" if math.isfinite(number) else str(number)
 
 
 def lookup(field: str, row: Mapping[str, Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Hashable, Sequence
 
+_END = re.compile("</answer>", re.IGNORECASE)
 _MARKED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 
 
@@ -65,7 +66,8 @@ def partial_choice(
         if expected is None:
             found.append(None)
             continue
-        marked = _MARKED.findall(completion)
+        ends = [tag.end() for tag in _END.finditer(completion)]
+        marked = _MARKED.findall(completion[: ends[-1]]) if ends else []  # an open tag alone would be sought to the end
         listed = [expected] if isinstance(expected, str) else expected
         right = set().union(*(options(option) for option in listed))
         found.append(partial_choice_reward(options(marked[-1] if marked else completion), right))

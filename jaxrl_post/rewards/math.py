@@ -27,10 +27,9 @@ LONGEST_TEXT = 4000
 
 _COMPARISON = Path(__file__).with_name("math_comparison.py")
 
-_BOX = re.compile(r"\\f?boxed\s*\{")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_BRACE = re.compile(r"(\\f?boxed\s*\{)|\\(?!\\f?boxed\s*\{).|[{}]", re.DOTALL)
 # A heading "#### Step 3" or "#### 3. Adding up" is none.
-_GSM8K = re.compile(r"####[ \t]*(?![0-9]+[.):][ \t]+\S)(?=\S*[0-9])([^\n]+)")
+_GSM8K = re.compile(r"####[ \t]*(?![0-9]+[.):][ \t]+\S)(?=\S{0,80}[0-9])([^\n]+)")
 _DELIMITED = re.compile(r"\$\$(.+)\$\$|\$(.+)\$|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
 # Long numerals are left to the processes.
 _DECIMAL = re.compile(r"([-+]?)(?:\\?\$)?([0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,40})?(\.[0-9]{0,40})?")
@@ -176,13 +175,16 @@ def _final_answer(text: str) -> _Answer:
 
 def _last_box(text: str) -> str | None:
     r"""What the last `\boxed{...}` that is closed holds."""
-    for opening in reversed(list(_BOX.finditer(text))):
-        depth = 1
-        for brace in _BRACE.finditer(text, opening.end()):
-            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-            if depth == 0:
-                return text[opening.end() : brace.start()]
-    return None
+    open_braces: list[int | None] = []  # where a box's content begins, None for other braces
+    start, end = -1, -1
+    for brace in _BRACE.finditer(text):
+        if brace.group().endswith("{") and not brace.group().startswith("\\{"):
+            open_braces.append(brace.end() if brace.group(1) else None)
+        elif brace.group() == "}" and open_braces:
+            begun = open_braces.pop()
+            if begun is not None and begun > start:
+                start, end = begun, brace.start()
+    return text[start:end] if end >= 0 else None
 
 
 def _at_sight(gold: _Answer, given: _Answer) -> float | None:
@@ -201,7 +203,7 @@ def _at_sight(gold: _Answer, given: _Answer) -> float | None:
 
 def _bare(text: str) -> str:
     """A formula without delimiters, white space and the full stop after it."""
-    text = text.strip().removesuffix(".").strip()
+    text = " ".join(text.split()).removesuffix(".").strip()
     inside = _DELIMITED.fullmatch(text)
     if inside is not None and "$" not in text.strip("$"):
         text = next(group for group in inside.groups() if group is not None).strip()

@@ -13,6 +13,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -261,22 +263,43 @@ def _gather(awaitables: list[Awaitable[Any]]) -> list[Any]:
     async def together() -> list[Any]:
         return await asyncio.gather(*map(one, awaitables), return_exceptions=True)
 
-    def run() -> list[Any]:
-        try:
-            return asyncio.run(together())
-        except SystemExit as error:  # in a task that a function started itself; the loop ended, and all others with it
-            return [error] * len(awaitables)
-
+    thread, loop = _shared_loop()
+    if threading.current_thread() is thread:  # a coroutine function scores: the loop cannot wait for itself
+        with ThreadPoolExecutor(1) as elsewhere:
+            return elsewhere.submit(asyncio.run, together()).result()
+    everything = asyncio.run_coroutine_threadsafe(together(), loop)
     try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return run()
-    # A notebook already runs a loop in this thread, and a loop cannot be entered twice.
-    results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.extend(run()))
-    thread.start()
-    thread.join()
-    return results
+        return everything.result()
+    except BaseException:  # Ctrl-C
+        everything.cancel()
+        raise
+
+
+_choosing = threading.Lock()
+_loops: list[tuple[threading.Thread, asyncio.AbstractEventLoop]] = []  # the one in use, if there is one
+
+
+def _shared_loop() -> tuple[threading.Thread, asyncio.AbstractEventLoop]:
+    """The loop of all reward functions for as long as the process lives, and its thread.
+
+    So what a function keeps of a loop (a client's session, a semaphore) serves every batch, and it goes where another
+    loop runs already, as in a notebook.
+    """
+    with _choosing:
+        if not (_loops and _loops[0][0].is_alive()):  # a process that was forked has no threads
+            loop = asyncio.new_event_loop()
+            thread = threading.Thread(target=_run, args=(loop,), name="jaxrl_post rewards", daemon=True)
+            thread.start()
+            _loops[:] = [(thread, loop)]
+        return _loops[0]
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    while True:
+        # An exit() or Ctrl-C in a task ends `run_forever`; who waits for the task is told, and the others go on.
+        with suppress(SystemExit, KeyboardInterrupt):
+            loop.run_forever()
 
 
 def _read(name: str, outcome: Any, rows: int) -> tuple[NDArray[np.float32], dict[int, BaseException | str]]:
@@ -325,11 +348,11 @@ def as_number(value: Any) -> float | None:
     if isinstance(value, str | bytes):
         return None
     try:
-        array = np.asarray(value)
+        array = np.asarray(value.item() if hasattr(value, "item") else value)  # of any library's array, of any float
         if array.size != 1 or array.dtype.kind not in "biuf":
             return None
         return float(array.reshape(()))
-    except (TypeError, ValueError, OverflowError):
+    except Exception:  # what an object of another library raises is its own affair
         return None
 
 

@@ -97,6 +97,32 @@ def test_numbers_need_no_process(monkeypatch):
     assert math_verify([""] * 5, texts, ["0.5", "1234", "9*2=18\n#### 18", "x+1", "4"]) == [1.0, 1.0, 1.0, 1.0, 0.0]
 
 
+def test_the_last_box_that_is_closed_holds_the_answer():
+    for text, inside in (
+        (r"\boxed{1} \boxed{2", "1"),
+        (r"\boxed{1 \boxed{2}}", "2"),
+        (r"\boxed{\frac{1}{2}} {", r"\frac{1}{2}"),
+        (r"\\boxed{3}} \fboxed {4\}}", r"4\}"),
+        (r"} \boxed{5", None),
+    ):
+        assert math_module._last_box(text) == inside
+
+
+@pytest.mark.parametrize(
+    "endless", ["#" * 500_000, r"\boxed{" * 70_000, r"\boxed{1" + " " * 500_000 + "1}", "\\" * 500_000]
+)
+def test_an_endless_completion_is_read_through_once(endless):
+    """Each takes below a second, and took more than ten minutes where its length counted squared."""
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it is read again and again"))
+    signal.alarm(60)
+    try:
+        found = math_module._final_answer(endless)
+        math_module._at_sight(found, found)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_the_reward_is_a_component_of_a_score():
     parts = [RewardFunction("math", math_verify)]
     result = score(parts, ["p"] * 3, ["2x", "2x", "2x"], {"answer": ["x+x", "x", "?"], "level": [1, 2, 3]})

@@ -3,6 +3,7 @@
 import asyncio
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -107,6 +108,20 @@ def test_a_column_that_is_not_there_is_an_error_whatever_on_error_says(on_error)
 def test_a_value_that_is_no_finite_number_names_function_and_row(bad):
     with pytest.raises(RewardError, match=r"'mine' returned .* at row 1; return None .* 'invalid'"):
         one(giving([1.0, bad, 0.0]))
+
+
+def test_numbers_of_any_kind_of_array_are_numbers():
+    assert one(lambda completions: jnp.array([1.0, 0.5, 2.0], jnp.bfloat16)).total.tolist() == [1.0, 0.5, 2.0]
+    assert one(giving([np.float16(1), jnp.array([0.5]), np.bool_(True)])).total.tolist() == [1.0, 0.5, 1.0]
+
+
+def test_a_value_that_cannot_be_read_is_an_error_of_its_row():
+    class Held:
+        def __array__(self, *args, **options):
+            raise RuntimeError("detach me first")
+
+    with pytest.raises(RewardError, match=r"'mine' returned .* at row 1"):
+        one(giving([1.0, Held(), 0.0]))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), "1.0"])
@@ -224,6 +239,34 @@ def test_coroutine_functions_work_inside_a_running_loop():
         return score(waiting_pair(), PROMPTS, COMPLETIONS)
 
     assert asyncio.run(notebook()).total.tolist() == [2, 4, 6]
+
+
+def test_what_a_coroutine_function_keeps_of_its_loop_serves_the_next_batch():
+    free, beside = asyncio.Semaphore(1), []
+
+    async def limited(completions):
+        async def one_row(completion):
+            async with free:  # bound to the loop in which it first has to wait
+                await asyncio.sleep(0)
+                return len(completion)
+
+        if not beside:
+            beside.append(asyncio.create_task(asyncio.sleep(0.05, "still there")))
+        assert beside[0].get_loop() is asyncio.get_running_loop()
+        return list(await asyncio.gather(*map(one_row, completions)))
+
+    for _ in range(3):
+        assert one(limited).total.tolist() == [1, 2, 3]
+
+
+def test_a_function_that_is_awaited_may_score():
+    async def inner(completions):
+        return [1, 2, 3]
+
+    async def outer(completions):
+        return one(inner).total.tolist()
+
+    assert one(outer).total.tolist() == [1, 2, 3]
 
 
 def test_an_exception_in_a_coroutine_function_is_an_error_like_any_other():
