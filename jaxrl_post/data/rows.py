@@ -282,5 +282,17 @@ def _map_arrow(path: Path) -> list[Any]:
     mapped.seek(0)
     if is_file:
         reader = pyarrow.ipc.open_file(mapped)
-        return [reader.get_batch(i) for i in range(reader.num_record_batches)]
-    return list(pyarrow.ipc.open_stream(mapped))
+        return [_readable(reader.get_batch(i)) for i in range(reader.num_record_batches)]
+    return [_readable(batch) for batch in pyarrow.ipc.open_stream(mapped)]
+
+
+def _readable(batch: Any) -> Any:
+    """Times of nanoseconds, which Python's have no room for, cut to microseconds."""
+    import pyarrow
+    import pyarrow.compute
+
+    for index, field in enumerate(batch.schema):
+        if pyarrow.types.is_timestamp(field.type) and field.type.unit == "ns":
+            cut = pyarrow.compute.cast(batch.column(index), pyarrow.timestamp("us", field.type.tz), safe=False)
+            batch = batch.set_column(index, field.name, cut)
+    return batch

@@ -173,7 +173,7 @@ def stream(
     Args:
         source: problems by index.
         batch_size: problems in a batch, over all processes.
-        seed: of the order, at least 0. Every epoch has another order; different seeds share none.
+        seed: of the order, at least 0. Each epoch has an order of its own, and so has each seed.
         exclude: prompts that are stepped over, e.g. the held-out ones.
         shuffle: False for the order of the source.
         repeat: False for one pass; the problems left over when no full batch remains are not returned.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Hashable, Sequence
 
-_END = re.compile("</answer>", re.IGNORECASE)
-_MARKED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+from jaxrl_post.rewards.tags import tagged_answer
 
 
 def partial_choice_reward(chosen: Collection[Hashable], right: Collection[Hashable]) -> float:
@@ -66,11 +65,10 @@ def partial_choice(
         if expected is None:
             found.append(None)
             continue
-        ends = [tag.end() for tag in _END.finditer(completion)]
-        marked = _MARKED.findall(completion[: ends[-1]]) if ends else []  # an open tag alone would be sought to the end
+        said = tagged_answer(completion)
         listed = [expected] if isinstance(expected, str) else expected
         right = set().union(*(options(option) for option in listed))
-        found.append(partial_choice_reward(options(marked[-1] if marked else completion), right))
+        found.append(partial_choice_reward(options(completion[slice(*said)] if said else completion), right))
     return found
 
 

@@ -18,6 +18,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxrl_post.rewards.tags import tagged_answer
 from jaxrl_post.rewards.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -72,8 +73,9 @@ def math_verify_reward(*, timeout: float = 5.0, processes: int | None = None) ->
     r"""A reward function: 1 where the final answer equals the right one as mathematics, otherwise 0.
 
     The final answer is what the last closed `\boxed{}` holds; without one, what follows the last `####` on its line;
-    without that, what math-verify finds: the answer that the text announces, or else the last formula or number. The
-    same holds for the right answer, which may thus be a whole solution. Decimals are equal where they agree in the
+    without that, what math-verify finds: the answer that the text announces, or else the last formula or number. Of a
+    text with `<answer>...</answer>` only the last of these is read, unless a box comes after it. The same holds for the
+    right answer, which may thus be a whole solution. Decimals are equal where they agree in the
     first 6 places.
 
     Pairs of equal numbers, of different integers, and of the same polynomial need no parser. All others, each once a
@@ -166,6 +168,9 @@ def _right_answer(answer: Any) -> _Answer | None:
 
 def _final_answer(text: str) -> _Answer:
     text = text.replace("\N{MINUS SIGN}", "-")
+    if tagged := tagged_answer(text):
+        after = text[tagged[1] :]
+        text = after if _last_box(after) is not None else text[slice(*tagged)]
     boxed = _last_box(text)
     if boxed is not None:
         return _Answer(boxed.strip(), True)

@@ -144,6 +144,10 @@ def score(
             present = ~np.isnan(values)
             total += np.where(present, part.weight * values.astype(np.float64), 0.0)
             scored |= present
+    for row in np.flatnonzero(scored & ~failed & ~(np.abs(total) < 1e38)):
+        if on_error == "stop":
+            raise RewardError(f"the weighted total of row {row} is {total[row]:g}, which is no finite float32 number")
+        failed[row] = True
     valid = scored & ~failed
     return Scored(np.where(valid, total, 0.0).astype(np.float32), components, valid, errors)
 

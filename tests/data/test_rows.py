@@ -1,5 +1,6 @@
 """Rows by number out of files of every format, and directories of them."""
 
+import datetime
 import json
 import sys
 import tracemalloc
@@ -86,6 +87,20 @@ def test_the_copy_of_a_parquet_file_does_not_stay(tmp_path, monkeypatch):
     rows = ArrowRows(parquet(tmp_path / "a.parquet", ROWS))
     assert list(scratch.iterdir()) == []
     assert rows.read(650) == ROWS[650]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_times_of_nanoseconds_are_cut_to_what_python_can_say(tmp_path, name):
+    times = pa.array([1_700_000_000_123_456_789, None], pa.timestamp("ns", "UTC"))
+    table, path = pa.table({"time": times, "prompt": ["a", "b"]}), tmp_path / name
+    if name == "a.parquet":
+        pa.parquet.write_table(table, path)
+    else:
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    rows = ArrowRows(path)
+    assert rows.read(0)["time"] == datetime.datetime(2023, 11, 14, 22, 13, 20, 123456, datetime.UTC)
+    assert rows.read(1) == {"time": None, "prompt": "b"}
 
 
 def test_lines_end_at_newlines_only_and_blank_ones_and_the_byte_order_mark_do_not_count(tmp_path):

@@ -177,7 +177,9 @@ def test_other_columns_stay_and_a_number_as_answer_becomes_text():
     row = {"prompt": "1+1=", "answer": 2, "level": 3, "tags": None}
     assert to_problem(row, "prompt") == {"prompt": "1+1=", "answer": "2", "level": 3, "tags": None}
     assert to_problem({"prompt": "p", "answer": ["a", "b"]}, "prompt")["answer"] == ["a", "b"]
-    assert "answer" not in to_problem({"prompt": "p", "answer": None}, "prompt")
+    assert to_problem({"prompt": "p", "answer": 1e-05}, "prompt")["answer"] == "0.00001"
+    for nothing in (None, float("nan")):
+        assert "answer" not in to_problem({"prompt": "p", "answer": nothing}, "prompt")
 
 
 def test_null_columns_do_not_decide_the_kind():
@@ -292,6 +294,10 @@ def test_fields_reach_into_dictionaries_and_lists_and_not_into_objects():
         render("{a.d}", row, "prompt")
     with pytest.raises(IndexError):
         lookup("a.b[1]", row)
+
+
+def test_a_number_is_written_with_its_digits():
+    assert render("{a} {b} {a:e}", {"a": 1e-05, "b": 1e16}, "prompt") == "0.00001 10000000000000000 1.000000e-05"
 
 
 def test_a_null_is_refused_where_asked():

@@ -37,6 +37,7 @@ def test_choices_are_read_from_the_last_marked_answer_or_the_whole_text():
     completions = ["<answer>B</answer> no, <answer>a; C</answer>", "a c", "<ANSWER>\nA\n</ANSWER>", "no idea", "C"]
     found = rewards.partial_choice([""] * 5, completions, answer=["A,C", "A, C", ("a", "c"), "A", None])
     assert found == [1.0, 1.0, 0.5, 0.0, None]
+    assert rewards.partial_choice([""], ["In <answer> tags: <answer>B</answer>" + "<answer>" * 100_000], ["B"]) == [1.0]
 
 
 @pytest.mark.parametrize(

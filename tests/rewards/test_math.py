@@ -109,6 +109,23 @@ def test_the_last_box_that_is_closed_holds_the_answer():
 
 
 @pytest.mark.parametrize(
+    "completion",
+    [
+        "<answer>5</answer>",
+        "<think>3 or 4?</think><answer>\n5\n</answer>",
+        "<ANSWER>x = 5</ANSWER>, as 7 > 3",
+        "<answer>4</answer> No: <answer>The answer is 5</answer>",
+        r"\boxed{4} <answer>5</answer>",
+        r"<answer>4</answer> No: \boxed{5}",
+        r"<answer>It is \boxed{5}, not 4</answer>",
+        r"<answer>4</answer> In <answer> tags: \boxed{5}",
+    ],
+)
+def test_an_answer_between_tags_is_the_answer(completion):
+    assert math_verify([""] * 2, [completion] * 2, ["5", "4"]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
     "endless", ["#" * 500_000, r"\boxed{" * 70_000, r"\boxed{1" + " " * 500_000 + "1}", "\\" * 500_000]
 )
 def test_an_endless_completion_is_read_through_once(endless):

@@ -110,6 +110,14 @@ def test_a_value_that_is_no_finite_number_names_function_and_row(bad):
         one(giving([1.0, bad, 0.0]))
 
 
+def test_a_total_that_overflows_is_an_error_of_its_row():
+    parts = [RewardFunction("mine", giving([1, 9e37, 2])), RewardFunction("other", giving([0, 9e37, 0]), weight=2.0)]
+    with pytest.raises(RewardError, match=r"the weighted total of row 1 is 2\.7e\+38"):
+        score(parts, PROMPTS, COMPLETIONS)
+    result = score(parts, PROMPTS, COMPLETIONS, on_error="invalid")
+    assert (result.total.tolist(), result.valid.tolist()) == ([1.0, 0.0, 2.0], [True, False, True])
+
+
 def test_numbers_of_any_kind_of_array_are_numbers():
     assert one(lambda completions: jnp.array([1.0, 0.5, 2.0], jnp.bfloat16)).total.tolist() == [1.0, 0.5, 2.0]
     assert one(giving([np.float16(1), jnp.array([0.5]), np.bool_(True)])).total.tolist() == [1.0, 0.5, 1.0]
