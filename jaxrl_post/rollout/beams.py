@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxrl_post import models
 from jaxrl_post.mesh import constrain
-from jaxrl_post.rollout.generate import PLAIN, Prompts, assemble, check_requests
+from jaxrl_post.rollout.generate import PLAIN, Prompts, assemble, check_requests, refused
 from jaxrl_post.rollout.slots import Drawn, Requests, without_padding
 from jaxrl_post.sampling.vocabulary import highest
 from jaxrl_post.types import FINISH_ABORT, FINISH_LENGTH, FINISH_STOP, Array, Params, Policy, PyTree, Rollouts
@@ -88,7 +88,7 @@ def beam_search(
         policy: the model.
         params: its parameters.
         prompts: `P` prompts of at most `L` tokens; `max_new_tokens` of them, if given, must be `[P]`.
-        beams: `K`; static.
+        beams: `K`; static. With 1 the search may go on behind a stop token, where greedy decoding ends.
         max_new_tokens: `N`, static.
         stop_tokens: ids that end a sequence; static.
         length_penalty: $\alpha$: 0 ranks by log-prob, 1 by its mean over tokens, more prefers long sequences; static.
@@ -123,6 +123,7 @@ def beam_search(
         raise ValueError(f"beams must be at least 1, got {beams}")
     if early_stopping not in (True, False, "never"):
         raise ValueError(f'early_stopping must be True, False or "never", got {early_stopping!r}')
+    early_stopping = early_stopping if early_stopping == "never" else bool(early_stopping)
     if prompts.max_new_tokens is not None and prompts.max_new_tokens.ndim != 1:
         raise ValueError(
             f"prompts.max_new_tokens must be [P], one for all beams of a prompt, got {prompts.max_new_tokens.shape}"
@@ -287,6 +288,7 @@ def _rollouts(
     sound = (count > 0) & (total > NONE / 1e3)
     finish = jnp.where(sound, ended, FINISH_ABORT).astype(jnp.int8)
     drawn = Drawn(token, there.astype(jnp.float32), logp, logp, jnp.zeros_like(logp))
+    drawn, finish = refused(requests, drawn, finish)
     out = assemble(requests, drawn, finish, sampling=PLAIN, version=version, prompt_id=prompt_id)
     return out.replace(extras={BEAM_SCORE: found.score})
 

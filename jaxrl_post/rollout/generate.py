@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -28,12 +29,12 @@ class Prompts(NamedTuple):
 
     Attributes:
         tokens: `[P, L]` int32; what stands at or after `length` is ignored.
-        length: `[P]` int32, at least 1.
+        length: `[P]` int32, between 1 and `L`.
         prompt_id: `[P]` int32, index of the prompt in its data set; `arange(P)` if None.
         id: `[P, G]` uint32, the id of each sequence to be sampled, which with the key determines its random stream;
             `arange(P * G)` if None. Ids must not repeat under one key.
         max_new_tokens: `[P]` or `[P, G]` int32, most tokens to add to each, at least 1 and at most the static limit,
-            which it is if None.
+            which it is if None. What is traced and beyond these is cut to them.
     """
 
     tokens: Array
@@ -78,7 +79,7 @@ def generate(
     nats.
 
     A sequence whose logits hold NaN, or no token that may be drawn, ends before that token with `FINISH_ABORT` and is
-    not `valid`; the others go on.
+    not `valid`; the others go on. So are those of a prompt whose length, if it is traced, is none.
 
     Args:
         policy: the model.
@@ -175,7 +176,7 @@ def launch(
     if cache_pages is not None:
         _check_pages(policy, cache_pages, slots, requests.tokens.shape[1], max_new_tokens)
     own = flat_params(sampling, len(requests.tokens), requests.group_size)
-    return decode_all(
+    drawn, finish = decode_all(
         policy,
         params,
         requests,
@@ -187,6 +188,16 @@ def launch(
         cache_pages=cache_pages,
         turns=turns,
     )
+    return refused(requests, drawn, finish)
+
+
+def refused(requests: Requests, drawn: Drawn, finish: Array) -> tuple[Drawn, Array]:
+    """What was drawn, `[B, N]`, without what stands behind no prompt, which is `FINISH_ABORT`."""
+    if requests.sound is None:
+        return drawn, finish
+    sound = jnp.repeat(requests.sound, requests.group_size)
+    mask, marks = jax.tree.map(lambda x: jnp.where(sound[:, None], x, 0).astype(x.dtype), (drawn.mask, drawn.marks))
+    return drawn._replace(mask=mask, marks=marks), jnp.where(sound, finish, FINISH_ABORT).astype(finish.dtype)
 
 
 def _check_pages(policy: Policy, pages: int, slots: int, width: int, max_new_tokens: int) -> None:
@@ -286,13 +297,8 @@ def check_requests(prompts: Prompts, max_new_tokens: int, group_size: int) -> Re
     num_prompts, width = prompts.tokens.shape
     if num_prompts < 1:
         raise ValueError("prompts hold no prompt; give at least one")
-    _check_range(
-        "prompts.length",
-        prompts.length,
-        width,
-        "L",
-        "a prompt needs at least one token, e.g. a beginning-of-sequence token",
-    )
+    reason = "a prompt needs at least one token, e.g. a beginning-of-sequence token"
+    _check_range("prompts.length", prompts.length, width, "L", reason)
     if max_new_tokens < 1 or group_size < 1:
         raise ValueError(f"max_new_tokens and group_size must be at least 1, got {max_new_tokens} and {group_size}")
     grouped = (num_prompts, group_size)
@@ -308,14 +314,24 @@ def check_requests(prompts: Prompts, max_new_tokens: int, group_size: int) -> Re
                 f"prompts.max_new_tokens must be [P] = [{num_prompts}] or [P, G] = {list(grouped)}, got {limit.shape}"
             )
         _check_range("prompts.max_new_tokens", limit, max_new_tokens, "max_new_tokens", "which is the static limit")
-        limit = jnp.broadcast_to(limit if limit.ndim == 2 else limit[:, None], grouped).reshape(-1).astype(jnp.int32)
+        limit = jnp.broadcast_to(limit if limit.ndim == 2 else limit[:, None], grouped).reshape(-1)
+        limit = jnp.clip(limit, 1, max_new_tokens).astype(jnp.int32)
     tokens, length = (jnp.asarray(x, jnp.int32) for x in (prompts.tokens, prompts.length))
-    return Requests(tokens, length, jnp.asarray(ids, jnp.uint32).reshape(-1), limit, group_size)
+    sound = None
+    if not is_known(length):
+        sound = (length >= 1) & (length <= width)
+        length = jnp.clip(length, 1, width)
+    return Requests(tokens, length, jnp.asarray(ids, jnp.uint32).reshape(-1), limit, group_size, sound)
+
+
+def is_known(values: Array) -> bool:
+    """Whether the values can be read here: they are not traced, nor partly on devices of other processes."""
+    return not isinstance(values, Tracer) and getattr(values, "is_fully_addressable", True)
 
 
 def _check_range(name: str, values: Array, highest: int, bound: str, reason: str) -> None:
     """Raise ValueError for a value below 1 or above the bound, where the values are known already."""
-    if isinstance(values, Tracer) or not getattr(values, "is_fully_addressable", True):
+    if not is_known(values):
         return
     found = np.asarray(values)
     wrong = np.argwhere((found < 1) | (found > highest))

@@ -29,6 +29,7 @@ class Requests(NamedTuple):
         id: `[B]` uint32, of the sequences.
         limit: `[B]` int32, the most tokens of each; None for the static limit.
         group_size: `G`, sequences of a prompt.
+        sound: `[P]` bool, whether it is a prompt: what was given as its length can be one; None if all are.
     """
 
     tokens: Array
@@ -36,6 +37,7 @@ class Requests(NamedTuple):
     id: Array
     limit: Array | None
     group_size: int
+    sound: Array | None = None
 
     @property
     def count(self) -> int:

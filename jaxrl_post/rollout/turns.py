@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_post.rollout.environments.interface import Environment, Text, Transition
-from jaxrl_post.rollout.generate import PLAIN, Prompts, assemble, behind_prompts, check_requests, launch
+from jaxrl_post.rollout.generate import PLAIN, Prompts, assemble, behind_prompts, check_requests, is_known, launch
 from jaxrl_post.rollout.slots import Drawn, Reply, Requests
 from jaxrl_post.sampling import SamplingParams
 from jaxrl_post.sampling.draw import row_keys
@@ -251,7 +252,10 @@ def generate_turns(
     """
     check(sampling)
     if not is_off("min_tokens", sampling.min_tokens):
-        raise ValueError("sampling.min_tokens does not apply to turns, which end wherever they end; leave it out")
+        raise ValueError(
+            "sampling.min_tokens does not apply to turns, which end wherever they end; leave it out (where sampling is "
+            "an argument of a compiled function, give it only what changes, e.g. the temperature)"
+        )
     most = _check_sizes(environment, max_turns, max_turn_tokens, max_new_tokens)
     tasks, key = _check_tasks(tasks), typed_key(key)
     _check_contract(environment, max_turn_tokens)
@@ -302,9 +306,12 @@ def _check_sizes(environment: Environment, max_turns: int, max_turn_tokens: int,
 
 
 def _check_tasks(tasks: Array) -> Array:
+    known = np.asarray(tasks) if is_known(tasks) else None
     tasks = jnp.asarray(tasks)
     if tasks.ndim != 1 or not jnp.issubdtype(tasks.dtype, jnp.integer):
         raise ValueError(f"tasks must be [P] integers, got {tasks.dtype} of shape {tasks.shape}")
+    if known is not None and known.size and not -(2**31) <= int(known.min()) <= int(known.max()) < 2**31:
+        raise ValueError(f"tasks must be 32-bit integers, got {known.min()} to {known.max()}")
     return tasks.astype(jnp.int32)
 
 

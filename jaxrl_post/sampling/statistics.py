@@ -43,7 +43,9 @@ def token_statistics(logits: Array, tokens: Array) -> tuple[Array, Array]:
     total = jnp.sum(weight, axis=-1)
     spread = jnp.sum(weight * jnp.where(weight > 0, below, 0.0), axis=-1)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return chosen - highest - jnp.log(total), jnp.log(total) - spread / total
+    # Of large logits the best may lie above `highest`, by the rounding of what they were made from.
+    logp = jnp.minimum(chosen - highest - jnp.log(total), 0.0)
+    return logp, jnp.maximum(jnp.log(total) - spread / total, 0.0)
 
 
 def alternatives(log_probs: Array, k: int) -> tuple[Array, Array]:

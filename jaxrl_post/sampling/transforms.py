@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +23,7 @@ class SamplingParams(NamedTuple):
     `[P]` or sequence `[P, G]`. Changing what is in an array compiles nothing anew.
 
     Attributes:
-        temperature: logits are divided by it; positive.
+        temperature: logits are divided by it; at least 1e-6.
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the smallest set of most probable tokens whose probabilities sum to at least this, in (0, 1].
         min_p: keep tokens at least this fraction as probable as the most probable one, in [0, 1).
@@ -72,6 +74,8 @@ class SamplingState(NamedTuple):
 
 
 NEUTRAL = SamplingParams()
+
+_LEAST_TEMPERATURE = 1e-6
 
 NUMBERS = (
     "temperature",
@@ -129,19 +133,38 @@ def check(params: SamplingParams) -> None:
     """
 
     def known(value: Any) -> bool:
-        return isinstance(value, int | float | np.number)
+        return isinstance(value, int | float | np.number | np.bool_)
+
+    def whole(value: Any) -> bool:
+        kind = getattr(value, "dtype", type(value))
+        return jnp.issubdtype(kind, jnp.integer) or kind in (int, bool)
 
     p = params
     for name in NUMBERS:
         value = getattr(p, name)
         if not (known(value) or hasattr(value, "ndim")):
             raise ValueError(f"{name} must be a number, or an array [P] or [P, G], got {value!r}")
+        if known(value) and not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+        if name in ("top_k", "min_tokens") and not whole(value):
+            raise ValueError(f"{name} must be an integer, or integers, got {value!r}")
     if not isinstance(p.stop_tokens, tuple) and not getattr(p.stop_tokens, "ndim", 0):
         raise ValueError(f"stop_tokens must be a tuple, or an array [K], [P, K] or [P, G, K], got {p.stop_tokens!r}")
     if not all(isinstance(sequence, tuple) for sequence in (p.stop_sequences, *p.stop_sequences)):
         raise ValueError(f"stop_sequences must be a tuple of tuples of token ids, got {p.stop_sequences!r}")
+    for name in OVER_VOCABULARY:
+        if not (getattr(p, name) is None or hasattr(getattr(p, name), "ndim")):
+            raise ValueError(f"{name} must be an array, got {getattr(p, name)!r}")
+    stops = p.stop_tokens if isinstance(p.stop_tokens, tuple) else (p.stop_tokens,)
+    if not all(map(whole, (*stops, *itertools.chain(*p.stop_sequences)))):
+        raise ValueError(f"stop tokens are integers, got {p.stop_tokens!r} and {p.stop_sequences!r}")
     if known(p.temperature) and not p.temperature > 0:
         raise ValueError(f"temperature must be positive, got {p.temperature}; use greedy=True for the argmax")
+    if known(p.temperature) and p.temperature < _LEAST_TEMPERATURE:
+        raise ValueError(
+            f"temperature must be at least {_LEAST_TEMPERATURE}, got {p.temperature}, which leaves nothing of float32 "
+            "logits but their rounding; use greedy=True for the argmax"
+        )
     if known(p.top_p) and not 0 < p.top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {p.top_p}; 1.0 turns it off")
     if known(p.top_k) and p.top_k < 0:
@@ -257,12 +280,13 @@ def transform(
         logits = _penalized(logits, state, given)
     if allowed is not None:
         logits = jnp.where(allowed, logits, -jnp.inf)
-    logits = logits / _column(temperature)
+    logits = logits / _column(temperature, logits.dtype)
     cuts: list[tuple[Any, Any, Callable[[Array], Array]]] = []
     if not is_off("top_k", top_k):
         cuts.append((top_k, _column(top_k) > 0, lambda keep: _within_top_k(logits, top_k)))
     if not is_off("top_p", top_p):
-        cuts.append((top_p, _column(top_p) < 1, lambda keep: _within_top_p(logits, keep, _column(top_p))))
+        mass = _column(top_p, logits.dtype)
+        cuts.append((top_p, mass < 1, lambda keep: _within_top_p(logits, keep, mass)))
     highest = jnp.max(logits, axis=-1, keepdims=True)
     keep = jnp.ones(logits.shape, bool)
     for value, on, cut in cuts:
@@ -271,25 +295,28 @@ def transform(
         else:  # what no row asks for is not computed
             keep = jax.lax.cond(jnp.any(on), lambda k, on=on, cut=cut: k & (cut(k) | ~on), lambda k: k, keep)
     if not is_off("min_p", min_p):
-        keep &= logits >= highest + jnp.log(_column(min_p))
+        keep &= logits >= highest + jnp.log(_column(min_p, logits.dtype))
     return jnp.where(keep | (logits == highest), logits, -jnp.inf)
 
 
-def _column(value: Array | float) -> Any:
-    """A number, or one for each row, so that it goes with `[..., V]`."""
-    return value[..., None] if getattr(value, "ndim", 0) else value  # type: ignore[index]
+def _column(value: Array | float, dtype: Any = None) -> Any:
+    """A number, or one for each row, so that it goes with `[..., V]` of a dtype, which it does not widen."""
+    if not hasattr(value, "ndim"):
+        return value
+    value = jnp.asarray(value, dtype)
+    return value[..., None] if value.ndim else value
 
 
 def _penalized(logits: Array, state: SamplingState, params: SamplingParams) -> Array:
     counts, prompt, number = state
     if not is_off("repetition_penalty", params.repetition_penalty):
-        factor = _column(params.repetition_penalty)
+        factor = _column(params.repetition_penalty, logits.dtype)
         seen = prompt | (counts > 0)
         logits = jnp.where(seen, jnp.where(logits > 0, logits / factor, logits * factor), logits)
     if not is_off("frequency_penalty", params.frequency_penalty):
-        logits = logits - _column(params.frequency_penalty) * counts
+        logits = logits - _column(params.frequency_penalty, logits.dtype) * counts
     if not is_off("presence_penalty", params.presence_penalty):
-        logits = logits - _column(params.presence_penalty) * (counts > 0)
+        logits = logits - _column(params.presence_penalty, logits.dtype) * (counts > 0)
     if not is_off("min_tokens", params.min_tokens):
         size = logits.shape[-1]
 
@@ -303,6 +330,8 @@ def _penalized(logits: Array, state: SamplingState, params: SamplingParams) -> A
 
 
 def _within_top_k(logits: Array, top_k: Array | int) -> Array:
+    if isinstance(top_k, int):
+        top_k = min(top_k, logits.shape[-1])
     return _highest(logits, jnp.ones((), logits.dtype), _column(top_k))
 
 

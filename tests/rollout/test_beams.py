@@ -171,6 +171,19 @@ def test_a_prompt_with_nan_is_not_valid_and_the_others_are_as_without_it():
     assert completions(out)[0][1] == completions(three())[0][1]
 
 
+def test_a_traced_length_that_is_none_makes_its_beams_not_valid():
+    out = search(length=np.array([3, 0]), beams=3, max_new_tokens=4)
+    assert out.valid.tolist() == [[True] * 3, [False] * 3]
+    assert out.finish[1].tolist() == [FINISH_ABORT] * 3
+    assert completions(out)[0][0] == completions(three())[0][0]
+
+
+def test_stopping_early_may_be_asked_for_with_a_bool_of_numpy():
+    options = {"beams": 3, "max_new_tokens": 5, "stop_tokens": (0, 1), "length_penalty": 2.0}
+    early, same, late = (completions(search(early_stopping=stop, **options))[0] for stop in (True, np.True_, False))
+    assert early == same != late
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -12,7 +12,7 @@ from jaxrl_post import models
 from jaxrl_post.mesh import make_mesh, place, shardings
 from jaxrl_post.rollout import Prompts, SamplingParams, beam_search, generate
 from jaxrl_post.sampling import row_keys
-from jaxrl_post.types import FINISH_LENGTH, FINISH_STOP, Unembedding
+from jaxrl_post.types import FINISH_ABORT, FINISH_LENGTH, FINISH_STOP, Unembedding
 from tests.rollout.table import markov
 
 V, N, G = 16, 6, 2
@@ -377,6 +377,25 @@ def test_what_cannot_be_sampled_is_refused(changes, options, message):
     options = {"max_new_tokens": N, "group_size": G, **options}
     with pytest.raises(ValueError, match=message):
         generate(POLICY, params(), prompts()._replace(**changes), KEY, **options)
+
+
+def test_a_traced_length_that_is_none_aborts_its_prompt_and_no_other():
+    broken = prompts()._replace(length=jnp.array([LENGTH[0], 0, 6, LENGTH[3]]))
+    found, whole = compiled()(params(), broken, KEY), base()
+    assert found.valid.tolist() == [[True] * G, [False] * G, [False] * G, [True] * G]
+    assert np.all(np.asarray(found.finish)[1:3] == FINISH_ABORT)
+    assert np.all(np.asarray(found.mask)[G : 3 * G] == 0)
+    for name in ("tokens", "mask", "logp", "version"):
+        np.testing.assert_array_equal(getattr(found, name)[:G], getattr(whole, name)[:G])
+        np.testing.assert_array_equal(getattr(found, name)[-G:], getattr(whole, name)[-G:])
+
+
+def test_a_traced_limit_beyond_the_static_one_is_cut_to_it():
+    limit = jnp.array([N, N + 3, 2**30, -1])
+    found = compiled()(params(), prompts()._replace(max_new_tokens=limit), KEY)
+    np.testing.assert_array_equal(found.tokens[:-G], base().tokens[:-G])
+    np.testing.assert_array_equal(found.length[:-1], base().length[:-1])
+    assert (np.asarray(found.length)[-1] - LENGTH[-1]).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("slots", [pytest.param(None, marks=pytest.mark.nightly), 2])

@@ -293,6 +293,18 @@ def test_logits_that_are_no_numbers_abort_their_episode_and_no_other():
     assert 0 < aborted < 10
 
 
+def test_a_prompt_of_no_length_aborts_its_episode_and_no_other():
+    def reset(task, key):
+        state, prompt = ENVIRONMENT.reset(task, key)
+        return state, Text(prompt.tokens, jnp.where(task == TASKS[1], 0, prompt.length))
+
+    out, whole = program(environment=counting(reset=reset))(params(), TASKS, KEY), base()
+    assert out.valid.tolist() == [[row != 1] * G for row in range(len(TASKS))]
+    assert out.extras["turns"][1].tolist() == out.reward[1].tolist() == [0] * G
+    assert not np.asarray(out.mask)[G : 2 * G].any()
+    np.testing.assert_array_equal(np.delete(out.tokens, [G, G + 1], 0), np.delete(whole.tokens, [G, G + 1], 0))
+
+
 def test_an_environment_that_fails_aborts_its_episode_and_no_other():
     def step(state, action, key):
         found = ENVIRONMENT.step(state, action, key)
@@ -441,6 +453,7 @@ def test_a_policy_that_walks_at_random_finds_the_goal_and_is_paid_once():
         ({"sampling": SamplingParams(min_tokens=1)}, "sampling.min_tokens does not apply to turns"),
         ({"tasks": jnp.zeros((2, 2), int)}, r"tasks must be \[P\] integers, got int32 of shape \(2, 2\)"),
         ({"tasks": jnp.ones(2)}, r"tasks must be \[P\] integers, got float32"),
+        ({"tasks": np.array([1, 2**31])}, "tasks must be 32-bit integers, got 1 to 2147483648"),
         ({"id": jnp.zeros((5, 3), jnp.uint32)}, r"prompts.id must be \[P, G\] = \[5, 2\], got \(5, 3\)"),
         ({"slots": 2, "policy": POLICY._replace(insert=None)}, r"\(Policy.insert\)"),
         ({"environment": counting(max_prompt=4)}, r"reset's prompt must have \(\(4,\), \(\)\), got \(\(3,\), \(\)\)"),

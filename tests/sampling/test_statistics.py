@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_post.sampling import alternatives, token_statistics
+from jaxrl_post.sampling import alternatives, token_statistics, transform
 
 
 def expected(logits):
@@ -39,6 +39,19 @@ def test_a_row_of_equal_tokens_has_the_entropy_of_their_number_and_a_certain_one
     logp, entropy = token_statistics(logits, jnp.array([3, 0]))
     np.testing.assert_allclose(logp, [-np.log(8), 0.0], rtol=1e-6)
     np.testing.assert_allclose(entropy, [np.log(8), 0.0], rtol=1e-6)
+
+
+def test_no_log_prob_is_positive_where_logits_are_large():
+    logits = jax.random.normal(jax.random.key(0), (64, 100))
+
+    @jax.jit
+    def drawn(logits, temperature):
+        return token_statistics(transform(logits, temperature=temperature), jnp.argmax(logits, axis=-1))
+
+    for temperature in (1e-1, 1e-3, 1e-6):
+        logp, entropy = drawn(logits, temperature)
+        assert np.all(logp <= 0)
+        assert np.all(entropy >= 0)
 
 
 def test_a_nan_anywhere_and_a_row_of_forbidden_tokens_show_in_both_numbers():

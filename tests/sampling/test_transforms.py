@@ -242,6 +242,24 @@ def test_sixteen_bit_logits_are_raised_and_float64_stays():
         assert found.dtype == jnp.float64
 
 
+def test_numbers_of_double_precision_widen_no_logits():
+    wide = {"temperature": 0.7, "top_p": 0.6, "min_p": 0.1, "repetition_penalty": 1.5, "presence_penalty": 0.5}
+    logits = np.asarray(LOGITS)
+    with jax.enable_x64(True):
+        state = SamplingState(jnp.array([2, 0, 0, 1, 0]), jnp.zeros(5, bool), jnp.array(3))
+        expected = transform(jnp.asarray(logits), state, **wide)
+        assert expected.dtype == jnp.float32
+        for kind in (np.float64, jnp.float64):
+            found = transform(jnp.asarray(logits), state, **{name: kind(value) for name, value in wide.items()})
+            assert found.dtype == jnp.float32
+            np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_more_tokens_than_there_are_may_be_kept():
+    assert kept(LOGITS, top_k=4) == [0, 1, 2, 3, 4]  # of which two tie
+    assert jnp.isfinite(transform(LOGITS, top_k=10**12)).all()
+
+
 def test_only_cuts_truncate():
     assert not is_truncating(SamplingParams(temperature=0.3, greedy=True, stop_tokens=(1,)))
     cuts = ({"top_k": 9}, {"top_p": 0.99}, {"min_p": 0.01}, {"min_tokens": 1}, {"allowed": jnp.ones(5, bool)})
@@ -252,7 +270,15 @@ def test_only_cuts_truncate():
     ("options", "message"),
     [
         ({"temperature": 0.0}, "temperature must be positive, got 0.0; use greedy=True"),
-        ({"temperature": float("nan")}, "temperature must be positive, got nan"),
+        ({"temperature": float("nan")}, "temperature must be finite, got nan"),
+        ({"temperature": 1e-39}, "temperature must be at least 1e-06, got 1e-39, which"),
+        ({"top_k": 2.5}, "top_k must be an integer, or integers, got 2.5"),
+        ({"top_k": jnp.ones(())}, "top_k must be an integer, or integers, got Array"),
+        ({"min_tokens": 0.5}, "min_tokens must be an integer"),
+        ({"frequency_penalty": float("inf")}, "frequency_penalty must be finite, got inf"),
+        ({"stop_tokens": (1.5,)}, r"stop tokens are integers, got \(1.5,\)"),
+        ({"stop_tokens": jnp.ones(2)}, "stop tokens are integers"),
+        ({"allowed": [True] * 5}, r"allowed must be an array, got \[True"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0; 1.0 turns it off"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
         ({"top_k": -1}, r"top_k must be 0 \(off\) or positive, got -1"),
