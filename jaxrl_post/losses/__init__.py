@@ -1,6 +1,7 @@
 """What to minimise: losses with one number per token, sequence or prompt, and the one function that reduces them."""
 
 from jaxrl_post.losses.aggregation import aggregate, denominator
+from jaxrl_post.losses.answer_preference import aot, apo_down, apo_zero, bco, kto, kto_anchor, nca, sppo
 from jaxrl_post.losses.consistency import a2po, copg, flowrl, gvpo, opmd, optimal_value
 from jaxrl_post.losses.constrained import barrier_weights, log_barrier, ratio_barrier
 from jaxrl_post.losses.covariance import (
@@ -44,8 +45,9 @@ from jaxrl_post.losses.policy import (
     reinforce,
 )
 from jaxrl_post.losses.position_weights import position_weights
-from jaxrl_post.losses.preference import dpo, implicit_reward, simpo
+from jaxrl_post.losses.preference import discopop, dpo, exo, hinge, implicit_reward, ipo, robust_dpo
 from jaxrl_post.losses.process import success_bce
+from jaxrl_post.losses.reference_free import cpo, log_odds, orpo, simpo
 from jaxrl_post.losses.sequence_ratio import (
     gmpo,
     gspo,
@@ -70,7 +72,11 @@ __all__ = [
     "adaptive_entropy_coefficient",
     "adaptive_kl_coefficient",
     "aggregate",
+    "aot",
+    "apo_down",
+    "apo_zero",
     "barrier_weights",
+    "bco",
     "cispo",
     "clip_cov",
     "clip_cov_tokens",
@@ -78,9 +84,11 @@ __all__ = [
     "clipped_low",
     "clipped_region",
     "copg",
+    "cpo",
     "decoupled_ppo",
     "denominator",
     "disco",
+    "discopop",
     "divergence_mask",
     "divergence_reward",
     "dpo",
@@ -91,6 +99,7 @@ __all__ = [
     "entropy_change",
     "entropy_change_by_percentile",
     "entropy_overlap",
+    "exo",
     "f_dpg",
     "first_token_weights",
     "fit_entropy_law",
@@ -99,24 +108,31 @@ __all__ = [
     "gmpo",
     "gspo",
     "gvpo",
+    "hinge",
     "implicit_reward",
     "importance_ratio",
     "importance_weights",
+    "ipo",
     "kl",
     "kl_cov",
     "kl_cov_tokens",
     "kl_hinge",
+    "kto",
+    "kto_anchor",
     "length_weights",
     "likelihood_ratio_score",
     "log_barrier",
     "log_likelihood_score",
+    "log_odds",
     "log_partition",
     "log_ratio",
     "mismatch_metrics",
+    "nca",
     "nll",
     "off_policy_sequence_mask",
     "opmd",
     "optimal_value",
+    "orpo",
     "p3o_joint",
     "p3o_separate",
     "position_weights",
@@ -131,6 +147,7 @@ __all__ = [
     "reinforce",
     "rejection_mask",
     "reweighted_logp",
+    "robust_dpo",
     "rover",
     "rover_target",
     "running_log_partition",
@@ -140,6 +157,7 @@ __all__ = [
     "simpo",
     "soft_q_multi_step",
     "soft_q_single_step",
+    "sppo",
     "step_log_ratio",
     "step_ppo",
     "success_bce",

@@ -27,7 +27,7 @@ from jaxrl_post.methods.multi_objective import gradient_weighting, hypervolume_w
 from jaxrl_post.methods.multi_reward import bnpo, copo, gdpo, paco_grpo, riskpo
 from jaxrl_post.methods.off_policy import nsr, rec, stable_reinforce, topr
 from jaxrl_post.methods.policy_gradient import grpo, mc_grpo, policy_gradient, reinforce
-from jaxrl_post.methods.preference import dpo, simpo
+from jaxrl_post.methods.preference import cpo, dpo, orpo, rpo, simpo
 from jaxrl_post.methods.progress import grpo_vps, igpo, pav
 from jaxrl_post.methods.records import Record, catalog
 from jaxrl_post.methods.self_critical import scst, subpo
@@ -58,6 +58,7 @@ __all__ = [
     "comam",
     "copg",
     "copo",
+    "cpo",
     "curriculum_grpo",
     "dapo",
     "decoupled_ppo",
@@ -98,6 +99,7 @@ __all__ = [
     "opd",
     "opo",
     "oprl",
+    "orpo",
     "otb",
     "p3o",
     "paco_grpo",
@@ -119,6 +121,7 @@ __all__ = [
     "rloo",
     "rlprompt",
     "rover",
+    "rpo",
     "rto",
     "s_grpo",
     "salt",

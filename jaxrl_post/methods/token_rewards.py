@@ -11,7 +11,7 @@ from jaxrl_post import advantages, losses, rewards
 from jaxrl_post.methods import checks
 from jaxrl_post.methods.actor_critic import CriticOptions, with_critic
 from jaxrl_post.methods.policy_gradient import ClippedOptions, clipped
-from jaxrl_post.methods.preference import by_pair, dpo_pairs, from_pairs, pair_mask, simpo_pairs
+from jaxrl_post.methods.preference import by_pair, from_pairs, log_ratio_pairs, pair_mask, simpo_pairs
 from jaxrl_post.methods.probing import insert_after_prompt, removed_again
 from jaxrl_post.methods.signals import Advantage, Signals, stateless
 from jaxrl_post.models.group_divergence import GROUP_FIELDS, DivergenceForm
@@ -108,7 +108,7 @@ def t_reg(
             raise ValueError(f"{name} must hold at least one token id; in YAML give it as {{text: ...}}")
     checks.applies(loss == "simpo", f"loss={loss!r}", gamma=gamma)
     if loss == "dpo":
-        kind = dpo_pairs(beta=0.1 if beta is None else beta)
+        kind = log_ratio_pairs("dpo", beta=0.1 if beta is None else beta)
     else:
         kind = simpo_pairs(beta=2.0 if beta is None else beta, gamma=1.0 if gamma is None else gamma)
     scale = {"beta": (0.1 if loss == "dpo" else 2.0) if beta is None else beta, "normalize_length": loss == "simpo"}

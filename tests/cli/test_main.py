@@ -235,10 +235,10 @@ def test_methods_lists_searches_and_shows(capsys):
         assert text in shown
     assert cli.main(["methods", "show", "novelty_bonus"]) == 0  # as a configuration names it
     assert capsys.readouterr().out.startswith("e3b-global: ")
-    assert cli.main(["methods", "preference", "optimisation"]) == 0
-    assert "  dpo  " in capsys.readouterr().out
-    assert cli.main(["methods", "show", "dpo"]) == 0
-    assert "Direct Preference Optimization" in capsys.readouterr().out
+    assert cli.main(["methods", "odds", "ratio"]) == 0  # of one without a record
+    assert "  orpo  " in capsys.readouterr().out
+    assert cli.main(["methods", "show", "orpo"]) == 0
+    assert "Monolithic Preference Optimization" in capsys.readouterr().out
     assert cli.main(["methods", "--json", "mc-grpo", "median"]) == 0
     assert "mc-grpo" in [record["id"] for record in json.loads(capsys.readouterr().out)]
 

@@ -1,4 +1,4 @@
-"""Numbers of TRL and verl, made by running their released code: writes inputs.npz, trl.npz and verl.npz here.
+"""Numbers of TRL and verl, made by running their released code: writes `inputs`, `trl`, `trl_pairs` and `verl` here.
 
 The environment, apart from the library's own (Python 3.11; the CPU build of torch is enough):
 
@@ -73,6 +73,7 @@ class _Finder:
 sys.meta_path.append(_Finder())  # last: what is installed is used
 
 import of_trl  # noqa: E402
+import of_trl_pairs  # noqa: E402
 import of_verl  # noqa: E402
 import torch  # noqa: E402
 from drawn import SEEDS, inputs  # noqa: E402
@@ -92,5 +93,9 @@ if __name__ == "__main__":
     from importlib.metadata import version
 
     save("inputs", "", {f"{seed}/{name}": array for seed in SEEDS for name, array in inputs(seed).items()})
-    for system, run in (("verl", of_verl.run), ("trl", of_trl.run)):
-        save(system, version(system), run())
+    for name, system, run in (
+        ("verl", "verl", of_verl.run),
+        ("trl", "trl", of_trl.run),
+        ("trl_pairs", "trl", of_trl_pairs.run),
+    ):
+        save(name, version(system), run())

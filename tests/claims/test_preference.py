@@ -1,0 +1,100 @@
+"""Claims about learning from pairs, on policies whose answers can be enumerated."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxrl_post import losses, methods
+from jaxrl_post.data import to_rollouts
+from jaxrl_post.types import Rollouts, TokenStats
+from tests.claims import lab
+
+
+def _pairs(chosen, rejected) -> Rollouts:
+    """Pairs of answers `[N]` of one token, which is the answer's number."""
+    some = to_rollouts([[0]] * len(chosen), [[[0], [0]]] * len(chosen), length=2)
+    return some.replace(tokens=some.tokens.at[:, 1].set(jnp.stack([chosen, rejected], axis=1).reshape(-1)))
+
+
+def _learned(method, logits, params, rollouts, *, steps, learning_rate):
+    """Parameters that a method learns from pairs; `logits(params)` are those of the answers, at first the reference."""
+    optimizer = optax.adam(learning_rate)
+
+    def stats(params):
+        logp = jax.nn.log_softmax(logits(params))[rollouts.tokens]
+        return TokenStats(logp=jnp.where(rollouts.mask > 0, logp, 0.0))
+
+    reference = stats(params)
+
+    def loss(params):
+        found = {"policy": stats(params), "reference": reference}
+        targets, _ = method.targets((), rollouts, found, jax.random.key(0))
+        terms = method.loss(found, rollouts, targets).values()
+        return sum(term.weight * losses.aggregate(term.value, term.mask, term.mode) for term in terms)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(params), state)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, optimizer.init(params)), None, length=steps)[0][0]
+
+
+def test_dpo_finds_the_policy_that_maximises_the_reward_under_a_constraint_on_the_kl():
+    """Of a known reward, from labels alone; the baseline learns the chosen answers: the paper's Preferred-FT."""
+    beta, number = 0.5, 20_000
+
+    def outcome(method, key):
+        """Minus the total variation between what is learned and `ref * exp(r / beta) / Z`."""
+        keys = jax.random.split(key, 4)
+        reward, start = jax.random.normal(keys[0], (5,)), jax.random.normal(keys[1], (5,))
+        offered = jax.random.categorical(keys[2], start, shape=(2, number))
+        margin = reward[offered[0]] - reward[offered[1]]
+        first = jax.random.uniform(keys[3], (number,)) < jax.nn.sigmoid(margin)  # Bradley and Terry's labels
+        rollouts = _pairs(jnp.where(first, *offered), jnp.where(first, *offered[::-1]))
+
+        def learned(method):
+            own = rollouts
+            if method.learns_from == "completions":
+                own = rollouts.replace(mask=rollouts.mask.at[1::2].set(0.0))
+            return _learned(method, lambda z: z, start, own, steps=150, learning_rate=0.1)
+
+        best = jax.nn.softmax(start + reward / beta)
+        return -0.5 * jnp.sum(jnp.abs(jax.nn.softmax(lab.pick(method, learned)) - best))
+
+    found = lab.check("dpo", outcome, method=methods.dpo(beta=beta), baseline=methods.sft(), seeds=8, margin=0.1)
+    assert found.method.mean() > -0.03
+
+
+def test_rpo_leaves_the_answers_alone_that_no_label_speaks_of_where_dpo_moves_to_them():
+    """Three answers, of which the pairs know two; what tells these apart is stronger in the third."""
+
+    def outcome(method, key):
+        """Minus the probability of the third answer."""
+        chosen, rejected, noise = 0.5 * jax.random.normal(key, (3, 4))
+        features = jnp.stack([chosen + 1, rejected, 2 * (chosen + 1) - rejected + 2 * noise])
+        rollouts = _pairs(jnp.zeros(8, jnp.int32), jnp.ones(8, jnp.int32))
+
+        def learned(method):
+            return _learned(method, lambda w: features @ w, jnp.zeros(4), rollouts, steps=300, learning_rate=0.03)
+
+        return -jax.nn.softmax(features @ lab.pick(method, learned))[2]
+
+    rpo, dpo = methods.rpo(beta=0.5, eta=0.5), methods.dpo(beta=0.5)
+    found = lab.check("rpo-sft", outcome, method=rpo, baseline=dpo, seeds=32, margin=0.3)
+    assert found.baseline.mean() < -0.6 < -1 / 3 - 0.05 < found.method.mean()
+
+
+def test_the_reported_numbers_of_both_rows():
+    policy, nothing = jnp.array([2.0, -0.5]), jnp.zeros(1)
+    loss, slope = jax.value_and_grad(lambda x: losses.dpo(x[:1], x[1:], nothing, nothing, beta=0.1).sum())(policy)
+    np.testing.assert_allclose([loss, *slope], [0.575939, -0.043782, 0.043782], atol=1e-6)
+    rollouts = _pairs(jnp.array([0]), jnp.array([1]))
+    logp = jnp.array([[0.0, -20.0], [0.0, -12.0]])
+    stats = {"policy": TokenStats(logp=logp), "reference": TokenStats(logp=logp + jnp.array([[0, -1.0], [0, 1.0]]))}
+    method = methods.rpo(beta=0.1, eta=0.005)
+    targets, _ = method.targets((), rollouts, stats, jax.random.key(0))
+    terms = method.loss(stats, rollouts, targets).values()
+    total = sum(term.weight * losses.aggregate(term.value, term.mask, term.mode) for term in terms)
+    np.testing.assert_allclose(total, 0.608139, atol=1e-6)
