@@ -75,8 +75,7 @@ def math_verify_reward(*, timeout: float = 5.0, processes: int | None = None) ->
     The final answer is what the last closed `\boxed{}` holds; without one, what follows the last `####` on its line;
     without that, what math-verify finds: the answer that the text announces, or else the last formula or number. Of a
     text with `<answer>...</answer>` only the last of these is read, unless a box comes after it. The same holds for the
-    right answer, which may thus be a whole solution. Decimals are equal where they agree in the
-    first 6 places.
+    right answer, which may thus be a whole solution. Decimals are equal where they agree in the first 6 places.
 
     Pairs of equal numbers, of different integers, and of the same polynomial need no parser. All others, each once a
     batch, are compared by a pool of processes that is shared by all rewards of these settings.
