@@ -2,6 +2,7 @@
 
 from jaxrl_post.methods.actor_critic import ppo
 from jaxrl_post.methods.agents import dr_mas, gigpo, hierarchical_grpo, rae
+from jaxrl_post.methods.answer_preference import kto
 from jaxrl_post.methods.chaining import chain
 from jaxrl_post.methods.consistency import a2po, copg, flowrl, gvpo, kimi, p3o
 from jaxrl_post.methods.constrained import c_morl
@@ -90,6 +91,7 @@ __all__ = [
     "igpo",
     "kimi",
     "kl_cov",
+    "kto",
     "luspo",
     "m2po",
     "maxrl",

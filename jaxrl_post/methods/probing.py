@@ -240,6 +240,56 @@ def removed_again(x: Array, rollouts: Rollouts) -> Array:
     return jnp.where(rollouts.mask != 0, jnp.take_along_axis(x, source, axis=1), 0.0)
 
 
+def exchange_completions(rollouts: Rollouts) -> Rollouts:
+    """Each prompt with the completion of the next row, the last with that of the first: answers to other questions.
+
+    Args:
+        rollouts: groups of one, two of them at least.
+
+    Returns:
+        `Rollouts` of the same shapes, whose mask is that of the completions; what does not fit in `T` places is not
+        valid, nor is what is made of a row that is not. `rewards` and `extras` are left out.
+
+    Raises:
+        ValueError: for larger groups, or a single row.
+
+    Example:
+        >>> from jaxrl_post import data
+        >>> probe = exchange_completions(data.to_rollouts([[5, 6], [7]], [[[1]], [[2, 3]]], length=4))
+        >>> probe.tokens.tolist(), probe.mask.tolist()
+        ([[5, 6, 2, 3], [7, 1, 0, 0]], [[0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 0.0]])
+    """
+    if rollouts.group_size != 1 or rollouts.num_prompts < 2:
+        raise ValueError(
+            "completions are exchanged between prompts with one each, of which there must be two at least, got "
+            f"[P, G] = {list(rollouts.reward.shape)}"
+        )
+    tokens, mask = rollouts.tokens, rollouts.mask
+    start, there = _first_trained(rollouts), rollouts.length
+    place = jnp.arange(tokens.shape[1])
+    theirs = jnp.roll(start, -1, axis=0)
+    length = start + jnp.roll(there, -1, axis=0) - theirs
+    source = jnp.clip(place - start + theirs, 0, tokens.shape[1] - 1)
+    inside = (place >= start) & (place < length)
+
+    def of_next(x: Array) -> Array:
+        return jnp.where(inside, jnp.take_along_axis(jnp.roll(x, -1, axis=0), source, axis=1), 0)
+
+    valid = rollouts.valid & jnp.roll(rollouts.valid, -1, axis=0) & (length <= tokens.shape[1])
+    acts = of_next(mask) * valid
+    return rollouts.replace(
+        tokens=jnp.where(place < start, tokens, of_next(tokens)),
+        mask=acts,
+        logp=jnp.zeros_like(rollouts.logp),
+        step=jnp.where(acts > 0, 0, -1).astype(rollouts.step.dtype),
+        version=jnp.full_like(rollouts.version, -1),
+        valid=valid,
+        length=jnp.minimum(length, tokens.shape[1]).astype(rollouts.length.dtype),
+        rewards={},
+        extras={},
+    )
+
+
 def _first_trained(rollouts: Rollouts) -> Array:
     """`[B, 1]`: where the completion begins; the length of a row without one."""
     acts = rollouts.mask != 0

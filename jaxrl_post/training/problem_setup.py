@@ -6,7 +6,7 @@ import inspect
 import itertools
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from jaxrl_post import data, rewards
@@ -104,7 +104,7 @@ def make_problems(
             lowercase=options.lowercase,
             on_bad_row=options.on_bad_row,
         )
-        check_kind(source.row_type, options.kind)
+        check_kind(source.row_type, options.kind, make_method(config).wants)
         if supervised and answer_column(source) not in source.columns:
             raise ConfigError([f"data.files: rows have no {answer_column(source)!r} to train on; give data.answer"])
         return spoken(source)
@@ -162,20 +162,22 @@ def make_problems(
     return Problems(train, examples, validation, held_out, with_given, exclude)
 
 
-def check_kind(found: data.RowType | None, given: str | None) -> None:
-    """Raise ConfigError for rows whose labels no method learns from; nothing passes over them in silence.
+def check_kind(found: data.RowType | None, given: str | None, wants: Collection[str] = ()) -> None:
+    """Raise ConfigError for rows whose labels the method does not learn from; nothing passes over them in silence.
 
     Args:
         found: what kind of rows the files hold.
         given: `data.kind`.
+        wants: the columns that the method reads.
     """
     instead = {
-        "unpaired": "kind: completion trains on every completion alike (sft), and kind: prompt samples new ones",
+        "unpaired": "method: {name: kto} does; kind: completion trains on every completion alike (sft), and kind: "
+        "prompt samples new ones",
         "stepwise": "kind: prompt samples completions in the place of the given steps",
     }
-    if found is not None and found.kind in instead:
+    if found is not None and found.kind in instead and not (found.kind == "unpaired" and "label" in wants):
         key = "data.kind" if given is None else f"data.kind = {given!r}"
-        why = f"the rows are {found}, and no method learns from their labels yet"
+        why = f"the rows are {found}, and the method does not learn from their labels"
         raise ConfigError([f"{key}: {why}; {instead[found.kind]}"])
 
 
@@ -185,10 +187,13 @@ def reads_answer(name: str) -> bool:
     return function is not None and "answer" in inspect.signature(function).parameters
 
 
+_WITH_COMPLETION = ("completion", "conversation", "unpaired")
+
+
 def answer_column(source: data.Source) -> str:
     """The column that supervised training learns from: `completion` where the data's layout has it, else `answer`."""
     row_type = getattr(source, "row_type", None)
-    return "completion" if row_type is not None and row_type.kind in ("completion", "conversation") else "answer"
+    return "completion" if row_type is not None and row_type.kind in _WITH_COMPLETION else "answer"
 
 
 def given_columns(kind: str, source: data.Source) -> tuple[str, ...]:

@@ -216,6 +216,17 @@ def test_supervised_and_preference_data_need_no_rewards(tmp_path):
     assert rows[-1]["rewards/margins"] > 0
     assert rows[-1]["eval/loss"] < math.log(2)
     assert rows[-1]["eval/rewards/accuracies"] == 1.0
+    # The same answers, each with a label of its own.
+    labelled = tmp_path / "labelled.jsonl"
+    rows_of = [{"prompt": f"{n}>", "completion": c, "label": c == "1"} for n in range(10, 20) for c in ("1", "23")]
+    labelled.write_text("".join(json.dumps(row) + "\n" for row in rows_of))
+    data = {"files": [str(labelled)], "alphabet": ">0123456789", "max_prompt_length": 3}
+    offline["eval"] = {"problems": 0}
+    rows = runs.lines(train(tmp_path / "kto", method={"name": "kto"}, training=training, data=data, **offline))
+    assert rows[0]["loss"] == pytest.approx(0.5, abs=1e-6)
+    assert rows[-1]["rewards/chosen"] > 0 > rows[-1]["rewards/rejected"]
+    with pytest.raises(config.ConfigError, match=r"completions labelled good or bad.*does not learn from their labels"):
+        train(tmp_path / "refused", method={"name": "sft"}, training=training, data=data, **offline)
 
 
 @pytest.mark.nightly  # on every commit one does in tests/training/test_roles.py
