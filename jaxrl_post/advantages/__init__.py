@@ -4,6 +4,7 @@ from jaxrl_post.advantages.agents import dr_mas, gigpo, hierarchical_grpo, rae
 from jaxrl_post.advantages.asymmetric import dads_kl_weight, stcr_factor
 from jaxrl_post.advantages.beta_normalization import bnpo
 from jaxrl_post.advantages.collaborative import agent_weights, comam, ndcg
+from jaxrl_post.advantages.distillation import FailedBy, failed, opd
 from jaxrl_post.advantages.entropy_bonus import egpo
 from jaxrl_post.advantages.group import (
     dr_grpo,
@@ -40,7 +41,6 @@ from jaxrl_post.advantages.temporal import (
     decoupled_gae,
     gae,
     length_adaptive_lam,
-    opd,
     reinforce_plus_plus,
     reinforce_plus_plus_baseline,
 )
@@ -48,6 +48,7 @@ from jaxrl_post.advantages.token_baseline import otb
 from jaxrl_post.advantages.trajectory_graph import history_keys, salt, step_fingerprints
 
 __all__ = [
+    "FailedBy",
     "agent_weights",
     "answer_belief",
     "answer_entropy",
@@ -63,6 +64,7 @@ __all__ = [
     "dr_mas",
     "effective_positive_share",
     "egpo",
+    "failed",
     "from_turns",
     "gae",
     "gdpo",

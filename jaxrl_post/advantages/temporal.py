@@ -257,39 +257,3 @@ def reinforce_plus_plus_baseline(rewards: Array, mask: Array, valid: Array | Non
     counts &= jnp.sum(counts, axis=1, keepdims=True) > 1
     trained = (mask != 0) & counts.reshape(-1, 1)
     return masked.whiten(jnp.broadcast_to(centered.reshape(-1, 1), mask.shape), trained)
-
-
-def opd(teacher_logp: Array, logp: Array, mask: Array, *, clip: float | None = None) -> Array:
-    r"""On-policy distillation: each token's own advantage is how much likelier the teacher finds it.
-
-    $$A_t = \mathrm{sg}(\log \pi_{teacher}(y_t) - \log \pi(y_t))$$
-
-    With tokens sampled from $\pi$, REINFORCE on it descends the reverse KL divergence to the teacher, token by token:
-    later tokens get no credit for earlier ones.
-
-    Args:
-        teacher_logp: `[B, T]` float, nats; log-prob of the token under the teacher.
-        logp: `[B, T]` float, nats; log-prob under the policy that sampled it.
-        mask: `[B, T]`, nonzero where the policy chose the token.
-        clip: bound on $|A|$, nats; None for none.
-
-    Returns:
-        `[B, T]`, float32 or wider, nats, without gradient; 0 where the mask is.
-
-    Raises:
-        ValueError: if the arrays are not `[B, T]` of one shape, or `clip` is not above 0.
-
-    Example:
-        >>> teacher_logp, logp = jnp.array([[-1.0, -8.0, -1.0]]), jnp.array([[-2.0, -1.0, 0.0]])
-        >>> opd(teacher_logp, logp, jnp.array([[1, 1, 0]]), clip=5.0).tolist()
-        [[1.0, -5.0, 0.0]]
-
-    References: On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes (arXiv 2306.13649);
-    MiniLLM: Knowledge Distillation of Large Language Models (arXiv 2306.08543).
-    """
-    if isinstance(clip, float | int) and clip <= 0:
-        raise ValueError(f"clip must be above 0 (a bound in nats), got {clip}; None for no bound")
-    mask = jnp.asarray(mask)
-    teacher_logp, logp = _prepare(teacher_logp, "teacher_logp", mask), _prepare(logp, "logp", mask)
-    advantages = jax.lax.stop_gradient(teacher_logp - logp)
-    return advantages if clip is None else jnp.clip(advantages, -clip, clip)

@@ -7,6 +7,7 @@ from jaxrl_post.methods.chaining import chain
 from jaxrl_post.methods.consistency import a2po, copg, flowrl, gvpo, kimi, p3o
 from jaxrl_post.methods.constrained import c_morl
 from jaxrl_post.methods.credit import Advantage, Credit, Signals
+from jaxrl_post.methods.distillation import kdrl, opd
 from jaxrl_post.methods.divergence import disco, f_dpg
 from jaxrl_post.methods.exploration import clip_cov, egpo, high_entropy_tokens, kl_cov, rapo
 from jaxrl_post.methods.exploration_bonus import novelty_bonus
@@ -37,7 +38,7 @@ from jaxrl_post.methods.steps import oprl, ppr_renorm, salt, srgpo, trajectory_p
 from jaxrl_post.methods.subgroups import hbpo, s_grpo
 from jaxrl_post.methods.supervised import sft
 from jaxrl_post.methods.surrogates import cispo, dapo, decoupled_ppo, dppo, dro, gmpo, gspo, luspo, m2po, sapo, vespo
-from jaxrl_post.methods.token_methods import opd, otb, vapo
+from jaxrl_post.methods.token_methods import otb, vapo
 from jaxrl_post.methods.token_rewards import comam, rto, t_reg, tw_grpo
 from jaxrl_post.methods.truncated import t_ppo
 from jaxrl_post.types import Method
@@ -89,6 +90,7 @@ __all__ = [
     "high_entropy_tokens",
     "hypervolume_weighting",
     "igpo",
+    "kdrl",
     "kimi",
     "kl_cov",
     "kto",

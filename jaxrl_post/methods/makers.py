@@ -37,14 +37,34 @@ def otb(*, handle_zero_tail: bool = True) -> Advantage:
     return Advantage(apply, needs={"policy": frozenset({"logp", "sum_p_squared"})}, min_group=2)
 
 
-def opd(*, clip: float | None = None) -> Advantage:
-    """`advantages.opd`: the role `teacher` against the policy that sampled. Rewards are not read."""
+def opd(*, clip: float | None = None, extrapolation: float = 1.0, teachers: Sequence[str] = ("teacher",)) -> Advantage:
+    """`advantages.opd`: the role `teacher` against the policy that sampled. Rewards are not read.
+
+    With `extrapolation` other than 1 the base is the role `reference`; of several teachers the data's column `teacher`
+    names each prompt's by its place.
+    """
     checks.within("clip", clip, 0)
+    checks.within("extrapolation", extrapolation, 0)
+    names = (teachers,) if isinstance(teachers, str) else tuple(teachers)
+    if not names:
+        raise ValueError("teachers must name at least one role")
+
+    def teacher_logp(s: Signals) -> Array:
+        if len(names) == 1:
+            return s.stats[names[0]].logp
+        which = s.extra("teacher", "it is a column of the data: the number of the prompt's teacher").astype(jnp.int32)
+        row = jnp.repeat(which, s.rollouts.group_size)
+        # Of a number that no teacher has NaN, which the step reports.
+        return jnp.stack([s.stats[name].logp for name in names]).at[row, jnp.arange(row.size)].get(mode="fill")
 
     def apply(state, s: Signals):
-        return advantages.opd(s.stats["teacher"].logp, s.old_logp, s.mask, clip=clip), state
+        base = s.stats["reference"].logp if extrapolation != 1 else None
+        options = {"base_logp": base, "extrapolation": extrapolation, "clip": clip}
+        return advantages.opd(teacher_logp(s), s.old_logp, s.mask, **options), state
 
-    return Advantage(apply, needs={"teacher": frozenset({"logp"})}, penalized=False)
+    roles = names if extrapolation == 1 else (*names, "reference")
+    wants = frozenset({"teacher"} if len(names) > 1 else ())
+    return Advantage(apply, needs=dict.fromkeys(roles, frozenset({"logp"})), penalized=False, wants=wants)
 
 
 def dr_mas(*, normalize_std: bool = True, ddof: int = 1, eps: float = 1e-6, max_turns: int | None = None) -> Advantage:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxrl_post import advantages, losses
 from jaxrl_post.methods import checks
 from jaxrl_post.methods.actor_critic import ppo
-from jaxrl_post.methods.policy_gradient import ClippedOptions, OldLogp, Options, clipped, with_defaults
+from jaxrl_post.methods.policy_gradient import ClippedOptions, OldLogp, clipped
 from jaxrl_post.types import AggregationMode, Method, Rollouts, Stats, Targets, Term
 
 
@@ -39,31 +39,6 @@ def otb(*, handle_zero_tail: bool = True, **options: Unpack[ClippedOptions]) -> 
     Research 306, 2026).
     """
     return clipped({"name": "otb", "handle_zero_tail": handle_zero_tail}, {}, options)
-
-
-def opd(*, clip: float | None = None, **options: Unpack[Options]) -> Method:
-    r"""On-policy distillation: REINFORCE on how much likelier the teacher finds each sampled token; no reward is read.
-
-    $$A_t = \log \pi_{teacher}(y_t) - \log \pi(y_t), \qquad L = \mathrm{agg}(-A_t \log \pi(y_t))$$
-
-    Args:
-        clip: bound on $|A|$, nats; None for none.
-        **options: those of `policy_gradient`.
-
-    Returns:
-        A `Method` that reads the role `teacher`; one sequence per prompt is enough.
-
-    Raises:
-        ValueError: for a keyword out of its range, or one that does not apply.
-
-    Example:
-        >>> sorted(opd().needs)
-        ['policy', 'teacher']
-
-    References: On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes (arXiv 2306.13649);
-    MiniLLM: Knowledge Distillation of Large Language Models (arXiv 2306.08543).
-    """
-    return with_defaults({"name": "opd", "clip": clip}, "reinforce", {}, options)
 
 
 def vapo(

@@ -73,6 +73,7 @@ def test_a_kl_in_the_reward_is_refused_where_the_reward_tells_what_is_right(name
         ("paco_grpo", {}),
         ("bnpo", {}),
         ("opd", {}),
+        ("kdrl", {}),
         ("copo", {"blend": "uniform"}),
         ("hypervolume_weighting", {"objectives": ("first", "second")}),
         ("c_morl", {"objective": "first", "constraints": ("second",)}),
