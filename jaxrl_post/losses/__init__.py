@@ -48,6 +48,7 @@ from jaxrl_post.losses.position_weights import position_weights
 from jaxrl_post.losses.preference import discopop, dpo, exo, hinge, implicit_reward, ipo, robust_dpo
 from jaxrl_post.losses.process import success_bce
 from jaxrl_post.losses.reference_free import cpo, log_odds, orpo, simpo
+from jaxrl_post.losses.segments import cpl, cpl_ranked, segment_logp
 from jaxrl_post.losses.sequence_ratio import (
     gmpo,
     gspo,
@@ -57,8 +58,9 @@ from jaxrl_post.losses.sequence_ratio import (
     vespo,
     vespo_weight,
 )
-from jaxrl_post.losses.supervised import nll, positive_mask
+from jaxrl_post.losses.supervised import Generator, f_sft, nll, positive_mask
 from jaxrl_post.losses.surrogates import cispo, divergence_mask, dppo, sapo
+from jaxrl_post.losses.token_guidance import token_guidance
 from jaxrl_post.losses.token_regularization import t_reg, token_regularization, token_reward
 from jaxrl_post.losses.trajectory_dpo import preference_pairs, trajectory_dpo
 from jaxrl_post.losses.trust import decoupled_ppo, proximal_logp, second_moment_mask
@@ -67,6 +69,7 @@ from jaxrl_post.losses.value_consistency import rover, rover_target, soft_q_mult
 
 __all__ = [
     "EntropyLaw",
+    "Generator",
     "KLEstimator",
     "a2po",
     "adaptive_entropy_coefficient",
@@ -84,6 +87,8 @@ __all__ = [
     "clipped_low",
     "clipped_region",
     "copg",
+    "cpl",
+    "cpl_ranked",
     "cpo",
     "decoupled_ppo",
     "denominator",
@@ -101,6 +106,7 @@ __all__ = [
     "entropy_overlap",
     "exo",
     "f_dpg",
+    "f_sft",
     "first_token_weights",
     "fit_entropy_law",
     "flowrl",
@@ -153,6 +159,7 @@ __all__ = [
     "running_log_partition",
     "sapo",
     "second_moment_mask",
+    "segment_logp",
     "sequence_log_ratio",
     "simpo",
     "soft_q_multi_step",
@@ -163,6 +170,7 @@ __all__ = [
     "success_bce",
     "t_reg",
     "token_covariance",
+    "token_guidance",
     "token_regularization",
     "token_reward",
     "top_entropy_mask",

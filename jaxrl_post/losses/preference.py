@@ -19,24 +19,27 @@ def implicit_reward(logp: Array, ref_logp: Array, *, beta: float = 0.1) -> Array
     r"""Reward that a policy implies relative to its reference, $\beta (\log\pi - \log\pi_{ref})$.
 
     Args:
-        logp: `[B]` float, nats; sum of the log-probs of the sequence's tokens.
-        ref_logp: `[B]` float, nats; the same under the reference.
+        logp: `[B]` float, nats; sum of the log-probs of the sequence's tokens. Or `[B, T]`, of the tokens themselves.
+        ref_logp: the same under the reference.
         beta: strength of the KL constraint.
 
     Returns:
-        `[B]`, float32 or wider; up to a constant per prompt.
+        The inputs' shape, float32 or wider. Of sequences it is the reward up to a constant per prompt. Of tokens it is
+        their credit: where the policy is the optimum of a reward of tokens, its soft optimal advantage
+        $r(s_t, a_t) + V^*(s_{t+1}) - V^*(s_t)$, so that the token of an answer with the least is where it went wrong.
 
     Raises:
-        ValueError: if the inputs are not `[B]` of one length.
+        ValueError: if the inputs are not `[B]` or `[B, T]` of one shape.
 
     Example:
         >>> implicit_reward(jnp.array([-3.0]), jnp.array([-5.0]), beta=0.5).tolist()
         [1.0]
 
-    Reference: Direct Preference Optimization: Your Language Model is Secretly a Reward Model (arXiv 2305.18290).
+    References: Direct Preference Optimization: Your Language Model is Secretly a Reward Model (arXiv 2305.18290); of
+    tokens, From r to Q*: Your Language Model is Secretly a Q-Function (arXiv 2404.12358).
     """
     logp, ref_logp = masked.as_float(logp), masked.as_float(ref_logp)
-    masked.check_axes("logp", logp, "[B]", _SUM)
+    masked.check_axes("logp", logp, "[B, T] or [B]")
     masked.check_like("ref_logp", ref_logp, "logp", logp)
     return beta * (logp - ref_logp)
 

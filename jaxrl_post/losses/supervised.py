@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import jax
+import jax.numpy as jnp
 
 from jaxrl_post import masked
 from jaxrl_post.types import Array
+
+Generator = Literal["total_variation", "chi2", "hellinger"]
+"""Of the divergence that `f_sft` minimises."""
+
+_HELLINGER_LINEAR_BELOW = -0.5
 
 
 def nll(logp: Array) -> Array:
@@ -28,6 +36,47 @@ def nll(logp: Array) -> Array:
     logp = masked.as_float(logp)
     masked.check_axes("logp", logp, "[B, T] or [B]")
     return -logp
+
+
+def f_sft(reward: Array, generator: Generator = "chi2") -> Array:
+    r"""Learning from demonstrations that holds to a reference: $\ell = -\phi(r)$ of the implicit reward $r$.
+
+    | generator | $\phi(r)$ | weight of the likelihood's gradient, $\phi'(r)$ |
+    |---|---|---|
+    | `total_variation` | $r$ | 1: `nll` times $\beta$, and the reference plays no part |
+    | `chi2` | $r - r^2 / 4$ | $1 - r / 2$, which pulls back above $r = 2$ |
+    | `hellinger` | $r / (1 + r)$ | $(1 + r)^{-2}$ |
+
+    With $r = \beta (\log\pi - \log\pi_{ref})$ a demonstration weighs less once the policy is well above the reference
+    on it. $r / (1 + r)$ has a pole at -1: below -1/2 its tangent there goes on, with weight 4.
+
+    Args:
+        reward: `[B, T]` or `[B]` float, `implicit_reward` of tokens or of sequences.
+        generator: of the table.
+
+    Returns:
+        `reward`'s shape, float32 or wider.
+
+    Raises:
+        ValueError: if `reward` is neither `[B, T]` nor `[B]`, or for an unknown generator.
+
+    Example:
+        >>> [round(float(f_sft(jnp.array([0.15]), name)[0]), 6) for name in ("total_variation", "chi2", "hellinger")]
+        [-0.15, -0.144375, -0.130435]
+
+    Reference: Implicit Reward as the Bridge: A Unified View of SFT and DPO Connections (arXiv 2507.00018), in the form
+    without potentials; the generators are those of IQ-Learn: Inverse soft-Q Learning for Imitation (arXiv 2106.12142).
+    """
+    if generator not in get_args(Generator):
+        raise ValueError(f"generator must be one of {', '.join(get_args(Generator))}, got {generator!r}")
+    reward = masked.as_float(reward)
+    masked.check_axes("reward", reward, "[B, T] or [B]")
+    if generator == "total_variation":
+        return -reward
+    if generator == "chi2":
+        return jnp.square(reward) / 4 - reward
+    inside = jnp.maximum(reward, _HELLINGER_LINEAR_BELOW)
+    return -inside / (1 + inside) - 4 * (reward - inside)
 
 
 def positive_mask(rewards: Array, mask: Array, *, threshold: float = 0.0) -> Array:

@@ -36,9 +36,10 @@ from jaxrl_post.methods.self_critical import scst, subpo
 from jaxrl_post.methods.soft_q import rlprompt, rover
 from jaxrl_post.methods.steps import oprl, ppr_renorm, salt, srgpo, trajectory_preference
 from jaxrl_post.methods.subgroups import hbpo, s_grpo
-from jaxrl_post.methods.supervised import sft
+from jaxrl_post.methods.supervised import f_sft, sft
 from jaxrl_post.methods.surrogates import cispo, dapo, decoupled_ppo, dppo, dro, gmpo, gspo, luspo, m2po, sapo, vespo
 from jaxrl_post.methods.token_methods import otb, vapo
+from jaxrl_post.methods.token_preference import cpl, tgdpo
 from jaxrl_post.methods.token_rewards import comam, rto, t_reg, tw_grpo
 from jaxrl_post.methods.truncated import t_ppo
 from jaxrl_post.types import Method
@@ -60,6 +61,7 @@ __all__ = [
     "comam",
     "copg",
     "copo",
+    "cpl",
     "cpo",
     "curriculum_grpo",
     "dapo",
@@ -73,6 +75,7 @@ __all__ = [
     "drpo",
     "egpo",
     "f_dpg",
+    "f_sft",
     "flowrl",
     "gdpo",
     "gigpo",
@@ -138,6 +141,7 @@ __all__ = [
     "subpo",
     "t_ppo",
     "t_reg",
+    "tgdpo",
     "topr",
     "trajectory_preference",
     "tw_grpo",

@@ -48,7 +48,7 @@ class PairLoss(NamedTuple):
     rewards: Callable[[Stats, Rollouts, Array], tuple[Array, Array]]
     loss: Callable[[Stats, Rollouts, Array], Array]
     margin: float
-    needs: dict[str, frozenset[str]]
+    needs: Mapping[str, frozenset[str]]
     ranked: bool = False
 
 

@@ -78,7 +78,7 @@ def sequence_index(rollouts: Rollouts, vocab: int) -> Array:
     return (tokens @ powers).reshape(rollouts.reward.shape)
 
 
-def _nodes(tokens: Array, vocab: int) -> Array:
+def prefix_rows(tokens: Array, vocab: int) -> Array:
     """`[B, L]`: the row of the table in which each token `[B, L]` was chosen."""
     first = _firsts(tokens.shape[1], vocab)
     power = np.arange(first.size) - 1 - np.arange(first.size)[:, None]
@@ -96,7 +96,7 @@ def score(params: Array, rollouts: Rollouts, fields: frozenset[str], key: Array)
     logits = params["logits"] if isinstance(params, dict) else params
     prompt = jnp.repeat(rollouts.prompt_id, rollouts.group_size)[:, None]
     tokens = rollouts.tokens[:, 1:]
-    nodes = _nodes(tokens, logits.shape[-1])
+    nodes = prefix_rows(tokens, logits.shape[-1])
     log_p = jax.nn.log_softmax(logits[prompt, nodes])
     found = {
         "logp": lambda: jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0],

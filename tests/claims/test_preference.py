@@ -3,42 +3,21 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxrl_post import losses, methods
-from jaxrl_post.data import to_rollouts
-from jaxrl_post.types import Rollouts, TokenStats
+from jaxrl_post.types import TokenStats
 from tests.claims import lab
+from tests.claims.offline import answers, learned
 
 
-def _pairs(chosen, rejected) -> Rollouts:
+def _pairs(chosen, rejected):
     """Pairs of answers `[N]` of one token, which is the answer's number."""
-    some = to_rollouts([[0]] * len(chosen), [[[0], [0]]] * len(chosen), length=2)
-    return some.replace(tokens=some.tokens.at[:, 1].set(jnp.stack([chosen, rejected], axis=1).reshape(-1)))
+    return answers(jnp.stack([chosen, rejected], axis=1)[..., None])
 
 
-def _learned(method, logits, params, rollouts, *, steps, learning_rate):
+def _learned(method, logits, params, rollouts, **options):
     """Parameters that a method learns from pairs; `logits(params)` are those of the answers, at first the reference."""
-    optimizer = optax.adam(learning_rate)
-
-    def stats(params):
-        logp = jax.nn.log_softmax(logits(params))[rollouts.tokens]
-        return TokenStats(logp=jnp.where(rollouts.mask > 0, logp, 0.0))
-
-    reference = stats(params)
-
-    def loss(params):
-        found = {"policy": stats(params), "reference": reference}
-        targets, _ = method.targets((), rollouts, found, jax.random.key(0))
-        terms = method.loss(found, rollouts, targets).values()
-        return sum(term.weight * losses.aggregate(term.value, term.mask, term.mode) for term in terms)
-
-    def step(carry, _):
-        params, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(params), state)
-        return (optax.apply_updates(params, updates), state), None
-
-    return jax.lax.scan(step, (params, optimizer.init(params)), None, length=steps)[0][0]
+    return learned(method, lambda w: jax.nn.log_softmax(logits(w))[rollouts.tokens], params, rollouts, **options)
 
 
 def test_dpo_finds_the_policy_that_maximises_the_reward_under_a_constraint_on_the_kl():
