@@ -46,6 +46,7 @@ from jaxrl_post.advantages.temporal import (
 )
 from jaxrl_post.advantages.token_baseline import otb
 from jaxrl_post.advantages.trajectory_graph import history_keys, salt, step_fingerprints
+from jaxrl_post.advantages.win_rate import order_wins, win_rate
 
 __all__ = [
     "FailedBy",
@@ -89,6 +90,7 @@ __all__ = [
     "on_last_token",
     "opd",
     "opo",
+    "order_wins",
     "otb",
     "pass_at_k",
     "per_token",
@@ -121,6 +123,7 @@ __all__ = [
     "two_level",
     "uniform_weight",
     "update_quantiles",
+    "win_rate",
     "with_progress",
     "within_sigma",
 ]

@@ -49,6 +49,7 @@ from jaxrl_post.losses.preference import discopop, dpo, exo, hinge, implicit_rew
 from jaxrl_post.losses.process import success_bce
 from jaxrl_post.losses.reference_free import cpo, log_odds, orpo, simpo
 from jaxrl_post.losses.segments import cpl, cpl_ranked, segment_logp
+from jaxrl_post.losses.self_play import dno, inpo
 from jaxrl_post.losses.sequence_ratio import (
     gmpo,
     gspo,
@@ -96,6 +97,7 @@ __all__ = [
     "discopop",
     "divergence_mask",
     "divergence_reward",
+    "dno",
     "dpo",
     "dppo",
     "dro",
@@ -118,6 +120,7 @@ __all__ = [
     "implicit_reward",
     "importance_ratio",
     "importance_weights",
+    "inpo",
     "ipo",
     "kl",
     "kl_cov",

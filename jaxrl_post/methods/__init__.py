@@ -28,6 +28,7 @@ from jaxrl_post.methods.length_control import asymmetric_po, curriculum_grpo, dr
 from jaxrl_post.methods.multi_objective import gradient_weighting, hypervolume_weighting
 from jaxrl_post.methods.multi_reward import bnpo, copo, gdpo, paco_grpo, riskpo
 from jaxrl_post.methods.off_policy import nsr, rec, stable_reinforce, topr
+from jaxrl_post.methods.online_preference import inpo, online_dpo, spo
 from jaxrl_post.methods.policy_gradient import grpo, mc_grpo, policy_gradient, reinforce
 from jaxrl_post.methods.preference import cpo, dpo, orpo, rpo, simpo
 from jaxrl_post.methods.progress import grpo_vps, igpo, pav
@@ -93,6 +94,7 @@ __all__ = [
     "high_entropy_tokens",
     "hypervolume_weighting",
     "igpo",
+    "inpo",
     "kdrl",
     "kimi",
     "kl_cov",
@@ -103,6 +105,7 @@ __all__ = [
     "mc_grpo",
     "novelty_bonus",
     "nsr",
+    "online_dpo",
     "opd",
     "opo",
     "oprl",
@@ -136,6 +139,7 @@ __all__ = [
     "scst",
     "sft",
     "simpo",
+    "spo",
     "srgpo",
     "stable_reinforce",
     "subpo",

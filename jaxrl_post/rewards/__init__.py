@@ -8,6 +8,7 @@ from jaxrl_post.rewards.consistency import consistency_reward
 from jaxrl_post.rewards.dense import rto
 from jaxrl_post.rewards.early_exit import exit_decay
 from jaxrl_post.rewards.function_calls import Call, ast_equal, function_call_reward, function_calls, parse_calls
+from jaxrl_post.rewards.judging import from_judge
 from jaxrl_post.rewards.length import cosine_length, soft_overlong, stop_properly
 from jaxrl_post.rewards.length_history import budget_schedule, history_length, target_length
 from jaxrl_post.rewards.loading import load
@@ -70,6 +71,7 @@ __all__ = [
     "exit_decay",
     "facility_location",
     "fingerprint",
+    "from_judge",
     "from_rubric",
     "from_verifiers",
     "from_verl",

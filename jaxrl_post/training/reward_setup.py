@@ -21,7 +21,7 @@ def make_rewards(config: Config, train: Callable[[], data.Source]) -> list[rewar
     for number, (option, name) in enumerate(zip(config.rewards, reward_components(config), strict=True)):
         if option.path is not None:
             function = find_function(option.path, f"rewards.{number}.path")
-            adapters = {"verl": rewards.from_verl, "verifiers": rewards.from_verifiers}
+            adapters = {"verl": rewards.from_verl, "verifiers": rewards.from_verifiers, "judge": rewards.from_judge}
             function = adapters[option.adapter](function) if option.adapter in adapters else function
         elif option.name == ENVIRONMENT_REWARD:
             function = _environment_reward

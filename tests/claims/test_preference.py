@@ -46,23 +46,34 @@ def test_dpo_finds_the_policy_that_maximises_the_reward_under_a_constraint_on_th
     assert found.method.mean() > -0.03
 
 
+def _of_three_answers(method, key):
+    """Probabilities of three answers, of which the pairs know two; what tells these apart is stronger in the third."""
+    chosen, rejected, noise = 0.5 * jax.random.normal(key, (3, 4))
+    features = jnp.stack([chosen + 1, rejected, 2 * (chosen + 1) - rejected + 2 * noise])
+    rollouts = _pairs(jnp.zeros(8, jnp.int32), jnp.ones(8, jnp.int32))
+
+    def found(method):
+        return _learned(method, lambda w: features @ w, jnp.zeros(4), rollouts, steps=300, learning_rate=0.03)
+
+    return jax.nn.softmax(features @ lab.pick(method, found))
+
+
 def test_rpo_leaves_the_answers_alone_that_no_label_speaks_of_where_dpo_moves_to_them():
-    """Three answers, of which the pairs know two; what tells these apart is stronger in the third."""
+    rpo, dpo = methods.rpo(beta=0.5, eta=0.5), methods.dpo(beta=0.5)
+    third = lambda method, key: -_of_three_answers(method, key)[2]  # noqa: E731
+    found = lab.check("rpo-sft", third, method=rpo, baseline=dpo, seeds=32, margin=0.3)
+    assert found.baseline.mean() < -0.6 < -1 / 3 - 0.05 < found.method.mean()
+
+
+def test_pessimism_about_answers_without_labels_earns_more_offline():
+    """The third answer is worse than both that the labels compare."""
+    reward = jnp.array([1.0, 0.0, -1.0])
 
     def outcome(method, key):
-        """Minus the probability of the third answer."""
-        chosen, rejected, noise = 0.5 * jax.random.normal(key, (3, 4))
-        features = jnp.stack([chosen + 1, rejected, 2 * (chosen + 1) - rejected + 2 * noise])
-        rollouts = _pairs(jnp.zeros(8, jnp.int32), jnp.ones(8, jnp.int32))
+        return _of_three_answers(method, key) @ reward
 
-        def learned(method):
-            return _learned(method, lambda w: features @ w, jnp.zeros(4), rollouts, steps=300, learning_rate=0.03)
-
-        return -jax.nn.softmax(features @ lab.pick(method, learned))[2]
-
-    rpo, dpo = methods.rpo(beta=0.5, eta=0.5), methods.dpo(beta=0.5)
-    found = lab.check("rpo-sft", outcome, method=rpo, baseline=dpo, seeds=32, margin=0.3)
-    assert found.baseline.mean() < -0.6 < -1 / 3 - 0.05 < found.method.mean()
+    pessimistic, dpo = methods.rpo(beta=0.1, eta=1.0), methods.dpo(beta=0.1)
+    lab.check("vpo-value-incentivized", outcome, method=pessimistic, baseline=dpo, seeds=32, margin=0.5)
 
 
 def test_the_reported_numbers_of_both_rows():

@@ -170,7 +170,11 @@ class RewardConfig:
     path: str | None = option("a function of yours: module:function or file.py:function", None)
     weight: float = option("factor of this component in the total reward", 1.0)
     threshold: float | None = option("the component becomes 1 where its score is at least this, else 0", None)
-    adapter: Literal["trl", "verl", "verifiers"] = option("whose signature the function of path has", "trl")
+    adapter: Literal["trl", "verl", "verifiers", "judge"] = option(
+        "whose signature the function of path has; judge: (prompts, first, second) -> probabilities that the first is "
+        "better, from which each completion has its win rate in its group",
+        "trl",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

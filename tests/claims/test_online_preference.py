@@ -1,0 +1,114 @@
+"""Claims about preferences between a policy's own answers, on games that can be solved."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_post import advantages, methods
+from tests.claims import lab
+from tests.claims.offline import answers, learned
+
+CYCLE = jnp.array([[0.5, 0.95, 0.2, 0.9], [0.05, 0.5, 0.9, 0.9], [0.8, 0.1, 0.5, 0.9], [0.1, 0.1, 0.1, 0.5]])
+"""Of four answers three beat one another in a circle, the first by a little more, and all beat the fourth."""
+
+
+def _exploitability(p):
+    """What the best answer to a policy wins beyond one half."""
+    return jnp.max(CYCLE @ p) - 0.5
+
+
+SCORES = jax.scipy.special.logit((jnp.sum(CYCLE, axis=1) - 0.5) / 3)
+"""A reward model: one score for each answer, the log-odds of winning against the others."""
+
+
+def _by_win_rate(drawn, key):
+    """Win rates within the group."""
+    del key
+    return advantages.win_rate(CYCLE[drawn[:, :, None], drawn[:, None, :]])
+
+
+def _by_score(drawn, key):
+    del key
+    return SCORES[drawn]
+
+
+def _labelled(probability):
+    """Of groups of two, 1 for the one that is preferred."""
+
+    def reward(drawn, key):
+        first = jax.random.bernoulli(key, probability(drawn[:, 0], drawn[:, 1]))
+        return jnp.stack([first, ~first], axis=1).astype(jnp.float32)
+
+    return reward
+
+
+def _iterate(method, start, reward, key, *, iterations, prompts, group, steps, rate, frozen=()):
+    """Policies `[iterations, V]`, each learned from answers of the one before, to which all roles go but the frozen."""
+
+    def iteration(logits, number):
+        drawn = jax.random.categorical(jax.random.fold_in(key, number), logits, shape=(prompts, group))
+        judged = lab.pick(reward, lambda one: one(drawn, jax.random.fold_in(key, number + iterations)))
+        rollouts = answers(drawn[..., None]).replace(reward=judged)
+
+        def logp(params):
+            return jnp.pad(jax.nn.log_softmax(params)[rollouts.tokens[:, 1:]], ((0, 0), (1, 0)))
+
+        def learn(method):
+            options = {"steps": steps, "learning_rate": rate, "roles": dict.fromkeys(frozen, start)}
+            return learned(method, logp, logits, rollouts.replace(logp=logp(logits)), **options)
+
+        logits = lab.pick(method, learn)
+        return logits, jax.nn.softmax(logits)
+
+    return jax.lax.scan(iteration, start, jnp.arange(iterations))[1]
+
+
+def _unexploited(**options):
+    """Minus the exploitability of the average policy."""
+
+    def outcome(choice, key):
+        policies = _iterate(choice[0], jnp.zeros(4), choice[1], key, iterations=100, **options)
+        return -_exploitability(jnp.mean(policies, axis=0))
+
+    return outcome
+
+
+def test_win_rates_against_itself_lead_to_the_nash_equilibrium_where_a_reward_model_picks_one_answer():
+    method = methods.online_dpo(beta=2.0, labels="soft")
+    outcome = _unexploited(prompts=32, group=4, steps=5, rate=0.03)
+    lab.check("dno", outcome, method=(method, _by_win_rate), baseline=(method, _by_score), seeds=8, margin=0.1)
+
+
+def test_policy_gradients_of_win_rates_lead_there_too():
+    outcome = _unexploited(prompts=32, group=4, steps=1, rate=0.05)
+    self_play, reinforced = methods.spo(reward="win_rate"), methods.policy_gradient(advantage="dr_grpo")
+    lab.check(
+        "spo-minimax-winner",
+        outcome,
+        method=(self_play, _by_win_rate),
+        baseline=(reinforced, _by_score),
+        seeds=8,
+        margin=0.1,
+    )
+
+
+def test_mirror_descent_on_labelled_pairs_nears_the_equilibrium():
+    """The baseline takes the labels of a reward model."""
+    method = methods.inpo(eta=0.6, tau=0.1)
+    labels = _labelled(lambda i, j: CYCLE[i, j])
+    by_score = _labelled(lambda i, j: jax.nn.sigmoid(SCORES[i] - SCORES[j]))
+    outcome = _unexploited(prompts=128, group=2, steps=5, rate=0.03, frozen=("reference",))
+    lab.check("inpo", outcome, method=(method, labels), baseline=(method, by_score), seeds=8, margin=0.02)
+
+
+def _regret(method, key):
+    """Mean over 20 rounds of what the best of 30 answers is worth more; the reference prefers bad ones, labels err."""
+    value = jnp.linspace(-2, 2, 30)
+    labels = _labelled(lambda i, j: jax.nn.sigmoid(2 * (value[i] - value[j])))
+    start = -0.75 * value + 0.3 * jax.random.normal(key, value.shape)
+    policies = _iterate(method, start, labels, key, iterations=20, prompts=8, group=2, steps=40, rate=0.05)
+    return jnp.mean(policies @ value) - value[-1]
+
+
+def test_answers_that_were_tried_lose_likelihood_so_that_better_ones_are_found_sooner():
+    optimistic, plain = (methods.online_dpo(beta=0.1, optimism=alpha) for alpha in (0.1, 0.0))
+    lab.check("selm", _regret, method=optimistic, baseline=plain, margin=0.1)
