@@ -26,6 +26,7 @@ from jaxrl_post.losses.entropy import (
 from jaxrl_post.losses.first_token import first_token_weights
 from jaxrl_post.losses.forward_kl import forward_kl, reweighted_logp
 from jaxrl_post.losses.kl import KLEstimator, adaptive_kl_coefficient, kl
+from jaxrl_post.losses.label_uncertainty import SmoothingRule, certainty, information_gain, uncertain_smoothing
 from jaxrl_post.losses.mismatch import (
     effective_sample_size,
     importance_weights,
@@ -72,6 +73,7 @@ __all__ = [
     "EntropyLaw",
     "Generator",
     "KLEstimator",
+    "SmoothingRule",
     "a2po",
     "adaptive_entropy_coefficient",
     "adaptive_kl_coefficient",
@@ -81,6 +83,7 @@ __all__ = [
     "apo_zero",
     "barrier_weights",
     "bco",
+    "certainty",
     "cispo",
     "clip_cov",
     "clip_cov_tokens",
@@ -120,6 +123,7 @@ __all__ = [
     "implicit_reward",
     "importance_ratio",
     "importance_weights",
+    "information_gain",
     "inpo",
     "ipo",
     "kl",
@@ -179,6 +183,7 @@ __all__ = [
     "top_entropy_mask",
     "topr",
     "trajectory_dpo",
+    "uncertain_smoothing",
     "value",
     "value_clip_fraction",
     "vespo",

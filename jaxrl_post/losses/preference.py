@@ -96,7 +96,7 @@ def check_beta(beta: float, advice: str = "") -> None:
         raise ValueError(f"beta must be above 0, got {beta}" + (f"; {advice}" if advice else ""))
 
 
-def check_label_smoothing(label_smoothing: float, *, positive: bool = False) -> None:
+def check_label_smoothing(label_smoothing: float | Array, *, positive: bool = False) -> None:
     """Raise ValueError if the share of flipped labels, where it is known, is not in [0, 0.5), or 0 where it must not.
 
     Example:
@@ -148,7 +148,7 @@ def dpo(
     ref_rejected_logp: Array,
     *,
     beta: float = 0.1,
-    label_smoothing: float = 0.0,
+    label_smoothing: float | Array = 0.0,
 ) -> Array:
     r"""Direct preference optimisation: logistic loss on the margin of implicit rewards.
 
@@ -161,7 +161,8 @@ def dpo(
         ref_chosen_logp: `[B]` float, nats; of the chosen one under the frozen reference. A constant.
         ref_rejected_logp: `[B]` float, nats; of the rejected one under the frozen reference. A constant.
         beta: strength of the KL constraint, above 0.
-        label_smoothing: $\epsilon$ in [0, 0.5), the assumed share of flipped labels (conservative DPO).
+        label_smoothing: $\epsilon$ in [0, 0.5), the assumed share of flipped labels (conservative DPO), or `[B]`, of
+            each pair.
 
     Returns:
         `[B]`, float32 or wider: the loss of each pair. An identical pair gives log 2.

@@ -43,6 +43,7 @@ from jaxrl_post.methods.token_methods import otb, vapo
 from jaxrl_post.methods.token_preference import cpl, tgdpo
 from jaxrl_post.methods.token_rewards import comam, rto, t_reg, tw_grpo
 from jaxrl_post.methods.truncated import t_ppo
+from jaxrl_post.methods.uncertain_preference import upo
 from jaxrl_post.types import Method
 
 __all__ = [
@@ -149,6 +150,7 @@ __all__ = [
     "topr",
     "trajectory_preference",
     "tw_grpo",
+    "upo",
     "vapo",
     "vespo",
 ]

@@ -88,3 +88,27 @@ def test_the_reported_numbers_of_both_rows():
     terms = method.loss(stats, rollouts, targets).values()
     total = sum(term.weight * losses.aggregate(term.value, term.mask, term.mode) for term in terms)
     np.testing.assert_allclose(total, 0.608139, atol=1e-6)
+
+
+def test_pairs_that_a_judge_doubts_teach_less_of_what_is_wrong():
+    """Three labels in ten are flipped; the judge's passes under dropout disagree where they are."""
+
+    def outcome(method, key):
+        """Expected reward of one of ten answers."""
+        keys = jax.random.split(key, 4)
+        reward = jax.random.normal(keys[0], (10,))
+        offered = jax.random.randint(keys[1], (2, 200), 0, 10)
+        flipped = jax.random.bernoulli(keys[2], 0.3, (200,))
+        first = (reward[offered[0]] > reward[offered[1]]) ^ flipped
+        passes = 1.5 * jax.random.normal(keys[3], (10, 200)) * jnp.where(flipped, 2.0, 0.5) + 1.0
+        doubt = losses.information_gain(jax.nn.sigmoid(passes))
+        rollouts = _pairs(jnp.where(first, *offered), jnp.where(first, *offered[::-1]))
+        rollouts = rollouts.replace(extras={"uncertainty": doubt})
+
+        def found(method):
+            return _learned(method, lambda z: z, jnp.zeros(10), rollouts, steps=60, learning_rate=0.1)
+
+        return jnp.sum(jax.nn.softmax(lab.pick(method, found)) * reward)
+
+    method = methods.upo(beta=0.5, mu=3.0)
+    lab.check("upo-uncertainty", outcome, method=method, baseline=methods.dpo(beta=0.5), margin=0.02)

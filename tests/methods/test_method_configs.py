@@ -124,6 +124,7 @@ def test_a_methods_configuration_trains_two_steps_of_its_own(path):
     method = getattr(methods, config.method.name)(**config.method.keywords)
     if method.learns_from != "rollouts":
         batch, size = tiny.pairs(), 2
+        batch = batch.replace(extras={"uncertainty": jnp.linspace(0.0, 0.6, batch.num_prompts)})
     else:
         size = max(method.min_group, 4) + (path.stem == "mc-grpo")
         batch = named_as_in(config, rollouts(size))
