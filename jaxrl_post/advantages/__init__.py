@@ -6,6 +6,7 @@ from jaxrl_post.advantages.beta_normalization import bnpo
 from jaxrl_post.advantages.collaborative import agent_weights, comam, ndcg
 from jaxrl_post.advantages.distillation import FailedBy, failed, opd
 from jaxrl_post.advantages.entropy_bonus import egpo
+from jaxrl_post.advantages.games import exploitability, nash_md_step
 from jaxrl_post.advantages.group import (
     dr_grpo,
     gpg,
@@ -65,6 +66,7 @@ __all__ = [
     "dr_mas",
     "effective_positive_share",
     "egpo",
+    "exploitability",
     "failed",
     "from_turns",
     "gae",
@@ -86,6 +88,7 @@ __all__ = [
     "mc_grpo",
     "mean_by_key",
     "mixed_value_at_risk",
+    "nash_md_step",
     "ndcg",
     "on_last_token",
     "opd",

@@ -28,7 +28,7 @@ from jaxrl_post.methods.length_control import asymmetric_po, curriculum_grpo, dr
 from jaxrl_post.methods.multi_objective import gradient_weighting, hypervolume_weighting
 from jaxrl_post.methods.multi_reward import bnpo, copo, gdpo, paco_grpo, riskpo
 from jaxrl_post.methods.off_policy import nsr, rec, stable_reinforce, topr
-from jaxrl_post.methods.online_preference import inpo, online_dpo, spo
+from jaxrl_post.methods.online_preference import inpo, nash_md, online_dpo, spo
 from jaxrl_post.methods.policy_gradient import grpo, mc_grpo, policy_gradient, reinforce
 from jaxrl_post.methods.preference import cpo, dpo, orpo, rpo, simpo
 from jaxrl_post.methods.progress import grpo_vps, igpo, pav
@@ -104,6 +104,7 @@ __all__ = [
     "m2po",
     "maxrl",
     "mc_grpo",
+    "nash_md",
     "novelty_bonus",
     "nsr",
     "online_dpo",

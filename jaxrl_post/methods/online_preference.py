@@ -14,11 +14,12 @@ from jaxrl_post import advantages, losses, masked
 from jaxrl_post.losses.trajectory_dpo import Pairs
 from jaxrl_post.methods import checks
 from jaxrl_post.methods.credit import Signals, stateless
-from jaxrl_post.methods.policy_gradient import ClippedOptions, clipped
+from jaxrl_post.methods.policy_gradient import ClippedOptions, OldLogp, clipped, policy_gradient
 from jaxrl_post.types import Array, Method, Metric, Rollouts, Stats, Targets, Term
 
 Labels = Literal["hard", "soft"]
 Reward = Literal["score", "win_rate"]
+KLForm = Literal["token", "sequence"]
 
 
 def _by_group(stats: Stats, role: str, rollouts: Rollouts, mask: Array) -> Array:
@@ -209,3 +210,53 @@ def spo(*, reward: Reward = "score", scale: float | None = None, **options: Unpa
         return jnp.where(s.valid, rate - 0.5, 0.0)
 
     return clipped(stateless(apply, min_group=2), {}, options)
+
+
+def nash_md(
+    *, tau: float = 0.008, kl: KLForm = "token", normalize_length: bool = False, old_logp: OldLogp = "rollout"
+) -> Method:
+    r"""Nash-MD-PG: policy gradient of win rates less one half, with a KL to the reference.
+
+    $$\nabla L = -E\Big[\nabla \log\pi(y) \Big(P(y \succ y') - \frac12
+    - \tau \log\frac{\pi(y)}{\mu(y)}\Big)\Big]$$
+
+    Args:
+        tau: $\tau$, strength of the KL; the paper takes 0.008 for summaries.
+        kl: `"sequence"` as above, each token with the ratio of the whole answer; `"token"`, as TRL has it, each with
+            its own, which is less noisy, and blind to what a token does to those after it.
+        normalize_length: the mean over all tokens, not the sum over an answer's.
+        old_logp: see `policy_gradient`.
+
+    Returns:
+        A `Method` that takes `rollouts.reward` for win rates, in [0, 1], and reads the role `reference`. One sequence
+        per prompt is enough where the win rate is against others than the group.
+
+        The loop samples all answers from the policy, so that they are compared with one another, which is the paper's
+        mixture with share 0. An opponent from the mixture with the reference is sampled with
+        `models.geometric_mixture`; the tabular form is `advantages.nash_md_step`.
+
+    Raises:
+        ValueError: for a keyword out of its range.
+
+    Example:
+        >>> sorted(nash_md().needs)
+        ['policy', 'reference']
+
+    Reference: Nash Learning from Human Feedback (arXiv 2312.00886).
+    """
+    checks.within("tau", tau, 0)
+    checks.one_of("kl", kl, KLForm)
+    in_reward = kl == "sequence" and tau > 0
+
+    def apply(s: Signals) -> Array:
+        return jnp.where(s.valid, s.reward - 0.5, 0.0)
+
+    return policy_gradient(
+        advantage=stateless(apply),
+        loss="reinforce",
+        beta=tau,
+        kl_estimator="k1" if in_reward else "k2",
+        kl_in="reward" if in_reward else "loss",
+        aggregation="token_mean" if normalize_length else "seq_mean_token_sum",
+        old_logp=old_logp,
+    )

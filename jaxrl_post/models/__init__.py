@@ -8,6 +8,7 @@ from jaxrl_post.models.export import save_pretrained, to_config
 from jaxrl_post.models.families import decoder_keywords
 from jaxrl_post.models.group_divergence import group_divergence, group_fields
 from jaxrl_post.models.lora import Lora, merge_adapters, split_adapters, trainable
+from jaxrl_post.models.mixture import geometric_mixture
 from jaxrl_post.models.paged_cache import PagedCache, page_width
 from jaxrl_post.models.peft import (
     adapter_base,
@@ -46,6 +47,7 @@ __all__ = [
     "from_linen",
     "from_nnx",
     "from_pretrained",
+    "geometric_mixture",
     "group_divergence",
     "group_fields",
     "load_adapters",

@@ -112,3 +112,21 @@ def _regret(method, key):
 def test_answers_that_were_tried_lose_likelihood_so_that_better_ones_are_found_sooner():
     optimistic, plain = (methods.online_dpo(beta=0.1, optimism=alpha) for alpha in (0.1, 0.0))
     lab.check("selm", _regret, method=optimistic, baseline=plain, margin=0.1)
+
+
+def test_the_last_iterate_of_mirror_descent_towards_the_reference_is_the_equilibrium_where_self_play_cycles():
+    """A circle of three answers, and a fourth that loses; the policy begins at a random place."""
+
+    def outcome(tau, key):
+        """Minus the exploitability of the last of 500 policies."""
+        start = jax.nn.softmax(jax.random.normal(key, (4,)))
+
+        def step(policy, _):
+            return advantages.nash_md_step(policy, jnp.ones(4) / 4, wins, eta=1.0, tau=tau)[0], None
+
+        return -advantages.exploitability(jax.lax.scan(step, start, None, length=500)[0], wins)
+
+    wins = jnp.full((4, 4), 0.5).at[:3, :3].set(jnp.array([[0.5, 1.0, 0.0], [0.0, 0.5, 1.0], [1.0, 0.0, 0.5]]))
+    wins = wins.at[:3, 3].set(1.0).at[3, :3].set(0.0)
+    found = lab.check("nash-md", outcome, method=0.1, baseline=0.0, seeds=32, margin=0.2)
+    assert found.method.mean() > -0.05

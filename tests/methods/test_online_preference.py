@@ -165,3 +165,41 @@ def test_a_batch_without_any_pair_has_no_loss_and_no_gradient():
     value, slope = jax.value_and_grad(loss)(rollouts.mask * 0.3)
     assert value == 0
     assert not np.asarray(slope).any()
+
+
+def test_a_step_of_nash_md_has_the_reported_numbers_and_its_end_is_the_equilibrium():
+    wins = jnp.array([[0.5, 1.0, 0.0], [0.0, 0.5, 1.0], [1.0, 0.0, 0.5]])
+    policy, uniform = jnp.array([0.5, 0.3, 0.2]), jnp.full(3, 1 / 3)
+    after, mixture = advantages.nash_md_step(policy, uniform, wins, eta=1.0, tau=0.1)
+    np.testing.assert_allclose(mixture, [0.483132, 0.305071, 0.211797], atol=1e-6)
+    np.testing.assert_allclose(wins @ mixture, [0.546637, 0.364333, 0.589030], atol=1e-6)
+    np.testing.assert_allclose(after, [0.504139, 0.265285, 0.230576], atol=1e-6)
+    for _ in range(500):
+        policy, _ = advantages.nash_md_step(policy, uniform, wins)
+    np.testing.assert_allclose(policy, uniform, atol=1e-5)
+    assert float(advantages.exploitability(policy, wins)) < 1e-5
+    with pytest.raises(ValueError, match="eta \\* tau"):
+        advantages.nash_md_step(policy, uniform, wins, eta=2.0, tau=0.6)
+    with pytest.raises(ValueError, match="wins must be"):
+        advantages.exploitability(policy, wins[:2])
+
+
+@pytest.mark.parametrize("kl", ["token", "sequence"])
+def test_the_gradient_of_nash_md_is_the_win_rate_less_a_half_and_the_kl(kl):
+    made = answers(jnp.zeros((2, 1, 2), jnp.int32)).replace(reward=jnp.array([[0.9], [0.2]]))
+    logp = jnp.array([[0.0, -1.0, -0.5], [0.0, -2.0, -0.1]])
+    made = made.replace(logp=logp)
+    stats = {"policy": TokenStats(logp=logp), "reference": TokenStats(logp=logp - jnp.array([0.0, 0.3, -0.7]))}
+    method = methods.nash_md(tau=0.1, kl=kl)
+    targets, _ = method.targets((), made, stats, jax.random.key(0))
+
+    def loss(logp):
+        terms = method.loss({**stats, "policy": TokenStats(logp=logp)}, made, targets).values()
+        return sum(t.weight * losses.aggregate(t.value, t.mask, t.mode) for t in terms)
+
+    ratio = np.array([0.3, -0.7]) if kl == "token" else np.full(2, -0.4)
+    expected = -(np.array([[0.4], [-0.3]]) - 0.1 * ratio) / 2
+    np.testing.assert_allclose(jax.grad(loss)(logp)[:, 1:], expected, atol=1e-6)
+    assert set(methods.nash_md(tau=0.0).needs) == {"policy"}
+    with pytest.raises(ValueError, match="kl"):
+        methods.nash_md(kl="none")
