@@ -50,7 +50,7 @@ from jaxrl_post.losses.preference import discopop, dpo, exo, hinge, implicit_rew
 from jaxrl_post.losses.process import success_bce
 from jaxrl_post.losses.reference_free import cpo, log_odds, orpo, simpo
 from jaxrl_post.losses.segments import cpl, cpl_ranked, segment_logp
-from jaxrl_post.losses.self_play import dno, inpo
+from jaxrl_post.losses.self_play import dno, inpo, listwise
 from jaxrl_post.losses.sequence_ratio import (
     gmpo,
     gspo,
@@ -60,6 +60,7 @@ from jaxrl_post.losses.sequence_ratio import (
     vespo,
     vespo_weight,
 )
+from jaxrl_post.losses.sparse_teacher import densify, sparse_kl, sparsify
 from jaxrl_post.losses.supervised import Generator, f_sft, nll, positive_mask
 from jaxrl_post.losses.surrogates import cispo, divergence_mask, dppo, sapo
 from jaxrl_post.losses.token_guidance import token_guidance
@@ -96,6 +97,7 @@ __all__ = [
     "cpo",
     "decoupled_ppo",
     "denominator",
+    "densify",
     "disco",
     "discopop",
     "divergence_mask",
@@ -134,6 +136,7 @@ __all__ = [
     "kto_anchor",
     "length_weights",
     "likelihood_ratio_score",
+    "listwise",
     "log_barrier",
     "log_likelihood_score",
     "log_odds",
@@ -171,6 +174,8 @@ __all__ = [
     "simpo",
     "soft_q_multi_step",
     "soft_q_single_step",
+    "sparse_kl",
+    "sparsify",
     "sppo",
     "step_log_ratio",
     "step_ppo",

@@ -52,6 +52,52 @@ def dno(logp: Array, ref_logp: Array, rewards: Array, valid: Array | None = None
     return masked.mean(loss, once, _PAIR)
 
 
+def listwise(
+    logp: Array,
+    ref_logp: Array,
+    rewards: Array,
+    valid: Array | None = None,
+    *,
+    beta: float = 0.1,
+    temperature: float = 1.0,
+) -> Array:
+    r"""The distribution over a group's answers that their scores imply, learned by that of their implicit rewards.
+
+    $$\ell = -\sum_i q_i \log p_i, \qquad q = \mathrm{softmax}(r / \tau), \quad
+    p = \mathrm{softmax}\Big(\beta \log\frac{\pi}{\pi_{ref}}\Big)$$
+
+    Args:
+        logp: `[P, G]` float, nats; log-probs of the answers under the trained policy, summed over tokens.
+        ref_logp: `[P, G]` float, nats; under the reference. A constant.
+        rewards: `[P, G]` float, scores. A constant.
+        valid: `[P, G]` bool, False where the answer does not count; None for all.
+        beta: scale of the implicit reward, above 0.
+        temperature: $\tau$, in units of the score, above 0: near 0 only the best answer counts.
+
+    Returns:
+        `[P]`, float32 or wider; 0 with zero gradient where fewer than two answers count.
+
+    Raises:
+        ValueError: if the arrays are not `[P, G]` of one shape, or `beta` or `temperature` is not above 0.
+
+    Example:
+        >>> loss = listwise(jnp.zeros((1, 3)), jnp.zeros((1, 3)), jnp.array([[2.0, 1.0, 0.0]]))
+        >>> round(float(loss[0]), 4)
+        1.0986
+
+    Reference: Positive-Unlabeled Reinforcement Learning Distillation for On-Premise Small Models (arXiv 2601.20687),
+    in the form that its abstract describes; the scores there are the student's own, beside an answer of a teacher.
+    """
+    check_positive("beta", beta)
+    check_positive("temperature", temperature)
+    logp, known, (ref_logp, rewards) = prepare_group(logp, valid, ref_logp=ref_logp, rewards=rewards)
+    low = jnp.finfo(logp.dtype).min
+    target = jax.nn.softmax(jnp.where(known, rewards / temperature, low), axis=1)
+    log_share = jax.nn.log_softmax(jnp.where(known, beta * (logp - ref_logp), low), axis=1)
+    loss = -jnp.sum(jnp.where(known, target * log_share, 0.0), axis=1)
+    return jnp.where(jnp.sum(known, axis=1) > 1, loss, 0.0)
+
+
 def inpo(
     chosen_logp: Array,
     rejected_logp: Array,

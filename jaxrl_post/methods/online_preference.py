@@ -17,7 +17,7 @@ from jaxrl_post.methods.credit import Signals, stateless
 from jaxrl_post.methods.policy_gradient import ClippedOptions, OldLogp, clipped, policy_gradient
 from jaxrl_post.types import Array, Method, Metric, Rollouts, Stats, Targets, Term
 
-Labels = Literal["hard", "soft"]
+Labels = Literal["hard", "soft", "listwise"]
 Reward = Literal["score", "win_rate"]
 KLForm = Literal["token", "sequence"]
 
@@ -56,6 +56,7 @@ def online_dpo(
     labels: Labels = "hard",
     pairs: Pairs | None = None,
     optimism: float = 0.0,
+    temperature: float | None = None,
 ) -> Method:
     r"""DPO on pairs of a group's own answers, with the rewards for a judge.
 
@@ -64,15 +65,16 @@ def online_dpo(
 
     With `labels="soft"` it is direct Nash optimisation, `losses.dno`: all pairs, each drawn to the probability
     $\sigma(r_i - r_j)$; there `reference` is to be renewed from the policy, `roles: {reference: {refresh: every,
-    every: N}}`.
+    every: N}}`. With `labels="listwise"` it is `losses.listwise`: the whole group at once.
 
     Args:
         beta: inverse temperature of the implicit reward; $\eta$ of direct Nash optimisation.
-        labels: `"hard"`, or `"soft"`.
+        labels: `"hard"`, `"soft"` or `"listwise"`.
         pairs: of hard labels, `"extremes"`: the best answer of a group and its worst, or `"all"`; None for extremes.
         optimism: $\alpha$: above 0 the answers that were sampled lose likelihood, so that others are tried. Where an
             answer is used once, as in a step of `epochs: 1` without `rollout.ahead`, that has mean 0: it needs answers
             that are older than the policy.
+        temperature: of listwise labels, in units of the reward; None for 1.
 
     Returns:
         A `Method` on groups of two at least, whose smallest unit is the group. Groups of equal rewards have no pair.
@@ -94,12 +96,18 @@ def online_dpo(
     checks.applies(labels == "hard", f"labels={labels!r}", pairs=pairs)
     which: Pairs = pairs or ("extremes" if labels == "hard" else "all")
     checks.one_of("pairs", which, Pairs)
+    checks.applies(labels == "listwise", f"labels={labels!r}", temperature=temperature)
+    checks.above("temperature", temperature, 0)
+    heat = 1.0 if temperature is None else temperature
 
     def loss(stats: Stats, rollouts: Rollouts, targets: Targets) -> dict[str, Term]:
         own, ref = (_by_group(stats, role, rollouts, targets.mask) for role in ("policy", "reference"))
         given = (own, ref, rollouts.reward, rollouts.valid)
+        there = jnp.sum(rollouts.valid, axis=1) > 1
         if labels == "soft":
-            value, there = losses.dno(*given, beta=beta), jnp.sum(rollouts.valid, axis=1) > 1
+            value = losses.dno(*given, beta=beta)
+        elif labels == "listwise":
+            value = losses.listwise(*given, beta=beta, temperature=heat)
         else:
             value = losses.trajectory_dpo(*given, beta=beta, pairs=which)
             better = losses.preference_pairs(rollouts.reward, rollouts.valid, pairs=which)

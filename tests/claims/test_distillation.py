@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_post import methods
+from jaxrl_post import losses, methods
 from tests.claims import lab
 
 
@@ -66,3 +66,51 @@ def test_a_teacher_on_the_students_own_samples_helps_where_reward_alone_is_never
     found = lab.check("kdrl", outcome, method=annealed, baseline=grpo, seeds=16, margin=0.3)
     pure, _ = lab.compare(outcome, methods.opd(), grpo, seeds=16)
     assert (found.method - pure.method).mean() > 0.3  # which stays at the teacher's own success
+
+
+def test_a_teacher_whose_largest_answers_were_kept_teaches_more_than_labels():
+    """Five classes of points that overlap; of each augmented point the two largest probabilities are kept, once."""
+    number, copies, width = 40, 20, 0.5
+
+    def data(key, centres, count):
+        label_key, noise_key = jax.random.split(key)
+        label = jax.random.randint(label_key, (count,), 0, 5)
+        return centres[label] + jax.random.normal(noise_key, (count, 2)), label
+
+    def outcome(kept, key):
+        """Accuracy on other points of a student that has learned with one loss or the other."""
+        keys = jax.random.split(key, 5)
+        centres = 1.5 * jax.random.normal(keys[0], (5, 2))
+        points, label = data(keys[1], centres, number)
+        # The teacher is the posterior; it is asked here, before the student learns, and not again.
+        replayed = points[:, None] + width * jax.random.normal(keys[2], (number, copies, 2))
+        posterior = jax.nn.softmax(-0.5 * jnp.sum((replayed[:, :, None] - centres) ** 2, axis=-1))
+        values, ids = losses.sparsify(posterior, 2)
+        start = {
+            "in": jax.random.normal(keys[3], (2, 32)),
+            "bias": jnp.zeros(32),
+            "out": 0.1 * jax.random.normal(keys[4], (32, 5)),
+        }
+
+        def logits(params, x):
+            return jnp.tanh(x @ params["in"] + params["bias"]) @ params["out"]
+
+        def loss(params, step):
+            copy = step % copies
+            found = logits(params, replayed[:, copy])
+            from_teacher = losses.sparse_kl(found, values[:, copy], ids[:, copy])
+            from_labels = optax.softmax_cross_entropy_with_integer_labels(found, label)
+            return jnp.mean(jnp.where(kept, from_teacher, from_labels))
+
+        optimizer = optax.adam(0.03)
+
+        def update(carry, step):
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(params, step), state)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, _), _ = jax.lax.scan(update, (start, optimizer.init(start)), jnp.arange(400))
+        others, truth = data(jax.random.fold_in(key, 1), centres, 2000)
+        return jnp.mean(jnp.argmax(logits(params, others), axis=1) == truth)
+
+    lab.check("dataset-reinforcement", outcome, method=1.0, baseline=0.0, seeds=16, margin=0.01)

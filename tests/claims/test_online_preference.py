@@ -130,3 +130,38 @@ def test_the_last_iterate_of_mirror_descent_towards_the_reference_is_the_equilib
     wins = wins.at[:3, 3].set(1.0).at[3, :3].set(0.0)
     found = lab.check("nash-md", outcome, method=0.1, baseline=0.0, seeds=32, margin=0.2)
     assert found.method.mean() > -0.05
+
+
+def test_a_student_that_judges_its_answers_beside_a_teachers_gets_closer_than_one_that_copies():
+    """Answers are numbers, a teacher's is off by a little, and another number for each of 64 prompts of one kind."""
+    right, numbers = 10, jnp.arange(21)
+
+    def outcome(judge, key):
+        """Minus the expected distance to the right number: after copying, or after copying and judging."""
+        anchors = right + jnp.round(2.0 * jax.random.normal(key, (64,))).astype(jnp.int32)
+        anchors = jnp.clip(anchors, 0, 20)
+        shown = answers(anchors[:, None, None])
+
+        def logp(logits):
+            return jnp.pad(jax.nn.log_softmax(logits)[shown.tokens[:, 1:]], ((0, 0), (1, 0)))
+
+        copied = learned(methods.sft(), logp, jnp.zeros(21), shown, steps=100, learning_rate=0.1)
+
+        def beside_the_anchor(drawn, key):
+            return -jnp.abs(drawn - anchors[:, None]) + 0.5 * jax.random.normal(key, drawn.shape)
+
+        def alone(drawn, key):
+            return jax.nn.log_softmax(copied)[drawn] + 0.5 * jax.random.normal(key, drawn.shape)
+
+        def judged(score):
+            method = methods.online_dpo(beta=1.0, labels="listwise")
+            options = {"iterations": 15, "prompts": 64, "group": 8, "steps": 2, "rate": 0.05}
+            return _iterate(method, copied, score, key, **options)[-1]
+
+        choices = [lambda: jax.nn.softmax(copied), lambda: judged(beside_the_anchor), lambda: judged(alone)]
+        return -jnp.sum(jax.lax.switch(judge, choices) * jnp.abs(numbers - right))
+
+    copies, anchored, own = jnp.int32(0), jnp.int32(1), jnp.int32(2)
+    lab.check("pu-rl-distill", outcome, method=anchored, baseline=copies, seeds=16, margin=0.2)
+    without_anchor, _ = lab.compare(outcome, own, copies, 16)
+    assert without_anchor.effect > 0.5  # the mode of what was copied is right here, and its own likelihood finds it too

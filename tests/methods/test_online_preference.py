@@ -203,3 +203,23 @@ def test_the_gradient_of_nash_md_is_the_win_rate_less_a_half_and_the_kl(kl):
     assert set(methods.nash_md(tau=0.0).needs) == {"policy"}
     with pytest.raises(ValueError, match="kl"):
         methods.nash_md(kl="none")
+
+
+def test_listwise_labels_have_the_reported_numbers():
+    scores, nothing = jnp.array([[2.0, 1.0, 0.0]]), jnp.zeros((1, 3))
+    np.testing.assert_allclose(losses.listwise(nothing, nothing, scores), [np.log(3)], rtol=1e-6)
+    slope = jax.grad(lambda x: losses.listwise(x, nothing, scores, beta=0.5).sum())(nothing)
+    np.testing.assert_allclose(slope, [0.5 * (1 / 3 - np.array([0.66524, 0.24473, 0.09003]))], atol=1e-5)
+    valid = jnp.array([[1, 0, 1], [1, 0, 0]])
+    unknown = jnp.array([[2.0, jnp.nan, 0.0]] * 2)
+    found, slope = jax.value_and_grad(lambda x: losses.listwise(x, unknown, unknown, valid, temperature=2.0).sum())(
+        unknown
+    )
+    np.testing.assert_allclose(found, np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(slope, [[0.1 * (0.5 - 0.731059), 0, 0.1 * (0.5 - 0.268941)], [0, 0, 0]], atol=1e-6)
+    rollouts = _rollouts([[2.0, 1.0, 0.0]])
+    stats = _stats(rollouts, policy=[[0.0] * 3], reference=[[0.0] * 3])
+    terms, _ = _terms(methods.online_dpo(labels="listwise"), rollouts, stats)
+    np.testing.assert_allclose(terms["preference"], np.log(3), rtol=1e-6)
+    with pytest.raises(ValueError, match="temperature"):
+        methods.online_dpo(temperature=1.0)
