@@ -53,7 +53,7 @@ def opd(
     MiniLLM: Knowledge Distillation of Large Language Models (arXiv 2306.08543); with $\lambda$, Learning beyond
     Teacher: Generalized On-Policy Distillation with Reward Extrapolation (arXiv 2602.12125), whose authors use 1.25.
     """
-    advantage = {"name": "opd", "clip": clip, "extrapolation": extrapolation, "teachers": tuple(teachers)}
+    advantage = {"name": "opd", "clip": clip, "extrapolation": extrapolation, "teachers": teachers}
     return with_defaults(advantage, "reinforce", {}, options)
 
 

@@ -50,6 +50,19 @@ class Signals(NamedTuple):
         rollouts, by_token = self.rollouts.replace(reward=reward), on_last_token(reward, self.mask)
         return self._replace(rollouts=rollouts, token_rewards=by_token)
 
+    def component(self, name: str) -> Array:
+        """`[P, G]`: a component of the rewards, 0 where it could not be scored.
+
+        Raises:
+            ValueError: if there is none of that name and shape.
+        """
+        found = self.rollouts.rewards.get(name)
+        if found is None or found.shape != self.reward.shape:
+            known = sorted(n for n, x in self.rollouts.rewards.items() if x.shape == self.reward.shape)
+            have = ", ".join(known) or "none"
+            raise ValueError(f"there is no component {name!r} of the reward for whole sequences; there are {have}")
+        return jnp.where(jnp.isnan(found), 0.0, found)
+
     def extra(self, name: str, why: str) -> Array:
         """An array of `rollouts.extras`.
 

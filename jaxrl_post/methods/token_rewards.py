@@ -227,17 +227,10 @@ def comam(
         raise ValueError("local must name at least one component of the reward, one for each agent")
     checks.kl_in_loss(options, "agents are ranked by rewards as they were given")
 
-    def component(s: Signals, name: str) -> Array:
-        found = s.rollouts.rewards.get(name)
-        if found is None or found.shape != s.reward.shape:
-            have = ", ".join(sorted(n for n, x in s.rollouts.rewards.items() if x.shape == s.reward.shape)) or "none"
-            raise ValueError(f"local and shared name components of the reward: there is no {name!r}; there are {have}")
-        return jnp.where(jnp.isnan(found), 0.0, found)
-
     def apply(s: Signals) -> Array:
         agent = s.extra("agent", "it names [B, T] the agent of every token")
-        common = s.reward if shared is None else component(s, shared)
-        own = jnp.stack([component(s, name) for name in names])
+        common = s.reward if shared is None else s.component(shared)
+        own = jnp.stack([s.component(name) for name in names])
         found = advantages.comam(own, common, s.valid, normalize_std=normalize_std, ddof=ddof, eps=eps)
         by_agent = found.reshape(len(names), -1).T
         known = (agent >= 0) & (agent < len(names))

@@ -4,6 +4,7 @@ from jaxrl_post.rewards.adapters import from_verifiers, from_verl
 from jaxrl_post.rewards.boxes import box_edges, box_grounding, box_hit, box_iou, box_reward, difficulty_weights
 from jaxrl_post.rewards.budget import budget_cosine, budget_level
 from jaxrl_post.rewards.choices import partial_choice, partial_choice_reward, set_overlap
+from jaxrl_post.rewards.combining import gated_sum, verified_score
 from jaxrl_post.rewards.consistency import consistency_reward
 from jaxrl_post.rewards.dense import rto
 from jaxrl_post.rewards.early_exit import exit_decay
@@ -78,6 +79,7 @@ __all__ = [
     "function_call_reward",
     "function_calls",
     "gap_reward",
+    "gated_sum",
     "greedy_matching",
     "group_length",
     "gsm8k_answer",
@@ -109,6 +111,7 @@ __all__ = [
     "task_solved",
     "thresholded",
     "token_embedding",
+    "verified_score",
     "word_f1",
     "yes_probability",
     "zscore_by_input",

@@ -57,6 +57,7 @@ def test_extrapolation_reads_the_reference_and_a_number_of_the_data_picks_the_te
     stats = _stats(rollouts, policy=-1.0, reference=-1.2, first=-0.5, second=-0.7)
     method = methods.opd(teachers=["first", "second"], extrapolation=1.25)
     assert method.wants == {"teacher"}
+    assert sorted(methods.opd(teachers="first").needs) == ["first", "policy"]
     targets, _ = method.targets((), rollouts.replace(logp=-rollouts.mask), stats, jax.random.key(0))
     np.testing.assert_allclose(targets.advantages[:, 1], [1.25 * 0.5 - 0.2, 0.675], atol=1e-6)
     unknown = rollouts.replace(logp=-rollouts.mask, extras={"teacher": jnp.array([2.0, 0.0])})
