@@ -4,7 +4,7 @@ from jaxrl_post.methods.actor_critic import ppo
 from jaxrl_post.methods.agents import dr_mas, gigpo, hierarchical_grpo, rae
 from jaxrl_post.methods.answer_preference import kto
 from jaxrl_post.methods.chaining import chain
-from jaxrl_post.methods.component_rewards import gated_rewards, verified_score
+from jaxrl_post.methods.component_rewards import gated_rewards, sweet_spot, verified_score
 from jaxrl_post.methods.consistency import a2po, copg, flowrl, gvpo, kimi, p3o
 from jaxrl_post.methods.constrained import c_morl
 from jaxrl_post.methods.credit import Advantage, Credit, Signals
@@ -147,6 +147,7 @@ __all__ = [
     "srgpo",
     "stable_reinforce",
     "subpo",
+    "sweet_spot",
     "t_ppo",
     "t_reg",
     "tgdpo",

@@ -102,3 +102,51 @@ def gated_rewards(
         return rewards.gated_sum([s.component(name) for name in names], gates)
 
     return _grpo_on(reward, normalize_std, options)
+
+
+def sweet_spot(
+    *,
+    correct: str,
+    proximity: str,
+    zones: int = 4,
+    alpha: float = 0.5,
+    ladder: rewards.Ladder = "linear",
+    normalize_std: bool = True,
+    **options: Unpack[ClippedOptions],
+) -> Method:
+    r"""SSL: GRPO on a verdict and a few steps of how near an answer came.
+
+    $$A = \mathrm{GRPO}(c + \alpha S(s))$$
+
+    Args:
+        correct: name of the component of the reward that is above 0 where the answer is right.
+        proximity: name of that which says how near it came, in [0, 1].
+        zones: see `rewards.sweet_spot`, as are the next two.
+        alpha: weight of the proximity.
+        ladder: of the zones.
+        normalize_std: divide by the group's standard deviation.
+        **options: `clip_low` (0.2), `clip_high` (0.2), `dual_clip` (None) and the others of `policy_gradient`, but for
+            `kl_in`.
+
+    Returns:
+        A `Method`; it needs groups of at least two.
+
+    Raises:
+        ValueError: for a keyword out of its range, or one that does not apply; when traced, for a component that is
+            not there.
+
+    Example:
+        >>> sweet_spot(correct="task_solved", proximity="task_score").min_group
+        2
+
+    Reference: SSL: Sweet Spot Learning for Differentiated Guidance in Agentic Optimization (arXiv 2601.22491).
+    """
+    checks.within("zones", zones, 1)
+    checks.within("alpha", alpha, 0)
+    checks.one_of("ladder", ladder, rewards.Ladder)
+
+    def reward(s: Signals) -> Array:
+        right = (s.component(correct) > 0).astype(s.reward.dtype)
+        return rewards.sweet_spot(right, s.component(proximity), zones=zones, alpha=alpha, ladder=ladder)
+
+    return _grpo_on(reward, normalize_std, options)

@@ -4,7 +4,7 @@ from jaxrl_post.rewards.adapters import from_verifiers, from_verl
 from jaxrl_post.rewards.boxes import box_edges, box_grounding, box_hit, box_iou, box_reward, difficulty_weights
 from jaxrl_post.rewards.budget import budget_cosine, budget_level
 from jaxrl_post.rewards.choices import partial_choice, partial_choice_reward, set_overlap
-from jaxrl_post.rewards.combining import gated_sum, verified_score
+from jaxrl_post.rewards.combining import Ladder, gated_sum, sweet_spot, verified_score
 from jaxrl_post.rewards.consistency import consistency_reward
 from jaxrl_post.rewards.dense import rto
 from jaxrl_post.rewards.early_exit import exit_decay
@@ -39,6 +39,7 @@ from jaxrl_post.rewards.yes_no import yes_probability
 
 __all__ = [
     "Call",
+    "Ladder",
     "Matching",
     "Reward",
     "RewardError",
@@ -106,6 +107,7 @@ __all__ = [
     "set_overlap",
     "soft_overlong",
     "stop_properly",
+    "sweet_spot",
     "target_length",
     "task_score",
     "task_solved",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 
 from jaxrl_post import masked
 from jaxrl_post.types import Array
+
+Ladder: TypeAlias = Literal["linear", "amplified"]
 
 
 def verified_score(score: Array, correct: Array, *, alpha: float = 0.5) -> Array:
@@ -78,3 +81,49 @@ def gated_sum(levels: Sequence[Array], gates: Sequence[float] | None = None) -> 
         total = total + jnp.where(is_open, reward, 0.0)
         is_open &= reward > gate
     return total
+
+
+def sweet_spot(
+    correct: Array, proximity: Array, *, zones: int = 4, alpha: float = 0.5, ladder: Ladder = "linear"
+) -> Array:
+    r"""A verdict, and a few steps of how near an answer came, so that small differences make none.
+
+    $$r = c + \alpha S, \qquad z = \min(K - 1, \lfloor K s \rfloor), \quad S = \frac{z}{K - 1} \text{ or }
+    \frac{2^z - 1}{2^{K - 1} - 1}$$
+
+    Args:
+        correct: any shape, 1 where the answer is right, else 0.
+        proximity: the same shape, float in [0, 1], $s$: how near it came, of its steps the mean (of a point, say,
+            $e^{-d^2 / 2}$ of its distance in sizes of the target; of a puzzle the share of blocks that match).
+        zones: $K$; 1 leaves the verdict alone, many give a continuous reward.
+        alpha: $\alpha$, at least 0; below 1 every right answer stays above every wrong one.
+        ladder: `"linear"`, or `"amplified"`, whose steps double.
+
+    Returns:
+        The shape of `correct`, float32 or wider.
+
+    Raises:
+        ValueError: if the shapes differ, `zones` is below 1, `alpha` is below 0, or for an unknown ladder.
+
+    Example:
+        >>> for ladder in ("linear", "amplified"):
+        ...     print(round(float(sweet_spot(jnp.zeros(()), jnp.float32(0.7), ladder=ladder)), 5))
+        0.33333
+        0.21429
+
+    Reference: SSL: Sweet Spot Learning for Differentiated Guidance in Agentic Optimization (arXiv 2601.22491). The
+    values of its zones were not to be seen: the ladders are those that it describes.
+    """
+    if zones < 1:
+        raise ValueError(f"zones must be at least 1, got {zones}")
+    if isinstance(alpha, float | int) and alpha < 0:
+        raise ValueError(f"alpha must be at least 0, got {alpha}")
+    if ladder not in get_args(Ladder):
+        raise ValueError(f"ladder must be one of {', '.join(get_args(Ladder))}, got {ladder!r}")
+    correct, proximity = masked.as_float(correct), masked.as_float(proximity)
+    masked.check_like("proximity", proximity, "correct", correct)
+    if zones == 1:
+        return correct
+    zone = jnp.clip(jnp.floor(zones * proximity), 0, zones - 1)
+    share = zone / (zones - 1) if ladder == "linear" else (2.0**zone - 1) / (2.0 ** (zones - 1) - 1)
+    return correct + alpha * share

@@ -68,3 +68,22 @@ def test_gates_keep_an_agent_from_farming_what_is_easy():
 
     gated = methods.gated_rewards(levels=["calls", "won"])
     lab.check("g-ra", outcome, method=gated, baseline=methods.policy_gradient(), seeds=16, margin=0.5)
+
+
+def _found(method, key):
+    """Probability of the one right answer of 243, whose proximity is the noisy share of tokens that match."""
+    right, digits = 100, _digits()
+    noise_key, key = jax.random.split(key)
+    match = jnp.mean(digits == digits[right], axis=1)
+    near = jnp.clip(match + 0.1 * jax.random.normal(noise_key, (ANSWERS,)), 0.0, 1.0)
+    task = lab.Task(1, VOCAB, LENGTH, _components(won=jax.nn.one_hot(right, ANSWERS), near=near))
+    trained = lab.train(task, method, key, steps=60, group_size=8, optimizer=optax.adam(0.05))
+    return lab.probabilities(trained.params, LENGTH)[0, right]
+
+
+def _in_zones(zones):
+    return methods.sweet_spot(correct="won", proximity="near", zones=zones)
+
+
+def test_zones_of_proximity_teach_sooner_than_the_verdict():
+    lab.check("ssl-sweet-spot", _found, method=_in_zones(4), baseline=_in_zones(1), margin=0.03)

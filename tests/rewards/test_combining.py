@@ -38,6 +38,21 @@ def test_an_easy_reward_counts_only_behind_open_gates():
             rewards.gated_sum(levels, gates)
 
 
+def test_zones_order_answers_of_equal_outcome_and_small_differences_make_none():
+    correct, near = jnp.array([0.0, 0.0, 0.0, 1.0, 0.0]), jnp.array([0.7, 0.55, -0.1, 1.0, 1.0])
+    np.testing.assert_allclose(rewards.sweet_spot(correct, near), [1 / 3, 1 / 3, 0.0, 1.5, 0.5], rtol=1e-6)
+    amplified = rewards.sweet_spot(correct, near, ladder="amplified")
+    np.testing.assert_allclose(amplified, [3 / 14, 3 / 14, 0.0, 1.5, 0.5], rtol=1e-6)
+    assert rewards.sweet_spot(correct, near, zones=1).tolist() == correct.tolist()
+    fine = rewards.sweet_spot(correct[:2], near[:2], zones=10**6)
+    np.testing.assert_allclose(fine, [0.35, 0.275], atol=1e-5)
+    for options in ({"zones": 0}, {"alpha": -1.0}, {"ladder": "none"}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            rewards.sweet_spot(correct, near, **options)
+        with pytest.raises(ValueError, match=next(iter(options))):
+            methods.sweet_spot(correct="a", proximity="b", **options)
+
+
 def _advantages(method, **components):
     parts = {name: jnp.array([values], jnp.float32) for name, values in components.items()}
     made = answers(jnp.zeros((1, len(next(iter(components.values()))), 1), jnp.int32)).replace(rewards=parts)
@@ -57,6 +72,12 @@ def test_methods_take_components_by_name_and_compare_what_is_made_of_them():
         methods.gated_rewards(levels=["form", "won"], normalize_std=False), form=[0.2, 0.2, 0.0], won=[0.0, 1.0, 1.0]
     )
     np.testing.assert_allclose(found, np.array([0.0, 1.2, 1.0]) - 2.2 / 3, atol=1e-6)
+    found = _advantages(
+        methods.sweet_spot(correct="won", proximity="near", normalize_std=False),
+        won=[0.0, 1.0],
+        near=[0.7, float("nan")],
+    )
+    np.testing.assert_allclose(found, [-1 / 3, 1 / 3], atol=1e-6)
     with pytest.raises(ValueError, match=r"no component 'form' of the reward.*there are won"):
         _advantages(methods.gated_rewards(levels=["form", "won"]), won=[0.0, 1.0])
 
