@@ -61,8 +61,8 @@ def certainty(uncertainty: Array, valid: Array | None = None, *, mu: float = 1.0
         ValueError: if `uncertainty` is not `[B]`, `valid` has another shape, or `mu` is below 0.
 
     Example:
-        >>> certainty(jnp.array([0.0, 0.5])).tolist()
-        [0.6666666865348816, 0.3333333432674408]
+        >>> [round(float(p), 4) for p in certainty(jnp.array([0.0, 0.5]))]
+        [0.6667, 0.3333]
 
     Reference: Self-Evolutionary Large Language Models through Uncertainty-Enhanced Preference Optimization
     (arXiv 2409.11212).
@@ -107,7 +107,7 @@ def uncertain_smoothing(
         ValueError: if `uncertainty` is not `[B]`, or for an unknown rule.
 
     Example:
-        >>> uncertain_smoothing(jnp.array([0.0, 0.6931472])).tolist()
+        >>> [round(float(e), 4) for e in uncertain_smoothing(jnp.array([0.0, 0.6931472]))]
         [0.0, 0.5]
 
     Reference: Self-Evolutionary Large Language Models through Uncertainty-Enhanced Preference Optimization
