@@ -61,3 +61,18 @@ def test_models_that_do_not_go_together_are_refused(both):
         mixed = models.geometric_mixture(tiny.policy(), policy)
         with pytest.raises(ValueError, match=message):
             mixed.unembed((params[0], policy.init(jax.random.key(0))))
+
+
+@pytest.mark.filterwarnings("ignore:a policy made by from_apply")
+def test_models_that_give_logits_alone_are_mixed_too():
+    policy = models.from_apply(lambda params, tokens: jnp.cumsum(params["table"][tokens], axis=1))
+    params = tuple({"table": jax.random.normal(jax.random.key(i), (tiny.VOCAB, tiny.VOCAB))} for i in range(2))
+    mixture = models.geometric_mixture(policy, policy, WEIGHT)
+    made = rollout.generate(mixture, params, tiny.prompts(2), jax.random.key(3), max_new_tokens=4, group_size=2)
+    summed = {"table": (1 - WEIGHT) * params[0]["table"] + WEIGHT * params[1]["table"]}  # the model is linear
+    alone = rollout.generate(policy, summed, tiny.prompts(2), jax.random.key(3), max_new_tokens=4, group_size=2)
+    np.testing.assert_array_equal(made.tokens, alone.tokens)
+    np.testing.assert_allclose(made.logp, alone.logp, atol=1e-5)
+    mixed = models.geometric_mixture(policy, tiny.policy())
+    with pytest.raises(ValueError, match="two of a kind"):
+        mixed.unembed((params[0], tiny.policy().init(jax.random.key(0))))
