@@ -3,6 +3,9 @@
 import pytest
 
 from jaxrl_post import rewards
+from jaxrl_post.training import config as configs
+from jaxrl_post.training.reward_setup import make_rewards
+from tests.training.configurations import make
 
 
 def test_each_completion_earns_its_win_rate_among_those_to_its_prompt():
@@ -60,3 +63,12 @@ def test_a_coroutine_judges_through_the_scorer():
 def test_a_judge_that_does_not_fit_is_an_error_that_says_why(judge, message):
     with pytest.raises(ValueError, match=message):
         rewards.from_judge(judge)(["q", "q"], ["a", "b"])
+
+
+def test_a_configuration_names_a_judge_and_gets_a_reward(tmp_path):
+    code = "def longer(first, second):\n    return [float(len(a) > len(b)) for a, b in zip(first, second)]\n"
+    (tmp_path / "own.py").write_text(code)
+    given = [{"path": f"{tmp_path}/own.py:longer", "adapter": "judge"}]
+    config = configs.from_dict(make(rewards=given, eval={"problems": 0}))
+    (reward,) = make_rewards(config, lambda: pytest.fail("the judge needs no task"))
+    assert rewards.score([reward], ["q", "q"], ["a", "bb"]).total.tolist() == [0.0, 1.0]

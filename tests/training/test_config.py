@@ -120,6 +120,15 @@ CASES = [
     ({"rewards": [{"path": "a.b"}]}, "rewards.0.path", "module:function"),
     ({"rewards": [{"path": "nowhere.py:f"}]}, "rewards.0.path", "no such file"),
     ({"rewards": [{"name": "task_score", "adapter": "verl"}]}, "rewards.0.adapter", "does not apply"),
+    (
+        {
+            "rewards": [{"path": "os:getcwd", "adapter": "judge"}],
+            "rollout__group_size": 1,
+            "method": {"name": "reinforce"},
+        },
+        "rewards.0.adapter",
+        "completions of a group",
+    ),
     ({"curriculum": {"oversample": 0}}, "curriculum.oversample", "at least 1"),
     ({"method": {"name": "grpoo"}}, "method.name", "did you mean 'grpo'?"),
     ({"method": {"name": "grpo", "clip_low": "low"}}, "method.clip_low", "finite number"),
@@ -241,6 +250,9 @@ CASES = [
 ]
 
 
+JUDGE = {"path": "os:getcwd", "adapter": "judge"}
+
+
 @pytest.mark.parametrize(("changes", "key", "words"), CASES, ids=[f"{case[1]}-{case[2][:20]}" for case in CASES])
 def test_a_value_that_cannot_be_run_is_one_problem_that_names_its_key_and_the_fix(changes, key, words):
     problems = [problem for problem in problems_of(**changes) if problem.split(":")[0].split(" =")[0] == key]
@@ -358,6 +370,7 @@ FILES = {"data__task": ..., "data__files": [__file__], "rewards": [{"path": "os:
             "last of the 4 updates",
         ),
         ({"model__param_dtype": "bfloat16"}, "most updates are rounded away; set it to float32"),
+        ({"rewards": [JUDGE]}, "means nothing; set eval.problems to 0"),
         ({**FILES, "eval": {"every": 10}}, "^eval.every = 10: without data.eval_files nothing is held out"),
         (
             {**FILES, "eval": {"problems": 64, "every": 5}},

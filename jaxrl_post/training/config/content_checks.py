@@ -126,6 +126,19 @@ def _template(text: str, key: str, problems: Problems) -> None:
         problems.add(key, "names no column, so it is the same for every problem; write e.g. {question}", text)
 
 
+def _check_judge(config: Config, key: str, problems: Problems) -> None:
+    """A judge of pairs needs pairs; on held-out problems it says who is better, not who is right."""
+    rollout, held_out = config.rollout, config.eval
+    if rollout is not None and problems.ok("rollout") and rollout.group_size < 2:
+        why = "compares the completions of a group: give rollout.group_size of at least 2"
+        problems.add(f"{key}.adapter", why, "judge")
+    if len(config.rewards or ()) == 1 and held_out is not None and problems.ok("eval") and held_out.problems:
+        problems.warnings.append(
+            f"{key}.adapter = judge: a greedy completion has no other to be compared with, and win rates say who is "
+            "better, not who is right: accuracy on held-out problems means nothing; set eval.problems to 0"
+        )
+
+
 def check_rewards(config: Config, made: Method | None, problems: Problems) -> None:
     """Each component of the reward, and that there is one where the method, if it could be made, needs it."""
     for index, reward in enumerate(config.rewards or ()):
@@ -147,6 +160,8 @@ def check_rewards(config: Config, made: Method | None, problems: Problems) -> No
                     problems.add(f"{key}.name", why, reward.name)
         elif not all(reward.path.rpartition(":")[::2]):  # pyright: ignore[reportOptionalMemberAccess]
             problems.add(f"{key}.path", "must be module:function or file.py:function", reward.path)
+        elif reward.adapter == "judge":
+            _check_judge(config, key, problems)
     if config.rewards and problems.ok("rewards") and all(reward.weight == 0 for reward in config.rewards):
         problems.add("rewards", "all have weight 0, so that there is nothing to learn from; give one another weight")
     if made is not None and made.learns_from == "rollouts" and problems.ok("rewards") and not config.rewards:
