@@ -202,7 +202,9 @@ def test_comams_common_reward_may_be_one_of_the_components():
     named = targets_of(methods.comam(local=["find"], shared="answer"), rollouts, stats)
     total = targets_of(methods.comam(local=["find"]), rollouts, stats)
     np.testing.assert_allclose(named.advantages, total.advantages, rtol=1e-6)
-    with pytest.raises(ValueError, match="there is no 'text'; there are answer, find"):
+    with pytest.raises(
+        ValueError, match="there is no component 'text' of the reward for whole sequences; there are answer, find"
+    ):
         targets_of(methods.comam(local=["find", "text"]), rollouts, stats)
     with pytest.raises(ValueError, match=r"reads rollouts.extras\['agent'\]"):
         targets_of(methods.comam(local=["find"]), rollouts.replace(extras={}), stats)
