@@ -47,6 +47,7 @@ from jaxrl_post.advantages.temporal import (
 )
 from jaxrl_post.advantages.token_baseline import otb
 from jaxrl_post.advantages.trajectory_graph import history_keys, salt, step_fingerprints
+from jaxrl_post.advantages.unit_tests import unit_test_weights, verpo
 from jaxrl_post.advantages.win_rate import order_wins, win_rate
 
 __all__ = [
@@ -125,7 +126,9 @@ __all__ = [
     "turn_rewards",
     "two_level",
     "uniform_weight",
+    "unit_test_weights",
     "update_quantiles",
+    "verpo",
     "win_rate",
     "with_progress",
     "within_sigma",

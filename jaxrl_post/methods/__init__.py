@@ -4,7 +4,15 @@ from jaxrl_post.methods.actor_critic import ppo
 from jaxrl_post.methods.agents import dr_mas, gigpo, hierarchical_grpo, rae
 from jaxrl_post.methods.answer_preference import kto
 from jaxrl_post.methods.chaining import chain
-from jaxrl_post.methods.component_rewards import gated_rewards, sweet_spot, verified_score
+from jaxrl_post.methods.component_rewards import (
+    base_and_bonus,
+    fapo,
+    gated_rewards,
+    longrlvr,
+    sweet_spot,
+    trust_grpo,
+    verified_score,
+)
 from jaxrl_post.methods.consistency import a2po, copg, flowrl, gvpo, kimi, p3o
 from jaxrl_post.methods.constrained import c_morl
 from jaxrl_post.methods.credit import Advantage, Credit, Signals
@@ -35,6 +43,7 @@ from jaxrl_post.methods.preference import cpo, dpo, orpo, rpo, simpo
 from jaxrl_post.methods.progress import grpo_vps, igpo, pav
 from jaxrl_post.methods.records import Record, catalog
 from jaxrl_post.methods.self_critical import scst, subpo
+from jaxrl_post.methods.shaped_rewards import grpo_care, harmo, par, verpo
 from jaxrl_post.methods.soft_q import rlprompt, rover
 from jaxrl_post.methods.steps import oprl, ppr_renorm, salt, srgpo, trajectory_preference
 from jaxrl_post.methods.subgroups import hbpo, s_grpo
@@ -55,6 +64,7 @@ __all__ = [
     "Signals",
     "a2po",
     "asymmetric_po",
+    "base_and_bonus",
     "bnpo",
     "c_morl",
     "catalog",
@@ -79,6 +89,7 @@ __all__ = [
     "egpo",
     "f_dpg",
     "f_sft",
+    "fapo",
     "flowrl",
     "gated_rewards",
     "gdpo",
@@ -87,11 +98,13 @@ __all__ = [
     "gpg",
     "gradient_weighting",
     "grpo",
+    "grpo_care",
     "grpo_vps",
     "gspo",
     "gui_g1",
     "gvpo",
     "hapo",
+    "harmo",
     "hbpo",
     "hierarchical_grpo",
     "high_entropy_tokens",
@@ -102,6 +115,7 @@ __all__ = [
     "kimi",
     "kl_cov",
     "kto",
+    "longrlvr",
     "luspo",
     "m2po",
     "maxrl",
@@ -117,6 +131,7 @@ __all__ = [
     "otb",
     "p3o",
     "paco_grpo",
+    "par",
     "pass_at_k",
     "pav",
     "pipo",
@@ -153,9 +168,11 @@ __all__ = [
     "tgdpo",
     "topr",
     "trajectory_preference",
+    "trust_grpo",
     "tw_grpo",
     "upo",
     "vapo",
     "verified_score",
+    "verpo",
     "vespo",
 ]

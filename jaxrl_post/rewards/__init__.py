@@ -4,11 +4,25 @@ from jaxrl_post.rewards.adapters import from_verifiers, from_verl
 from jaxrl_post.rewards.boxes import box_edges, box_grounding, box_hit, box_iou, box_reward, difficulty_weights
 from jaxrl_post.rewards.budget import budget_cosine, budget_level
 from jaxrl_post.rewards.choices import partial_choice, partial_choice_reward, set_overlap
-from jaxrl_post.rewards.combining import Ladder, gated_sum, sweet_spot, verified_score
+from jaxrl_post.rewards.chunks import chunk_reward, token_agreement, trajectory_agreement
+from jaxrl_post.rewards.combining import (
+    Ladder,
+    base_and_bonus,
+    flawed_success,
+    gated_sum,
+    grounded_answer,
+    sweet_spot,
+    trust,
+    verified_score,
+)
+from jaxrl_post.rewards.confidence import answer_confidence, confidence_bonus
 from jaxrl_post.rewards.consistency import consistency_reward
+from jaxrl_post.rewards.critics import critique, first_error
 from jaxrl_post.rewards.dense import rto
 from jaxrl_post.rewards.early_exit import exit_decay
+from jaxrl_post.rewards.evidence import evidence, evidence_score
 from jaxrl_post.rewards.function_calls import Call, ast_equal, function_call_reward, function_calls, parse_calls
+from jaxrl_post.rewards.gaussian_boxes import gaussian_box, gaussian_coverage, gaussian_point
 from jaxrl_post.rewards.judging import from_judge
 from jaxrl_post.rewards.length import cosine_length, soft_overlong, stop_properly
 from jaxrl_post.rewards.length_history import budget_schedule, history_length, target_length
@@ -26,11 +40,13 @@ from jaxrl_post.rewards.novelty import (
     token_embedding,
 )
 from jaxrl_post.rewards.provers import beam_score, bok_value, effective_reward, prover_advantage, prover_quality
-from jaxrl_post.rewards.relative_length import group_length
+from jaxrl_post.rewards.reference_shaping import ReferenceShape, RunningShape, preference_as_reward, running_scale
+from jaxrl_post.rewards.relative_length import group_length, too_short
 from jaxrl_post.rewards.renorm import on_step_ends, renorm
 from jaxrl_post.rewards.rubrics import from_rubric, rubric_functions
 from jaxrl_post.rewards.scaling import gap_reward, rescale, zscore_by_input
 from jaxrl_post.rewards.scoring import Reward, RewardError, RewardFunction, RowErrors, Scored, check_columns, score
+from jaxrl_post.rewards.shuffling import shuffle_consistency, shuffled_agreement
 from jaxrl_post.rewards.similarity import Matching, greedy_matching, matching_reward
 from jaxrl_post.rewards.submodular import coverage, distinct_ngrams, facility_location, information_gain, marginal_gains
 from jaxrl_post.rewards.verifiable import exact_match, task_score, task_solved, thresholded
@@ -41,13 +57,17 @@ __all__ = [
     "Call",
     "Ladder",
     "Matching",
+    "ReferenceShape",
     "Reward",
     "RewardError",
     "RewardFunction",
     "RowErrors",
     "RunningMoments",
+    "RunningShape",
     "Scored",
+    "answer_confidence",
     "ast_equal",
+    "base_and_bonus",
     "beam_score",
     "bok_value",
     "box_edges",
@@ -59,20 +79,27 @@ __all__ = [
     "budget_level",
     "budget_schedule",
     "check_columns",
+    "chunk_reward",
     "combine_bonuses",
+    "confidence_bonus",
     "consistency_reward",
     "cosine_length",
     "count_bonus",
     "coverage",
+    "critique",
     "difficulty_weights",
     "distinct_ngrams",
     "effective_reward",
     "elliptical_bonus",
     "elliptical_bonus_of_group",
+    "evidence",
+    "evidence_score",
     "exact_match",
     "exit_decay",
     "facility_location",
     "fingerprint",
+    "first_error",
+    "flawed_success",
     "from_judge",
     "from_rubric",
     "from_verifiers",
@@ -81,7 +108,11 @@ __all__ = [
     "function_calls",
     "gap_reward",
     "gated_sum",
+    "gaussian_box",
+    "gaussian_coverage",
+    "gaussian_point",
     "greedy_matching",
+    "grounded_answer",
     "group_length",
     "gsm8k_answer",
     "history_length",
@@ -96,6 +127,7 @@ __all__ = [
     "parse_calls",
     "partial_choice",
     "partial_choice_reward",
+    "preference_as_reward",
     "prover_advantage",
     "prover_quality",
     "renorm",
@@ -103,8 +135,11 @@ __all__ = [
     "rnd_bonus",
     "rto",
     "rubric_functions",
+    "running_scale",
     "score",
     "set_overlap",
+    "shuffle_consistency",
+    "shuffled_agreement",
     "soft_overlong",
     "stop_properly",
     "sweet_spot",
@@ -112,7 +147,11 @@ __all__ = [
     "task_score",
     "task_solved",
     "thresholded",
+    "token_agreement",
     "token_embedding",
+    "too_short",
+    "trajectory_agreement",
+    "trust",
     "verified_score",
     "word_f1",
     "yes_probability",

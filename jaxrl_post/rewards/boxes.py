@@ -19,7 +19,8 @@ _NUMBER = r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*"
 _BOX = re.compile(r"[\[(]" + ",".join([_NUMBER] * 4) + r"[\])]")
 
 
-def _boxes(pred: Array, gold: Array) -> tuple[Array, Array]:
+def to_boxes(pred: Array, gold: Array) -> tuple[Array, Array]:
+    """Both as floats `[..., 4]`; ValueError for other shapes."""
     pred, gold = masked.as_float(pred), masked.as_float(gold)
     if pred.ndim == 0 or pred.shape[-1] != 4:
         raise ValueError(f"pred must be [..., 4] as x1, y1, x2, y2, got shape {pred.shape}")
@@ -46,7 +47,7 @@ def box_hit(pred: Array, gold: Array) -> Array:
 
     Reference: GUI-G1: Understanding R1-Zero-Like Training for Visual Grounding in GUI Agents, arXiv 2505.15810.
     """
-    pred, gold = _boxes(pred, gold)
+    pred, gold = to_boxes(pred, gold)
     center = (pred[..., :2] + pred[..., 2:]) / 2
     inside = jnp.all((center >= gold[..., :2]) & (center <= gold[..., 2:]), axis=-1)
     return inside.astype(pred.dtype)
@@ -71,7 +72,7 @@ def box_iou(pred: Array, gold: Array) -> Array:
 
     Reference: GUI-G1, arXiv 2505.15810.
     """
-    pred, gold = _boxes(pred, gold)
+    pred, gold = to_boxes(pred, gold)
 
     def area(box: Array) -> Array:
         return jnp.prod(jnp.maximum(box[..., 2:] - box[..., :2], 0.0), axis=-1)
@@ -105,7 +106,7 @@ def box_edges(pred: Array, gold: Array, size: Array) -> Array:
 
     Reference: GUI-G1, arXiv 2505.15810.
     """
-    pred, gold = _boxes(pred, gold)
+    pred, gold = to_boxes(pred, gold)
     size = masked.as_float(size)
     masked.check_like("size", size, "the corners of pred", pred[..., :2])
     near = 1.0 - jnp.abs(gold - pred) / jnp.concatenate([size, size], axis=-1)
@@ -185,8 +186,8 @@ def box_grounding(
     del prompts
 
     def one(completion: str, gold: Any, *image: Any) -> float | None:
-        edges = _numbers(parse_box(gold) if isinstance(gold, str) else gold, 4)
-        size = _numbers(image, 2)
+        edges = numbers(parse_box(gold) if isinstance(gold, str) else gold, 4)
+        size = numbers(image, 2)
         if edges is None or size is None or min(size) <= 0:
             return None
         pred = parse_box(completion)
@@ -197,7 +198,7 @@ def box_grounding(
     return [one(*row) for row in zip(completions, box, width, height, strict=True)]
 
 
-def _numbers(values: Any, count: int) -> list[float] | None:
+def numbers(values: Any, count: int) -> list[float] | None:
     """So many finite numbers, or None."""
     try:
         found = [float(value) for value in values]

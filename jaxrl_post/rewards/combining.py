@@ -127,3 +127,129 @@ def sweet_spot(
     zone = jnp.clip(jnp.floor(zones * proximity), 0, zones - 1)
     share = zone / (zones - 1) if ladder == "linear" else (2.0**zone - 1) / (2.0 ** (zones - 1) - 1)
     return correct + alpha * share
+
+
+def flawed_success(correct: Array, flawed: Array, *, penalty: float = 1.0) -> Array:
+    r"""A right answer that was reached by flawed reasoning earns less, a wrong one -1.
+
+    $$r = 1 \text{ if right and sound},\quad 1 - \lambda \text{ if right and flawed},\quad -1 \text{ if wrong}$$
+
+    With $\lambda = 1$ the flawed answers of a group have a positive advantage while more are wrong than sound, and
+    a negative one afterwards: a warm-up that ends by itself.
+
+    Args:
+        correct: any shape, above 0 where the answer is right.
+        flawed: the same shape, above 0 where a critic of the reasoning found an error.
+        penalty: $\lambda$, at least 0; 0 is the outcome alone.
+
+    Returns:
+        The shape of `correct`, float32 or wider.
+
+    Raises:
+        ValueError: if the shapes differ, or `penalty` is below 0.
+
+    Example:
+        >>> flawed_success(jnp.array([1, 1, 0, 0]), jnp.array([0, 1, 0, 1])).tolist()
+        [1.0, 0.0, -1.0, -1.0]
+
+    Reference: FAPO: Flawed-Aware Policy Optimization for Efficient and Reliable Reasoning (arXiv 2510.22543).
+    """
+    if isinstance(penalty, float | int) and penalty < 0:
+        raise ValueError(f"penalty must be at least 0, got {penalty}")
+    correct, flawed = masked.as_float(correct), masked.as_float(flawed)
+    masked.check_like("flawed", flawed, "correct", correct)
+    return jnp.where(correct > 0, jnp.where(flawed > 0, 1.0 - penalty, 1.0), -1.0).astype(correct.dtype)
+
+
+def base_and_bonus(base: Array, bonus: Array, *, base_weight: float = 0.6) -> Array:
+    r"""What is necessary times what is only desirable, $r = a (w + (1 - w) b)$.
+
+    A sum would pay an answer for $b$ alone, such as an editor for leaving an image as it is.
+
+    Args:
+        base: any shape, float in [0, 1], $a$: the task was done.
+        bonus: the same shape, float in [0, 1], $b$: it was done well.
+        base_weight: $w$ in [0, 1], the share that a base without bonus earns.
+
+    Returns:
+        The shape of `base`, float32 or wider.
+
+    Raises:
+        ValueError: if the shapes differ, or `base_weight` is outside [0, 1].
+
+    Example:
+        >>> [round(float(r), 4) for r in base_and_bonus(jnp.array([0.9, 0.1]), jnp.array([0.5, 1.0]))]
+        [0.72, 0.1]
+
+    Reference: Trust Your Critic: Robust Reward Modeling and Reinforcement Learning for Faithful Image Editing and
+    Generation (arXiv 2603.12247), which takes 0.6 for edits (execution, consistency) and 0.4 for generation (following
+    the instruction, quality).
+    """
+    if isinstance(base_weight, float | int) and not 0 <= base_weight <= 1:
+        raise ValueError(f"base_weight must be in [0, 1], got {base_weight}")
+    base, bonus = masked.as_float(base), masked.as_float(bonus)
+    masked.check_like("bonus", bonus, "base", base)
+    return base * (base_weight + (1 - base_weight) * bonus)
+
+
+def grounded_answer(answer: Array, grounding: Array, *, eta: float = 0.1) -> Array:
+    r"""An answer, and the evidence it names, which counts mostly where the answer is right.
+
+    $$r = a + \eta F + (1 - \eta)\, a F$$
+
+    Args:
+        answer: any shape, float in [0, 1], $a$: 1 where the answer is right.
+        grounding: the same shape, float in [0, 1], $F$: how well the evidence was chosen, see `rewards.evidence_score`.
+        eta: $\eta$ in [0, 1], the share that evidence earns without a right answer.
+
+    Returns:
+        The shape of `answer`, in [0, 2], float32 or wider.
+
+    Raises:
+        ValueError: if the shapes differ, or `eta` is outside [0, 1].
+
+    Example:
+        >>> [round(float(r), 5) for r in grounded_answer(jnp.array([1.0, 0.0]), jnp.full(2, 5 / 11))]
+        [1.45455, 0.04545]
+
+    Reference: LongRLVR: Long-Context Reinforcement Learning Requires Verifiable Context Rewards (arXiv 2603.02146).
+    """
+    if isinstance(eta, float | int) and not 0 <= eta <= 1:
+        raise ValueError(f"eta must be in [0, 1], got {eta}")
+    answer, grounding = masked.as_float(answer), masked.as_float(grounding)
+    masked.check_like("grounding", grounding, "answer", answer)
+    return answer + grounding * (eta + (1 - eta) * answer)
+
+
+def trust(outcome: Array, score: Array, valid: Array | None = None, *, correct_above: float = 0.5) -> Array:
+    r"""How far a score of the reasoning is to be trusted in a group: less where it likes its wrong answers better.
+
+    $$\gamma = \min(1, e^{\mu_+ - \mu_-}), \qquad \mu_\pm = \text{mean score of the right, of the wrong answers}$$
+
+    Args:
+        outcome: `[P, G]` float, rewards of the outcome.
+        score: `[P, G]` float, most often in [0, 1].
+        valid: `[P, G]` bool, False where an answer does not count; None for all.
+        correct_above: an answer whose outcome is above this is right.
+
+    Returns:
+        `[P]` in (0, 1], float32 or wider; 1 where all answers are right, or all wrong.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Example:
+        >>> round(trust(jnp.array([[1.0, 0.0]]), jnp.array([[0.2, 0.8]])).item(), 5)
+        0.54881
+
+    Reference: SophiaVL-R1: Reinforcing MLLMs Reasoning with Thinking Reward (arXiv 2505.17018).
+    """
+    outcome, score = masked.as_float(outcome), masked.as_float(score)
+    masked.check_axes("outcome", outcome, "[P, G]")
+    masked.check_like("score", score, "outcome", outcome)
+    counts = jnp.ones(outcome.shape, bool) if valid is None else jnp.asarray(valid) != 0
+    masked.check_like("valid", counts, "outcome", outcome)
+    right, wrong = counts & (outcome > correct_above), counts & ~(outcome > correct_above)
+    both = jnp.any(right, axis=1) & jnp.any(wrong, axis=1)
+    gap = masked.mean(score, right, 1) - masked.mean(score, wrong, 1)
+    return jnp.where(both, jnp.exp(jnp.minimum(jnp.where(both, gap, 0.0), 0.0)), 1.0)

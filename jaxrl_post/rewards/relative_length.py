@@ -43,3 +43,44 @@ def group_length(lengths: Array, correct: Array, valid: Array | None = None) -> 
     share = 0.5 - (lengths - shortest) / jnp.where(spread > 0, spread, 1.0)
     share = jnp.where(correct != 0, share, jnp.minimum(share, 0.0))
     return jnp.where(valid & (spread > 0), share, 0.0)
+
+
+def too_short(
+    lengths: Array, correct: Array, valid: Array | None = None, *, max_penalty: float = 0.5, tolerance: float = 0.8
+) -> Array:
+    r"""A penalty for answers much shorter than the right ones of their group, $-P (1 - L / (\tau \bar L_+))$.
+
+    It keeps a reward model that likes short answers from making them ever shorter.
+
+    Args:
+        lengths: `[P, G]` int or float, tokens of each answer.
+        correct: `[P, G]`, nonzero where the answer is right; $\bar L_+$ is their mean length.
+        valid: `[P, G]` bool, False where the answer does not count; None for all.
+        max_penalty: $P$, at least 0: that of an empty answer.
+        tolerance: $\tau$, above 0: nothing is taken from this share of the mean length on.
+
+    Returns:
+        `[P, G]`, float32 or wider, in $[-P, 0]$; 0 in a group without a right answer.
+
+    Raises:
+        ValueError: if the arrays are not `[P, G]` of one shape, or a number is out of its range.
+
+    Example:
+        >>> [round(float(r), 4) for r in too_short(jnp.array([[40, 90, 110]]), jnp.array([[0, 1, 1]]))[0]]
+        [-0.25, 0.0, 0.0]
+
+    Reference: Beyond Monolithic Rewards: A Hybrid and Multi-Aspect Reward Optimization for MLLM Alignment
+    (arXiv 2510.05283). It describes a penalty that follows the right answers of the group; its form is ours.
+    """
+    if isinstance(max_penalty, float | int) and max_penalty < 0:
+        raise ValueError(f"max_penalty must be at least 0, got {max_penalty}")
+    if isinstance(tolerance, float | int) and not tolerance > 0:
+        raise ValueError(f"tolerance must be above 0, got {tolerance}")
+    lengths, correct = masked.as_float(lengths), jnp.asarray(correct)
+    masked.check_axes("lengths", lengths, "[P, G]", "reshape with as_groups(lengths, group_size=8)")
+    masked.check_like("correct", correct, "lengths", lengths)
+    valid = jnp.ones(lengths.shape, bool) if valid is None else jnp.asarray(valid) != 0
+    masked.check_like("valid", valid, "lengths", lengths)
+    enough = tolerance * masked.mean(lengths, valid & (correct != 0), 1, keepdims=True)
+    missing = lengths / jnp.where(enough > 0, enough, 1.0) - 1
+    return jnp.where(valid & (enough > 0), max_penalty * jnp.minimum(missing, 0.0), 0.0)

@@ -33,3 +33,16 @@ def test_wrong_arguments_are_named():
         group_length(jnp.ones(3), jnp.ones(3))
     with pytest.raises(ValueError, match="correct must have the shape of lengths"):
         group_length(jnp.ones((1, 3)), jnp.ones((1, 2)))
+
+
+def test_much_shorter_than_the_right_answers_costs():
+    lengths, correct = jnp.array([[40, 90, 110, 0], [1, 2, 3, 4]]), jnp.array([[0, 1, 1, 0], [0, 0, 0, 0]])
+    np.testing.assert_allclose(
+        relative_length.too_short(lengths, correct), [[-0.25, 0, 0, -0.5], [0, 0, 0, 0]], atol=1e-6
+    )
+    valid = jnp.array([[1, 0, 1, 1], [1, 1, 1, 1]])
+    found = relative_length.too_short(lengths, correct, valid, max_penalty=1.0, tolerance=1.0)
+    np.testing.assert_allclose(found[0], [-7 / 11, 0, 0, -1], atol=1e-6)
+    for options in ({"max_penalty": -1.0}, {"tolerance": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            relative_length.too_short(lengths, correct, **options)
