@@ -25,6 +25,7 @@ PATHS = sorted(DIRECTORY.glob("*.yaml"))
 
 SAME_AS_GRPO: dict[str, str] = {
     "grpo": "it is the baseline",
+    "gui-g2": "it is GRPO on another reward, and the stored batch has its own",
     "prefix-grouper": "the prompt is run once for a group, and the update is that of GRPO",
     "pipo": "it makes its second update once eight batches have been seen",
     "ppo": "it trains a critic as well, and is compared with nothing",
@@ -72,6 +73,7 @@ def with_extras(batch):
             "entropy": jnp.asarray(rng.random((rows, length)), jnp.float32) * batch.mask,
             "exit": jnp.broadcast_to(jnp.arange(group_size, dtype=jnp.int32), batch.reward.shape),
             "prompt_weight": jnp.linspace(0.5, 1.5, prompts),
+            "reference_reward": jnp.linspace(0.0, 1.0, prompts),
         },
     )
 
