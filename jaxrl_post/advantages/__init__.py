@@ -19,6 +19,7 @@ from jaxrl_post.advantages.group import (
     remax,
     rloo,
 )
+from jaxrl_post.advantages.group_likelihood import jepo
 from jaxrl_post.advantages.improvement import attribution, improvement_signal
 from jaxrl_post.advantages.keyed import grpo_by_key, mean_by_key, rloo_by_key, second_moment_factor
 from jaxrl_post.advantages.layout import as_groups, from_turns, is_last, on_last_token, per_token, to_turns
@@ -83,6 +84,7 @@ __all__ = [
     "igpo",
     "improvement_signal",
     "is_last",
+    "jepo",
     "length_adaptive_lam",
     "log_tamed",
     "maxrl",

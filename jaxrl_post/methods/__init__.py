@@ -54,6 +54,7 @@ from jaxrl_post.methods.token_preference import cpl, tgdpo
 from jaxrl_post.methods.token_rewards import comam, rto, t_reg, tw_grpo
 from jaxrl_post.methods.truncated import t_ppo
 from jaxrl_post.methods.uncertain_preference import upo
+from jaxrl_post.methods.unverified import likelihood_reward, pr_clip_delta
 from jaxrl_post.types import Method
 
 __all__ = [
@@ -115,6 +116,7 @@ __all__ = [
     "kimi",
     "kl_cov",
     "kto",
+    "likelihood_reward",
     "longrlvr",
     "luspo",
     "m2po",
@@ -139,6 +141,7 @@ __all__ = [
     "policy_improvement",
     "ppo",
     "ppr_renorm",
+    "pr_clip_delta",
     "rae",
     "rapo",
     "rec",

@@ -15,7 +15,7 @@ from jaxrl_post import advantages, rewards
 from jaxrl_post.advantages.progress import Discount, Pooling
 from jaxrl_post.methods import checks, probing
 from jaxrl_post.methods.choices import Choice
-from jaxrl_post.methods.credit import Advantage, Signals
+from jaxrl_post.methods.credit import Advantage, Credit, Signals
 from jaxrl_post.methods.policy_gradient import Baseline, ClippedOptions, Options, clipped, with_defaults
 from jaxrl_post.methods.segments import Segmenter, as_segmenter
 from jaxrl_post.types import ANSWER_TOKENS, PROBE, Array, Method, Rollouts
@@ -112,7 +112,7 @@ def answer_probe(
 
 def asked(
     probe: AnswerProbe,
-    apply: Callable[[Signals], Array],
+    apply: Callable[[Signals], Credit | Array],
     needs: Mapping[str, frozenset[str]] | None = None,
     min_group: int = 1,
 ) -> Advantage:

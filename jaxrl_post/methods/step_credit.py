@@ -86,6 +86,17 @@ def earned_by_step(rollouts: Rollouts, name: str, steps: Steps, mask: Array) -> 
     return found
 
 
+def outcome_of(rollouts: Rollouts, name: str | None) -> Array:
+    """`[P, G]`: a component of the reward, or all of it."""
+    if name is None:
+        return rollouts.reward
+    found = rollouts.rewards.get(name)
+    if found is None or found.shape != rollouts.reward.shape:
+        shapes = {component: x.shape for component, x in rollouts.rewards.items()}
+        raise ValueError(f"outcome={name!r} must name a component [P, G] of rollouts.rewards, which has {shapes}")
+    return jnp.where(jnp.isnan(found), 0.0, found)
+
+
 def srgpo(
     *,
     step_reward: str = "step",

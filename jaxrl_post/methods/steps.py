@@ -15,7 +15,7 @@ from jaxrl_post.methods.chaining import chain
 from jaxrl_post.methods.choices import Choice
 from jaxrl_post.methods.policy_gradient import ClippedOptions, OldLogp, clipped, take, with_defaults
 from jaxrl_post.methods.presets import preset_options
-from jaxrl_post.methods.step_credit import Estimator, check_steps, find_steps, step_component
+from jaxrl_post.methods.step_credit import Estimator, check_steps, find_steps, outcome_of, step_component
 from jaxrl_post.methods.step_credit import oprl as oprl_advantage
 from jaxrl_post.types import Array, Method, Metric, Rollouts, Stats, Targets, Term
 
@@ -293,7 +293,7 @@ def ppr_renorm(
         found = find_steps(rollouts, mask, steps, max_steps)
         scores = step_component(rollouts, process, found, mask).reshape(-1, found.count)
         exists = found.exists.reshape(-1, found.count)
-        earned = rewards.renorm(scores, _outcome(rollouts, outcome).reshape(-1), exists, unscored=unscored)
+        earned = rewards.renorm(scores, outcome_of(rollouts, outcome).reshape(-1), exists, unscored=unscored)
         return less_kl(rewards.on_step_ends(earned, found.step, mask), stats, mask, old_logp, beta=beta)
 
     base = with_critic(token_rewards, ("reference",) if beta else (), **{"lam": 1.0, **options})
@@ -310,14 +310,3 @@ def ppr_renorm(
         return base.metrics(stats, rollouts, targets) | {"steps/mean": Metric.mean(number, known)}  # type: ignore[misc]
 
     return base._replace(targets=targets, metrics=metrics, contrasts=False)
-
-
-def _outcome(rollouts: Rollouts, name: str | None) -> Array:
-    """`[P, G]`: a component of the reward, or all of it."""
-    if name is None:
-        return rollouts.reward
-    found = rollouts.rewards.get(name)
-    if found is None or found.shape != rollouts.reward.shape:
-        shapes = {component: x.shape for component, x in rollouts.rewards.items()}
-        raise ValueError(f"outcome={name!r} must name a component [P, G] of rollouts.rewards, which has {shapes}")
-    return jnp.where(jnp.isnan(found), 0.0, found)

@@ -5,6 +5,7 @@ from jaxrl_post.rewards.boxes import box_edges, box_grounding, box_hit, box_iou,
 from jaxrl_post.rewards.budget import budget_cosine, budget_level
 from jaxrl_post.rewards.choices import partial_choice, partial_choice_reward, set_overlap
 from jaxrl_post.rewards.chunks import chunk_reward, token_agreement, trajectory_agreement
+from jaxrl_post.rewards.clip_delta import clip_delta
 from jaxrl_post.rewards.combining import (
     Ladder,
     base_and_bonus,
@@ -26,6 +27,7 @@ from jaxrl_post.rewards.gaussian_boxes import gaussian_box, gaussian_coverage, g
 from jaxrl_post.rewards.judging import from_judge
 from jaxrl_post.rewards.length import cosine_length, soft_overlong, stop_properly
 from jaxrl_post.rewards.length_history import budget_schedule, history_length, target_length
+from jaxrl_post.rewards.likelihood import LikelihoodForm, answer_likelihood
 from jaxrl_post.rewards.loading import load
 from jaxrl_post.rewards.math import gsm8k_answer, math_verify, math_verify_reward
 from jaxrl_post.rewards.novelty import (
@@ -56,6 +58,7 @@ from jaxrl_post.rewards.yes_no import yes_probability
 __all__ = [
     "Call",
     "Ladder",
+    "LikelihoodForm",
     "Matching",
     "ReferenceShape",
     "Reward",
@@ -66,6 +69,7 @@ __all__ = [
     "RunningShape",
     "Scored",
     "answer_confidence",
+    "answer_likelihood",
     "ast_equal",
     "base_and_bonus",
     "beam_score",
@@ -80,6 +84,7 @@ __all__ = [
     "budget_schedule",
     "check_columns",
     "chunk_reward",
+    "clip_delta",
     "combine_bonuses",
     "confidence_bonus",
     "consistency_reward",
