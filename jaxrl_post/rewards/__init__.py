@@ -3,6 +3,7 @@
 from jaxrl_post.rewards.adapters import from_verifiers, from_verl
 from jaxrl_post.rewards.boxes import box_edges, box_grounding, box_hit, box_iou, box_reward, difficulty_weights
 from jaxrl_post.rewards.budget import budget_cosine, budget_level
+from jaxrl_post.rewards.captions import CaptionLabels, above_usual, episode_counts, with_intrinsic
 from jaxrl_post.rewards.choices import partial_choice, partial_choice_reward, set_overlap
 from jaxrl_post.rewards.chunks import chunk_reward, token_agreement, trajectory_agreement
 from jaxrl_post.rewards.clip_delta import clip_delta
@@ -41,6 +42,14 @@ from jaxrl_post.rewards.novelty import (
     rnd_bonus,
     token_embedding,
 )
+from jaxrl_post.rewards.potential import (
+    Hold,
+    held_between_calls,
+    hop,
+    potential_shaping,
+    progress_from_hops,
+    progress_mix,
+)
 from jaxrl_post.rewards.provers import beam_score, bok_value, effective_reward, prover_advantage, prover_quality
 from jaxrl_post.rewards.reference_shaping import ReferenceShape, RunningShape, preference_as_reward, running_scale
 from jaxrl_post.rewards.relative_length import group_length, too_short
@@ -50,13 +59,17 @@ from jaxrl_post.rewards.scaling import gap_reward, rescale, zscore_by_input
 from jaxrl_post.rewards.scoring import Reward, RewardError, RewardFunction, RowErrors, Scored, check_columns, score
 from jaxrl_post.rewards.shuffling import shuffle_consistency, shuffled_agreement
 from jaxrl_post.rewards.similarity import Matching, greedy_matching, matching_reward
+from jaxrl_post.rewards.spans import span_decay, span_scores, word_of_token
 from jaxrl_post.rewards.submodular import coverage, distinct_ngrams, facility_location, information_gain, marginal_gains
+from jaxrl_post.rewards.text_diversity import diversity, text_diversity, token_diversity
 from jaxrl_post.rewards.verifiable import exact_match, task_score, task_solved, thresholded
 from jaxrl_post.rewards.word_overlap import word_f1
 from jaxrl_post.rewards.yes_no import yes_probability
 
 __all__ = [
     "Call",
+    "CaptionLabels",
+    "Hold",
     "Ladder",
     "LikelihoodForm",
     "Matching",
@@ -68,6 +81,7 @@ __all__ = [
     "RunningMoments",
     "RunningShape",
     "Scored",
+    "above_usual",
     "answer_confidence",
     "answer_likelihood",
     "ast_equal",
@@ -94,9 +108,11 @@ __all__ = [
     "critique",
     "difficulty_weights",
     "distinct_ngrams",
+    "diversity",
     "effective_reward",
     "elliptical_bonus",
     "elliptical_bonus_of_group",
+    "episode_counts",
     "evidence",
     "evidence_score",
     "exact_match",
@@ -120,7 +136,9 @@ __all__ = [
     "grounded_answer",
     "group_length",
     "gsm8k_answer",
+    "held_between_calls",
     "history_length",
+    "hop",
     "information_gain",
     "load",
     "marginal_gains",
@@ -132,7 +150,10 @@ __all__ = [
     "parse_calls",
     "partial_choice",
     "partial_choice_reward",
+    "potential_shaping",
     "preference_as_reward",
+    "progress_from_hops",
+    "progress_mix",
     "prover_advantage",
     "prover_quality",
     "renorm",
@@ -146,19 +167,25 @@ __all__ = [
     "shuffle_consistency",
     "shuffled_agreement",
     "soft_overlong",
+    "span_decay",
+    "span_scores",
     "stop_properly",
     "sweet_spot",
     "target_length",
     "task_score",
     "task_solved",
+    "text_diversity",
     "thresholded",
     "token_agreement",
+    "token_diversity",
     "token_embedding",
     "too_short",
     "trajectory_agreement",
     "trust",
     "verified_score",
+    "with_intrinsic",
     "word_f1",
+    "word_of_token",
     "yes_probability",
     "zscore_by_input",
 ]
