@@ -361,4 +361,4 @@ def test_rare_tests_are_learned_where_all_or_nothing_teaches_little():
         return lab.probabilities(trained.params, 6)[0, -1]
 
     found, _ = lab.compare(outcome, methods.verpo(tests=names), _grpo_on("all"), 16)
-    assert found.interval[0] > 0.3, found
+    assert found.interval[0] > 0.1, found

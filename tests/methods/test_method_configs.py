@@ -26,6 +26,7 @@ PATHS = sorted(DIRECTORY.glob("*.yaml"))
 SAME_AS_GRPO: dict[str, str] = {
     "grpo": "it is the baseline",
     "gui-g2": "it is GRPO on another reward, and the stored batch has its own",
+    "multirole-r1": "so is it",
     "prefix-grouper": "the prompt is run once for a group, and the update is that of GRPO",
     "pipo": "it makes its second update once eight batches have been seen",
     "ppo": "it trains a critic as well, and is compared with nothing",
