@@ -49,6 +49,7 @@ from jaxrl_post.losses.position_weights import position_weights
 from jaxrl_post.losses.preference import discopop, dpo, exo, hinge, implicit_reward, ipo, robust_dpo
 from jaxrl_post.losses.process import success_bce
 from jaxrl_post.losses.reference_free import cpo, log_odds, orpo, simpo
+from jaxrl_post.losses.reward_model import bradley_terry, pass_pairs
 from jaxrl_post.losses.segments import cpl, cpl_ranked, segment_logp
 from jaxrl_post.losses.self_play import dno, inpo, listwise
 from jaxrl_post.losses.sequence_ratio import (
@@ -84,6 +85,7 @@ __all__ = [
     "apo_zero",
     "barrier_weights",
     "bco",
+    "bradley_terry",
     "certainty",
     "cispo",
     "clip_cov",
@@ -151,6 +153,7 @@ __all__ = [
     "orpo",
     "p3o_joint",
     "p3o_separate",
+    "pass_pairs",
     "position_weights",
     "positive_mask",
     "ppg",

@@ -1,0 +1,63 @@
+"""Losses of reward models."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_post import losses, masked
+from tests.advantages.compiled import all_compiled
+
+losses = all_compiled(losses)
+
+
+def test_wins_and_ties_have_the_tables_numbers():
+    d, zero = jnp.array([1.0, 1.0, 0.0]), jnp.zeros(3)
+    given = losses.bradley_terry(d, zero, jnp.array([1.0, 0.5, 0.5]))
+    np.testing.assert_allclose(given, [0.31326, 0.81326, 0.69315], atol=1e-5)
+    # The released code has a margin of 3 and counts ties twice: 2 log(1 + e^3) at d = 0.
+    with_margin = losses.bradley_terry(d, zero, jnp.array([1.0, 0.5, 0.5]), margin=3.0)
+    np.testing.assert_allclose(with_margin[0], np.log1p(np.exp(2)), rtol=1e-5)
+    np.testing.assert_allclose(2 * with_margin[1], np.log1p(np.exp(2)) + np.log1p(np.exp(4)), rtol=1e-5)
+    np.testing.assert_allclose(2 * with_margin[2], 6.0972, rtol=1e-5)
+    np.testing.assert_allclose(losses.bradley_terry(jnp.array([1.0]), jnp.array([-1.0])), [0.126928], rtol=1e-5)
+
+
+def test_a_tie_of_equal_scores_has_no_gradient_and_huge_leads_have_a_finite_one():
+    for margin in (0.0, 3.0):
+        slope = jax.jit(jax.grad(lambda d, m=margin: losses.bradley_terry(d, 0 * d, 0 * d + 0.5, margin=m)))
+        assert float(slope(jnp.array(0.0))) == 0
+    lead = jnp.array([-1e5, 1e5])
+    of_scores, of_label = jax.jit(jax.grad(lambda d, mu: losses.bradley_terry(d, 0 * d, mu).sum(), (0, 1)))(
+        lead, jnp.array([1.0, 0.25])
+    )
+    np.testing.assert_allclose(of_scores, [-1.0, 0.75], atol=1e-6)
+    assert not jnp.any(of_label)
+    assert losses.bradley_terry(lead.astype(jnp.bfloat16), lead.astype(jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_no_pair_that_counts_is_a_loss_of_zero():
+    def loss(scores):
+        return masked.mean(losses.bradley_terry(scores, jnp.full(2, 3.0)), jnp.zeros(2))
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.ones(2))
+    assert float(value) == 0
+    assert not jnp.any(gradient)
+
+
+def test_labels_of_answers_become_all_wins_across_prompts_and_each_tie_once():
+    passed, valid = np.array([1, 0, 1, 1, 0]), np.array([1, 1, 1, 0, 1])
+    label, pairs = losses.pass_pairs(passed, valid)
+    found = {(i, j, float(label[i, j])) for i, j in np.argwhere(pairs)}
+    assert found == {(0, 1, 1.0), (0, 4, 1.0), (2, 1, 1.0), (2, 4, 1.0), (0, 2, 0.5)}
+    assert not losses.pass_pairs(jnp.zeros(3))[1].any()
+    assert not losses.pass_pairs(jnp.ones(1))[1].any()
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match=r"second must have the shape of first, \(2,\), got \(3,\)"):
+        losses.bradley_terry(jnp.zeros(2), jnp.zeros(3))
+    with pytest.raises(ValueError, match="margin must be >= 0"):
+        losses.bradley_terry(jnp.zeros(2), jnp.zeros(2), margin=-1.0)
+    with pytest.raises(ValueError, match=r"passed must be \[N\], got shape \(2, 2\)"):
+        losses.pass_pairs(jnp.zeros((2, 2)))
