@@ -25,6 +25,7 @@ from jaxrl_post.rewards.novelty import (
     rnd_bonus,
     token_embedding,
 )
+from jaxrl_post.rewards.pairwise_judge import calibration_error, fit_temperature, symmetric_win_probability
 from jaxrl_post.rewards.provers import beam_score, bok_value, effective_reward, prover_advantage, prover_quality
 from jaxrl_post.rewards.relative_length import group_length
 from jaxrl_post.rewards.renorm import on_step_ends, renorm
@@ -58,6 +59,7 @@ __all__ = [
     "budget_cosine",
     "budget_level",
     "budget_schedule",
+    "calibration_error",
     "check_columns",
     "combine_bonuses",
     "consistency_reward",
@@ -73,6 +75,7 @@ __all__ = [
     "exit_decay",
     "facility_location",
     "fingerprint",
+    "fit_temperature",
     "from_judge",
     "from_rubric",
     "from_verifiers",
@@ -108,6 +111,7 @@ __all__ = [
     "soft_overlong",
     "stop_properly",
     "sweet_spot",
+    "symmetric_win_probability",
     "target_length",
     "task_score",
     "task_solved",

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrl_post import losses, masked, methods
+from jaxrl_post import losses, masked, methods, rewards
 from tests.claims import lab
 
 
@@ -57,3 +57,25 @@ def test_ties_among_what_passed_take_the_shortcut_out_of_a_reward_model():
     (_, accuracy, spread), (_, plain_accuracy, plain_spread) = (of_seeds(weight, keys) for weight in (1.0, 0.0))
     assert np.mean(accuracy - plain_accuracy) > -0.02
     assert np.mean(spread) < 0.97 * np.mean(plain_spread)
+
+
+def test_win_probabilities_against_an_anchor_make_progress_on_every_prompt():
+    # Scores of answers to a prompt are known up to a constant of the prompt, which Bradley-Terry never sees; and
+    # prompts differ in how much their answers do. The judge of pairs likes the first place.
+    prompts, arms, bias = 8, 6, 1.0
+    scale = jnp.exp(jnp.linspace(-1.0, 1.0, prompts))[:, None]
+
+    def worst_progress(anchored, key):
+        of_scores, of_prompts, of_training = jax.random.split(key, 3)
+        scores = scale * jax.random.normal(of_scores, (prompts, arms))
+        pointwise = scores + 3 * jax.random.normal(of_prompts, (prompts, 1))
+        lead = scores - jnp.median(scores, axis=1, keepdims=True)
+        shown = (jnp.stack([x + bias, jnp.zeros_like(x)], axis=-1) for x in (lead, -lead))
+        table = jnp.where(anchored > 0, rewards.symmetric_win_probability(*shown), pointwise)
+        task, method = lab.Task(prompts, arms, 1, lab.by_sequence(table)), methods.reinforce_plus_plus(beta=0.0)
+        trained = lab.train(task, method, of_training, steps=60, group_size=4, optimizer=8.0)
+        reached = jnp.sum(lab.probabilities(trained.params, 1) * scores, axis=1)
+        start = jnp.mean(scores, axis=1)
+        return jnp.min((reached - start) / (jnp.max(scores, axis=1) - start))
+
+    lab.check("pairwise-rl", worst_progress, method=1.0, baseline=0.0, seeds=16, margin=0.2)
