@@ -49,7 +49,12 @@ from jaxrl_post.losses.position_weights import position_weights
 from jaxrl_post.losses.preference import discopop, dpo, exo, hinge, implicit_reward, ipo, robust_dpo
 from jaxrl_post.losses.process import success_bce
 from jaxrl_post.losses.reference_free import cpo, log_odds, orpo, simpo
-from jaxrl_post.losses.reward_model import bradley_terry, pass_pairs
+from jaxrl_post.losses.reward_model import (
+    bradley_terry,
+    pass_pairs,
+    policy_discrimination,
+    ranked_bradley_terry,
+)
 from jaxrl_post.losses.segments import cpl, cpl_ranked, segment_logp
 from jaxrl_post.losses.self_play import dno, inpo, listwise
 from jaxrl_post.losses.sequence_ratio import (
@@ -154,12 +159,14 @@ __all__ = [
     "p3o_joint",
     "p3o_separate",
     "pass_pairs",
+    "policy_discrimination",
     "position_weights",
     "positive_mask",
     "ppg",
     "ppo",
     "preference_pairs",
     "proximal_logp",
+    "ranked_bradley_terry",
     "ratio_barrier",
     "rec",
     "rec_mask",

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from jaxrl_post import masked
 from jaxrl_post.losses.arguments import check_at_least
+from jaxrl_post.losses.consistency import prepare_group
+from jaxrl_post.losses.trajectory_dpo import preference_pairs
 from jaxrl_post.types import Array
 
 
@@ -89,3 +91,74 @@ def pass_pairs(passed: Array, valid: Array | None = None) -> tuple[Array, Array]
     wins = good[:, None] & ~good[None, :]
     ties = jnp.triu(good[:, None] & good[None, :], k=1)
     return jnp.where(wins, 1.0, 0.5), (wins | ties) & known[:, None] & known[None, :]
+
+
+def ranked_bradley_terry(scores: Array, quality: Array, valid: Array | None = None) -> Array:
+    r"""Bradley-Terry over all pairs of a ranked list, $-\mathrm{mean}_{(i, j):\, q_i > q_j} \log\sigma(r_i - r_j)$.
+
+    Args:
+        scores: `[P, G]` float: $r$, of the answers to each prompt.
+        quality: `[P, G]` float: $q$, more for a better answer, e.g. minus its rank. Equal ones are not compared. A
+            constant.
+        valid: `[P, G]` bool, False where the answer does not count; None for all.
+
+    Returns:
+        `[P]`, float32 or wider, nats: the loss of each prompt; 0 with zero gradient where it has no pair.
+
+    Raises:
+        ValueError: if the arrays are not `[P, G]` of one shape.
+
+    Example:
+        >>> loss = ranked_bradley_terry(jnp.array([[2.0, 1.0, 0.0]]), jnp.array([[-1, -2, -3]]))
+        >>> round(float(loss[0]), 4)  # pairs with leads of 1, 1 and 2
+        0.2512
+
+    Reference: Training language models to follow instructions with human feedback (arXiv 2203.02155).
+    """
+    scores, known, (quality,) = prepare_group(scores, valid, quality=quality)
+    better = preference_pairs(quality, known, min_gap=0.0)
+    return masked.mean(bradley_terry(*jnp.broadcast_arrays(scores[:, :, None], scores[:, None, :])), better, (1, 2))
+
+
+def policy_discrimination(scores: Array, source: Array, valid: Array | None = None) -> Array:
+    r"""POLAR's pre-training: an answer of the policy that made the reference scores above one of another policy.
+
+    $$\ell = -\mathrm{mean}_{(i, j, k):\, s_i = s_j \neq s_k,\, i \neq j} \log\sigma(R_{ij} - R_{ik})$$
+
+    over all triples of a prompt's answers: a reference $i$, and candidates $j$ of the same and $k$ of another policy.
+    No label is needed but which policy made an answer. The score estimates how much likelier the reference's policy
+    makes the candidate than the others do. Fine-tuning on ranked answers is `ranked_bradley_terry` of scores whose
+    reference is the best answer.
+
+    Args:
+        scores: `[P, N, N]` float: $R_{ij}$, score of candidate $j$ with answer $i$ as the reference.
+        source: `[P, N]` int: $s$, which policy made the answer.
+        valid: `[P, N]` bool, False where the answer does not count; None for all.
+
+    Returns:
+        `[P]`, float32 or wider, nats: the loss of each prompt; 0 with zero gradient where it has no triple.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+
+    Example:
+        >>> scores = jnp.array([[[0.0, 1.0, -1.0], [1.0, 0.0, -1.0], [0.0, 0.0, 0.0]]])
+        >>> round(float(policy_discrimination(scores, jnp.array([[0, 0, 1]]))[0]), 4)
+        0.1269
+
+    Reference: Pre-Trained Policy Discriminators are General Reward Models (arXiv 2507.05197).
+    """
+    scores, source = masked.as_float(scores), jnp.asarray(source)
+    masked.check_axes("scores", scores, "[P, N, N]")
+    masked.check_axes("source", source, "[P, N]")
+    if scores.shape != (*source.shape, source.shape[1]):
+        raise ValueError(f"scores must be [P, N, N] for source [P, N] of {source.shape}, got {scores.shape}")
+    known = jnp.ones(source.shape, bool) if valid is None else jnp.asarray(valid) != 0
+    masked.check_like("valid", known, "source", source)
+    both = known[:, :, None] & known[:, None, :]
+    same = source[:, :, None] == source[:, None, :]
+    positive = both & same & ~jnp.eye(source.shape[1], dtype=bool)
+    triples = positive[:, :, :, None] & (both & ~same)[:, :, None, :]
+    scores = jnp.where(both, scores, 0.0)
+    loss = bradley_terry(*jnp.broadcast_arrays(scores[:, :, :, None], scores[:, :, None, :]))
+    return masked.mean(loss, triples, (1, 2, 3))

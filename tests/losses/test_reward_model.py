@@ -54,6 +54,50 @@ def test_labels_of_answers_become_all_wins_across_prompts_and_each_tie_once():
     assert not losses.pass_pairs(jnp.ones(1))[1].any()
 
 
+def test_a_ranked_list_is_all_of_its_pairs():
+    rng = np.random.default_rng(0)
+    scores, quality, valid = rng.normal(size=(6, 4)), rng.integers(0, 3, (6, 4)), rng.random((6, 4)) < 0.8
+    expected = np.zeros(6)
+    for p in range(6):
+        rows = np.flatnonzero(valid[p])
+        pairs = [(i, j) for i in rows for j in rows if quality[p, i] > quality[p, j]]
+        expected[p] = np.mean([np.log1p(np.exp(scores[p, j] - scores[p, i])) for i, j in pairs]) if pairs else 0
+    found = losses.ranked_bradley_terry(np.where(valid, scores, np.nan), quality, valid)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert not losses.ranked_bradley_terry(jnp.ones((1, 1)), jnp.ones((1, 1))).any()
+    gradient = jax.jit(jax.grad(lambda x: losses.ranked_bradley_terry(x, jnp.ones((2, 3))).sum()))(jnp.ones((2, 3)))
+    assert not gradient.any()
+
+
+def test_answers_of_the_references_policy_are_told_from_those_of_others_in_all_triples():
+    rng = np.random.default_rng(1)
+    scores, source, valid = rng.normal(size=(4, 5, 5)), rng.integers(0, 3, (4, 5)), rng.random((4, 5)) < 0.8
+    expected = np.zeros(4)
+    for p in range(4):
+        rows = np.flatnonzero(valid[p])
+        leads = [
+            scores[p, i, j] - scores[p, i, k]
+            for i in rows
+            for j in rows
+            for k in rows
+            if i != j and source[p, i] == source[p, j] != source[p, k]
+        ]
+        expected[p] = np.mean(np.log1p(np.exp(-np.array(leads)))) if leads else 0
+    spoiled = np.where(valid[:, :, None] & valid[:, None, :], scores, np.nan)
+    np.testing.assert_allclose(losses.policy_discrimination(spoiled, source, valid), expected, rtol=1e-5)
+
+
+def test_scores_of_one_and_minus_one_have_the_tables_loss_and_one_policy_alone_none():
+    scores = jnp.zeros((1, 3, 3)).at[0, :2, :2].set(1.0).at[0, :2, 2].set(-1.0)
+    np.testing.assert_allclose(losses.policy_discrimination(scores, jnp.array([[0, 0, 1]])), [0.126928], rtol=1e-5)
+    np.testing.assert_allclose(losses.policy_discrimination(0 * scores, jnp.array([[0, 0, 1]])), [np.log(2)], rtol=1e-6)
+    slope = jax.jit(jax.value_and_grad(lambda x, source: losses.policy_discrimination(x, source).sum()))
+    for source in ([[0, 0, 0]], [[0, 1, 2]]):
+        value, gradient = slope(scores, jnp.array(source))
+        assert float(value) == 0
+        assert not gradient.any()
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match=r"second must have the shape of first, \(2,\), got \(3,\)"):
         losses.bradley_terry(jnp.zeros(2), jnp.zeros(3))
@@ -61,3 +105,5 @@ def test_wrong_arguments_are_named():
         losses.bradley_terry(jnp.zeros(2), jnp.zeros(2), margin=-1.0)
     with pytest.raises(ValueError, match=r"passed must be \[N\], got shape \(2, 2\)"):
         losses.pass_pairs(jnp.zeros((2, 2)))
+    with pytest.raises(ValueError, match=r"scores must be \[P, N, N\] for source"):
+        losses.policy_discrimination(jnp.zeros((1, 2, 3)), jnp.zeros((1, 3), int))
