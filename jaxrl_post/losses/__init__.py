@@ -51,6 +51,7 @@ from jaxrl_post.losses.process import success_bce
 from jaxrl_post.losses.reference_free import cpo, log_odds, orpo, simpo
 from jaxrl_post.losses.reward_model import (
     bradley_terry,
+    cooper_pairs,
     pass_pairs,
     policy_discrimination,
     ranked_bradley_terry,
@@ -98,6 +99,7 @@ __all__ = [
     "clipped_high",
     "clipped_low",
     "clipped_region",
+    "cooper_pairs",
     "copg",
     "cpl",
     "cpl_ranked",

@@ -162,3 +162,44 @@ def policy_discrimination(scores: Array, source: Array, valid: Array | None = No
     scores = jnp.where(both, scores, 0.0)
     loss = bradley_terry(*jnp.broadcast_arrays(scores[:, :, :, None], scores[:, :, None, :]))
     return masked.mean(loss, triples, (1, 2, 3))
+
+
+def cooper_pairs(key: Array, correct: Array, accepted: Array, valid: Array | None = None) -> tuple[Array, Array]:
+    r"""Cooper's comparison of each prompt: one of its right answers, with a corrupted version of that.
+
+    A rule that hardly ever passes a wrong answer says which are right; another model corrupts the chosen one, and the
+    same rule must then reject it. The reward model, which the policy is trained on, learns from the pair by
+    `bradley_terry`, mean over the prompts that have one, so that it moves on while the policy looks for its faults.
+
+    Args:
+        key: for the choice, uniform among the right answers.
+        correct: `[P, G]`, nonzero where the rule finds the answer right.
+        accepted: `[P]`, nonzero where the rule finds the corrupted version wrong. All ones where it is yet to be made
+            of the chosen answer; then multiply the mask.
+        valid: `[P, G]` bool, False where the answer does not count; None for all.
+
+    Returns:
+        chosen: `[P]` int32, which answer is the better one; 0 where there is none.
+        mask: `[P]` bool, whether the prompt has a pair.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+
+    Example:
+        >>> correct, accepted = jnp.array([[0, 0, 1], [0, 0, 0], [1, 0, 0]]), jnp.array([1, 1, 0])
+        >>> chosen, mask = cooper_pairs(jax.random.key(0), correct, accepted)
+        >>> chosen.tolist(), mask.tolist()
+        ([2, 0, 0], [True, False, False])
+
+    Reference: Cooper: Co-Optimizing Policy and Reward Models in Reinforcement Learning for Large Language Models
+    (arXiv 2508.05613).
+    """
+    right, accepted = jnp.asarray(correct) != 0, jnp.asarray(accepted) != 0
+    masked.check_axes("correct", right, "[P, G]")
+    masked.check_like("accepted", accepted, "one number per row of correct", right[:, 0])
+    known = jnp.ones(right.shape, bool) if valid is None else jnp.asarray(valid) != 0
+    masked.check_like("valid", known, "correct", right)
+    right = right & known
+    chosen = jnp.argmax(jnp.where(right, jax.random.uniform(key, right.shape), -1.0), axis=1)
+    any_right = jnp.any(right, axis=1)
+    return jnp.where(any_right, chosen, 0).astype(jnp.int32), any_right & accepted

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrl_post import losses, masked, methods, rewards
+from jaxrl_post import advantages, losses, masked, methods, rewards
 from tests.claims import lab
 
 
@@ -119,3 +119,33 @@ def test_discriminating_between_other_policies_makes_a_better_reward_model_of_fe
 
     found = lab.check("polar", nearer_to_the_target, method=1.0, baseline=0.0, seeds=16)
     assert found.method.mean() > 2  # nats by which the policy comes nearer
+
+
+def test_a_reward_model_that_learns_from_corrupted_right_answers_is_not_hacked():
+    # One of six answers is right; a phrase that two wrong ones have is worth more to the reward model than being right.
+    right, phrase = jnp.eye(6)[0], jnp.array([0.0, 1.0, 1.0, 0.0, 0.0, 0.0])
+    prompts, group = 4, 8
+    rows = jnp.arange(prompts)[:, None]
+
+    def accuracy(rate, key):
+        def step(carry, key):
+            logits, weights = carry
+            of_answers, of_pairs, of_phrase = jax.random.split(key, 3)
+            answers = jax.random.categorical(of_answers, logits[:, None], shape=(prompts, group))
+            features = jnp.stack([right, phrase], axis=1)[answers]
+            credit = advantages.grpo(jax.nn.sigmoid(features @ weights))
+            gain = jax.grad(lambda x: jnp.mean(credit * jax.nn.log_softmax(x)[rows, answers]))(logits)
+
+            # The other model writes a wrong answer, with the phrase in half of the cases.
+            chosen, mask = losses.cooper_pairs(of_pairs, features[..., 0], jnp.ones(prompts))
+            better = features[jnp.arange(prompts), chosen]
+            worse = jnp.stack([jnp.zeros(prompts), jax.random.bernoulli(of_phrase, 0.5, (prompts,))], axis=1)
+            loss = lambda w: masked.mean(losses.bradley_terry(better @ w, worse @ w), mask)  # noqa: E731
+            return (logits + 2 * gain, weights - rate * jax.grad(loss)(weights)), None
+
+        start = jnp.zeros((prompts, 6)), jnp.array([1.0, 1.5])
+        (logits, _), _ = jax.lax.scan(step, start, jax.random.split(key, 100))
+        return jnp.mean(jax.nn.softmax(logits) @ right)
+
+    found = lab.check("cooper", accuracy, method=0.5, baseline=0.0, seeds=32, margin=0.3)
+    assert found.baseline.mean() < 1 / 6  # of the first policy: the frozen model's reward went up, the accuracy down

@@ -98,6 +98,28 @@ def test_scores_of_one_and_minus_one_have_the_tables_loss_and_one_policy_alone_n
         assert not gradient.any()
 
 
+def test_the_better_answer_of_a_corrupted_pair_is_any_right_one_with_equal_chance():
+    correct = jnp.array([[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]])
+    valid = jnp.array([[1, 1, 1, 0], [1, 1, 1, 1], [0, 1, 1, 1]])
+    keys = jax.random.split(jax.random.key(0), 2000)
+    chosen, mask = jax.jit(jax.vmap(lambda key: losses.cooper_pairs(key, correct, jnp.ones(3), valid)))(keys)
+    assert np.all(mask == np.array([True, False, True]))
+    np.testing.assert_allclose(np.bincount(chosen[:, 0], minlength=4) / 2000, [0.5, 0, 0.5, 0], atol=0.05)
+    assert set(chosen[:, 1].tolist()) == {0}
+    assert set(chosen[:, 2].tolist()) == {1}
+
+
+def test_a_corruption_that_the_rule_passes_makes_no_pair_and_no_pairs_no_loss():
+    _, mask = losses.cooper_pairs(jax.random.key(0), jnp.ones((2, 1)), jnp.zeros(2))
+    assert not mask.any()
+    scores = jnp.array([1.0, 1.0])
+    loss = jax.jit(jax.value_and_grad(lambda s, m: masked.mean(losses.bradley_terry(s, -s), m)))
+    np.testing.assert_allclose(loss(scores, jnp.ones(2))[0], 0.126928, rtol=1e-5)
+    value, gradient = loss(scores, mask)
+    assert float(value) == 0
+    assert not gradient.any()
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match=r"second must have the shape of first, \(2,\), got \(3,\)"):
         losses.bradley_terry(jnp.zeros(2), jnp.zeros(3))
@@ -107,3 +129,5 @@ def test_wrong_arguments_are_named():
         losses.pass_pairs(jnp.zeros((2, 2)))
     with pytest.raises(ValueError, match=r"scores must be \[P, N, N\] for source"):
         losses.policy_discrimination(jnp.zeros((1, 2, 3)), jnp.zeros((1, 3), int))
+    with pytest.raises(ValueError, match="accepted must have the shape of one number per row of correct"):
+        losses.cooper_pairs(jax.random.key(0), jnp.zeros((2, 3)), jnp.zeros(3))
