@@ -27,6 +27,7 @@ from jaxrl_post.losses.first_token import first_token_weights
 from jaxrl_post.losses.forward_kl import forward_kl, reweighted_logp
 from jaxrl_post.losses.kl import KLEstimator, adaptive_kl_coefficient, kl
 from jaxrl_post.losses.label_uncertainty import SmoothingRule, certainty, information_gain, uncertain_smoothing
+from jaxrl_post.losses.latent_preference import cyclical_annealing, draw_latent, expected_win, gaussian_kl, vpl
 from jaxrl_post.losses.mismatch import (
     effective_sample_size,
     importance_weights,
@@ -104,6 +105,7 @@ __all__ = [
     "cpl",
     "cpl_ranked",
     "cpo",
+    "cyclical_annealing",
     "decoupled_ppo",
     "denominator",
     "densify",
@@ -114,6 +116,7 @@ __all__ = [
     "dno",
     "dpo",
     "dppo",
+    "draw_latent",
     "dro",
     "drpo",
     "effective_sample_size",
@@ -121,12 +124,14 @@ __all__ = [
     "entropy_change_by_percentile",
     "entropy_overlap",
     "exo",
+    "expected_win",
     "f_dpg",
     "f_sft",
     "first_token_weights",
     "fit_entropy_law",
     "flowrl",
     "forward_kl",
+    "gaussian_kl",
     "gmpo",
     "gspo",
     "gvpo",
@@ -205,4 +210,5 @@ __all__ = [
     "value_clip_fraction",
     "vespo",
     "vespo_weight",
+    "vpl",
 ]

@@ -149,3 +149,50 @@ def test_a_reward_model_that_learns_from_corrupted_right_answers_is_not_hacked()
 
     found = lab.check("cooper", accuracy, method=0.5, baseline=0.0, seeds=32, margin=0.3)
     assert found.baseline.mean() < 1 / 6  # of the first policy: the frozen model's reward went up, the accuracy down
+
+
+def test_a_latent_inferred_from_eight_comparisons_tells_users_with_opposite_tastes_apart():
+    # Users agree on one feature of an answer, and half of them like of another one what the others dislike.
+    users, comparisons, size, hidden = 32, 16, 2, 16
+
+    def data(key):
+        of_taste, of_answers, of_labels = jax.random.split(key, 3)
+        taste = jnp.where(jnp.arange(users) % 2 == 0, 1.0, -1.0) * jax.random.choice(of_taste, jnp.array([-1.0, 1.0]))
+        answers = jax.random.normal(of_answers, (2, users, comparisons, 2))
+        lead = answers[0] - answers[1]
+        won = jax.random.bernoulli(of_labels, jax.nn.sigmoid(2 * lead[..., 0] + 4 * taste[:, None] * lead[..., 1]))
+        return jnp.where(won[..., None], answers, answers[::-1]), taste
+
+    def encode(params, pairs):
+        own = jnp.tanh(jnp.concatenate(list(pairs[:, :, :8]), axis=-1) @ params["read"]) @ params["to_latent"]
+        return jnp.split(jnp.clip(jnp.mean(own, axis=1), -1.0, 1.0), 2, axis=1)
+
+    def scores(params, answers, latent):
+        weights = params["all"] + latent @ params["of_latent"]
+        return jnp.sum(answers * weights[:, None], axis=-1)
+
+    def accuracy(personal, key):
+        of_params, of_training, of_test = jax.random.split(key, 3)
+        shapes = {"read": (4, hidden), "to_latent": (hidden, 2 * size), "of_latent": (size, 2)}
+        keys = jax.random.split(of_params, len(shapes))
+        params = {name: jax.random.normal(k, shapes[name]) / 2 for k, name in zip(keys, shapes, strict=True)}
+        params["all"] = jnp.zeros(2)
+
+        def loss(params, number):
+            of_data, of_latent = jax.random.split(jax.random.fold_in(of_training, number))
+            pairs, _ = data(of_data)
+            mean, log_variance = encode(params, pairs)
+            latent = personal * losses.draw_latent(of_latent, mean, log_variance)
+            better, worse = (scores(params, answers[:, 8:], latent) for answers in pairs)
+            weight = 1e-2 * losses.cyclical_annealing(number, period=50)
+            return jnp.mean(losses.vpl(better, worse, mean, log_variance, kl_weight=weight))
+
+        params = fit(loss, params, steps=150, learning_rate=0.03)
+        pairs, taste = data(of_test)
+        latent = personal * encode(params, pairs)[0]
+        # New answers of equal merit but for the feature on which tastes differ.
+        liked = jnp.zeros((users, 1, 2)).at[:, 0, 1].set(taste)
+        return jnp.mean(scores(params, liked, latent) > scores(params, -liked, latent))
+
+    found = lab.check("vpl", accuracy, method=1.0, baseline=0.0, seeds=16, margin=0.3)
+    assert found.method.mean() > 0.9
