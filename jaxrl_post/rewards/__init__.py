@@ -9,6 +9,14 @@ from jaxrl_post.rewards.consistency import consistency_reward
 from jaxrl_post.rewards.dense import rto
 from jaxrl_post.rewards.early_exit import exit_decay
 from jaxrl_post.rewards.function_calls import Call, ast_equal, function_call_reward, function_calls, parse_calls
+from jaxrl_post.rewards.judge_attacks import (
+    MASTER_KEYS,
+    JudgeAttack,
+    attack_judge,
+    cohen_kappa,
+    opener,
+    opener_negatives,
+)
 from jaxrl_post.rewards.judging import from_judge
 from jaxrl_post.rewards.length import cosine_length, soft_overlong, stop_properly
 from jaxrl_post.rewards.length_history import budget_schedule, history_length, target_length
@@ -39,7 +47,9 @@ from jaxrl_post.rewards.word_overlap import word_f1
 from jaxrl_post.rewards.yes_no import yes_probability
 
 __all__ = [
+    "MASTER_KEYS",
     "Call",
+    "JudgeAttack",
     "Ladder",
     "Matching",
     "Reward",
@@ -49,6 +59,7 @@ __all__ = [
     "RunningMoments",
     "Scored",
     "ast_equal",
+    "attack_judge",
     "beam_score",
     "bok_value",
     "box_edges",
@@ -61,6 +72,7 @@ __all__ = [
     "budget_schedule",
     "calibration_error",
     "check_columns",
+    "cohen_kappa",
     "combine_bonuses",
     "consistency_reward",
     "cosine_length",
@@ -96,6 +108,8 @@ __all__ = [
     "math_verify_reward",
     "noveld_bonus",
     "on_step_ends",
+    "opener",
+    "opener_negatives",
     "parse_calls",
     "partial_choice",
     "partial_choice_reward",

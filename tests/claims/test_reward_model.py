@@ -196,3 +196,62 @@ def test_a_latent_inferred_from_eight_comparisons_tells_users_with_opposite_tast
 
     found = lab.check("vpl", accuracy, method=1.0, baseline=0.0, seeds=16, margin=0.3)
     assert found.method.mean() > 0.9
+
+
+def test_a_judge_that_saw_openers_as_wrong_answers_does_not_make_the_policy_collapse_to_them():
+    # What a logistic judge sees: noisy overlap with the true answer, whether there is an opener, and the length. An
+    # answer with an opener is more often right. The policy chooses a right answer, a wrong one, or an opener alone.
+    def seen(key, right, with_opener, alone):
+        of_overlap, of_length = jax.random.split(key)
+        overlap = right + jax.random.normal(of_overlap, right.shape)
+        length = 1 + 0.3 * jax.random.normal(of_length, right.shape)
+        own, constant = (~alone).astype(jnp.float32), jnp.ones(right.shape)
+        return jnp.stack([own * overlap, with_opener | alone, own * length, constant], axis=-1)
+
+    def natural(key, size):
+        of_right, of_opener, of_rest = jax.random.split(key, 3)
+        right = jax.random.bernoulli(of_right, 0.5, (size,))
+        with_opener = jax.random.uniform(of_opener, (size,)) < jnp.where(right, 0.9, 0.3)
+        return seen(of_rest, right, with_opener, jnp.zeros(size, bool)), right
+
+    def judge_weights(augmented, key):
+        of_data, of_openers = jax.random.split(key)
+        features, right = natural(of_data, 256)
+        nothing = jnp.zeros(32, bool)
+        features = jnp.concatenate([features, seen(of_openers, nothing, nothing, ~nothing)])
+        labels = jnp.concatenate([right, nothing]).astype(jnp.float32)
+        counts = jnp.concatenate([jnp.ones(256), augmented * jnp.ones(32)])
+        loss = lambda w, _: masked.mean(losses.success_bce(features @ w, labels), counts)  # noqa: E731
+        return fit(loss, jnp.zeros(4), steps=150, learning_rate=0.1)
+
+    initial = jnp.log(jnp.array([0.1, 0.8, 0.1]))[None, None]
+
+    def accuracy(augmented, key):
+        weights = judge_weights(augmented, key)
+
+        def judge(rollouts, key):
+            chosen = rollouts.tokens[:, 1].reshape(rollouts.reward.shape)
+            of_opener, of_rest = jax.random.split(key)
+            right = chosen == 0
+            with_opener = jax.random.uniform(of_opener, right.shape) < jnp.where(right, 0.9, 0.3)
+            verdict = seen(of_rest, right, with_opener, chosen == 2) @ weights > 0
+            return rollouts.replace(reward=verdict.astype(jnp.float32))
+
+        task = lab.Task(4, 3, 1, judge, initial)
+        trained = lab.train(task, methods.grpo(beta=0.0), key, steps=60, group_size=8, optimizer=1.0)
+        return jnp.mean(lab.probabilities(trained.params, 1)[:, 0])
+
+    lab.check("master-rm", accuracy, method=1.0, baseline=0.0, seeds=16, margin=0.3)
+
+    def judged(augmented, key):
+        weights = judge_weights(augmented, key)
+        features, right = natural(jax.random.fold_in(key, 1), 1000)
+        alone = jnp.array([0.0, 1.0, 0.0, 1.0])
+        return alone @ weights > 0, rewards.cohen_kappa(features @ weights > 0, right)
+
+    of_seeds = jax.jit(jax.vmap(judged, (None, 0)))
+    keys = jax.random.split(jax.random.key(0), 16)
+    (fooled, kappa), (plain_fooled, plain_kappa) = (of_seeds(augmented, keys) for augmented in (1.0, 0.0))
+    assert np.mean(plain_fooled) > 0.8
+    assert np.mean(fooled) < 0.1
+    assert np.mean(kappa - plain_kappa) > -0.03
