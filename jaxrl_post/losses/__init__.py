@@ -27,6 +27,7 @@ from jaxrl_post.losses.first_token import first_token_weights
 from jaxrl_post.losses.forward_kl import forward_kl, reweighted_logp
 from jaxrl_post.losses.kl import KLEstimator, adaptive_kl_coefficient, kl
 from jaxrl_post.losses.label_uncertainty import SmoothingRule, certainty, information_gain, uncertain_smoothing
+from jaxrl_post.losses.latent_preference import cyclical_annealing, draw_latent, expected_win, gaussian_kl, vpl
 from jaxrl_post.losses.mismatch import (
     effective_sample_size,
     importance_weights,
@@ -49,6 +50,13 @@ from jaxrl_post.losses.position_weights import position_weights
 from jaxrl_post.losses.preference import discopop, dpo, exo, hinge, implicit_reward, ipo, robust_dpo
 from jaxrl_post.losses.process import success_bce
 from jaxrl_post.losses.reference_free import cpo, log_odds, orpo, simpo
+from jaxrl_post.losses.reward_model import (
+    bradley_terry,
+    cooper_pairs,
+    pass_pairs,
+    policy_discrimination,
+    ranked_bradley_terry,
+)
 from jaxrl_post.losses.segments import cpl, cpl_ranked, segment_logp
 from jaxrl_post.losses.self_play import dno, inpo, listwise
 from jaxrl_post.losses.sequence_ratio import (
@@ -84,6 +92,7 @@ __all__ = [
     "apo_zero",
     "barrier_weights",
     "bco",
+    "bradley_terry",
     "certainty",
     "cispo",
     "clip_cov",
@@ -91,10 +100,12 @@ __all__ = [
     "clipped_high",
     "clipped_low",
     "clipped_region",
+    "cooper_pairs",
     "copg",
     "cpl",
     "cpl_ranked",
     "cpo",
+    "cyclical_annealing",
     "decoupled_ppo",
     "denominator",
     "densify",
@@ -105,6 +116,7 @@ __all__ = [
     "dno",
     "dpo",
     "dppo",
+    "draw_latent",
     "dro",
     "drpo",
     "effective_sample_size",
@@ -112,12 +124,14 @@ __all__ = [
     "entropy_change_by_percentile",
     "entropy_overlap",
     "exo",
+    "expected_win",
     "f_dpg",
     "f_sft",
     "first_token_weights",
     "fit_entropy_law",
     "flowrl",
     "forward_kl",
+    "gaussian_kl",
     "gmpo",
     "gspo",
     "gvpo",
@@ -151,12 +165,15 @@ __all__ = [
     "orpo",
     "p3o_joint",
     "p3o_separate",
+    "pass_pairs",
+    "policy_discrimination",
     "position_weights",
     "positive_mask",
     "ppg",
     "ppo",
     "preference_pairs",
     "proximal_logp",
+    "ranked_bradley_terry",
     "ratio_barrier",
     "rec",
     "rec_mask",
@@ -193,4 +210,5 @@ __all__ = [
     "value_clip_fraction",
     "vespo",
     "vespo_weight",
+    "vpl",
 ]

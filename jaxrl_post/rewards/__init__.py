@@ -25,6 +25,14 @@ from jaxrl_post.rewards.early_exit import exit_decay
 from jaxrl_post.rewards.evidence import evidence, evidence_score
 from jaxrl_post.rewards.function_calls import Call, ast_equal, function_call_reward, function_calls, parse_calls
 from jaxrl_post.rewards.gaussian_boxes import gaussian_box, gaussian_coverage, gaussian_point
+from jaxrl_post.rewards.judge_attacks import (
+    MASTER_KEYS,
+    JudgeAttack,
+    attack_judge,
+    cohen_kappa,
+    opener,
+    opener_negatives,
+)
 from jaxrl_post.rewards.judging import from_judge
 from jaxrl_post.rewards.length import cosine_length, soft_overlong, stop_properly
 from jaxrl_post.rewards.length_history import budget_schedule, history_length, target_length
@@ -42,6 +50,7 @@ from jaxrl_post.rewards.novelty import (
     rnd_bonus,
     token_embedding,
 )
+from jaxrl_post.rewards.pairwise_judge import calibration_error, fit_temperature, symmetric_win_probability
 from jaxrl_post.rewards.potential import (
     Hold,
     held_between_calls,
@@ -67,9 +76,11 @@ from jaxrl_post.rewards.word_overlap import word_f1
 from jaxrl_post.rewards.yes_no import yes_probability
 
 __all__ = [
+    "MASTER_KEYS",
     "Call",
     "CaptionLabels",
     "Hold",
+    "JudgeAttack",
     "Ladder",
     "LikelihoodForm",
     "Matching",
@@ -85,6 +96,7 @@ __all__ = [
     "answer_confidence",
     "answer_likelihood",
     "ast_equal",
+    "attack_judge",
     "base_and_bonus",
     "beam_score",
     "bok_value",
@@ -96,9 +108,11 @@ __all__ = [
     "budget_cosine",
     "budget_level",
     "budget_schedule",
+    "calibration_error",
     "check_columns",
     "chunk_reward",
     "clip_delta",
+    "cohen_kappa",
     "combine_bonuses",
     "confidence_bonus",
     "consistency_reward",
@@ -120,6 +134,7 @@ __all__ = [
     "facility_location",
     "fingerprint",
     "first_error",
+    "fit_temperature",
     "flawed_success",
     "from_judge",
     "from_rubric",
@@ -147,6 +162,8 @@ __all__ = [
     "math_verify_reward",
     "noveld_bonus",
     "on_step_ends",
+    "opener",
+    "opener_negatives",
     "parse_calls",
     "partial_choice",
     "partial_choice_reward",
@@ -171,6 +188,7 @@ __all__ = [
     "span_scores",
     "stop_properly",
     "sweet_spot",
+    "symmetric_win_probability",
     "target_length",
     "task_score",
     "task_solved",

@@ -42,6 +42,22 @@ def test_equal_answers_are_not_shown_and_what_cannot_be_said_is_left_out():
     assert rewards.from_judge(judge)(["q", "r"], ["a", "b"], length=[1, 1]) == [None, None]
 
 
+def test_with_an_anchor_each_completion_is_compared_with_it_alone_in_both_orders():
+    shown = []
+
+    def judge(prompts, first, second, bar):
+        shown.extend(zip(prompts, first, second, bar, strict=True))
+        return [0.9 if len(a) > len(b) else 0.2 for a, b in zip(first, second, strict=True)]
+
+    anchored = rewards.from_judge(judge, against="anchor")
+    found = anchored(["q", "q", "r"], ["aaa", "bb", "c"], anchor=["bb", "bb", "dd"], bar=[1, 1, 2])
+    assert found == pytest.approx([(0.9 + 0.8) / 2, 0.5, (0.2 + 0.1) / 2])
+    assert sorted(shown) == [("q", "aaa", "bb", 1), ("q", "bb", "aaa", 1), ("r", "c", "dd", 2), ("r", "dd", "c", 2)]
+    assert anchored([], [], anchor=[], bar=[]) == []
+    with pytest.raises(ValueError, match="against='anchor' names no column of the data; there are bar"):
+        anchored(["q"], ["a"], bar=[1])
+
+
 def test_a_coroutine_judges_through_the_scorer():
     async def judge(first, second):
         return [float(a > b) for a, b in zip(first, second, strict=True)]

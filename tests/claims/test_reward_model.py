@@ -1,0 +1,257 @@
+"""Claims about reward models: how they are trained, and what becomes of a policy that is trained on them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxrl_post import advantages, losses, masked, methods, rewards
+from tests.claims import lab
+
+
+def fit(loss, params, *, steps, learning_rate):
+    """Parameters after some steps of Adam."""
+    optimizer = optax.adam(learning_rate)
+
+    def step(carry, number):
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(params, number), state)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(steps))[0][0]
+
+
+def test_ties_among_what_passed_take_the_shortcut_out_of_a_reward_model():
+    # A shortcut that a tenth of what passed has, and nothing that failed. A policy can have three times as much of it,
+    # without the quality.
+    arms = jnp.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 3.0]])
+
+    def reward_model(tie_weight, key):
+        keys = jax.random.split(key, 3)
+        passed = jax.random.bernoulli(keys[0], 0.5, (40,))
+        quality = passed + 0.5 * jax.random.normal(keys[1], (40,))
+        shortcut = passed & jax.random.bernoulli(keys[2], 0.1, (40,))
+        features = jnp.stack([quality, shortcut.astype(jnp.float32)], axis=1)
+        label, pairs = losses.pass_pairs(passed)
+        weight = pairs * jnp.where(label == 0.5, tie_weight, 1.0)
+
+        def loss(w, _):
+            r = features @ w
+            return masked.mean(losses.bradley_terry(*jnp.broadcast_arrays(r[:, None], r[None, :]), label), weight)
+
+        w = fit(loss, jnp.zeros(2), steps=150, learning_rate=0.1)
+        scores = features @ w
+        accuracy = masked.mean(scores[:, None] > scores[None, :], pairs & (label == 1))
+        return w, accuracy, masked.std(scores, passed) / masked.std(scores, jnp.ones(40))
+
+    def quality_after_training(tie_weight, key):
+        w, *_ = reward_model(tie_weight, key)
+        task = lab.Task(1, 4, 1, lab.by_sequence(arms @ w))
+        trained = lab.train(task, methods.grpo(beta=0.0), key, steps=40, group_size=8, optimizer=optax.adam(0.05))
+        return lab.probabilities(trained.params, 1)[0] @ arms[:, 0]
+
+    lab.check("solireward", quality_after_training, method=1.0, baseline=0.0, seeds=16, margin=0.1)
+
+    of_seeds = jax.jit(jax.vmap(reward_model, (None, 0)))
+    keys = jax.random.split(jax.random.key(0), 16)
+    (_, accuracy, spread), (_, plain_accuracy, plain_spread) = (of_seeds(weight, keys) for weight in (1.0, 0.0))
+    assert np.mean(accuracy - plain_accuracy) > -0.02
+    assert np.mean(spread) < 0.97 * np.mean(plain_spread)
+
+
+def test_win_probabilities_against_an_anchor_make_progress_on_every_prompt():
+    # Scores of answers to a prompt are known up to a constant of the prompt, which Bradley-Terry never sees; and
+    # prompts differ in how much their answers do. The judge of pairs likes the first place.
+    prompts, arms, bias = 8, 6, 1.0
+    scale = jnp.exp(jnp.linspace(-1.0, 1.0, prompts))[:, None]
+
+    def worst_progress(anchored, key):
+        of_scores, of_prompts, of_training = jax.random.split(key, 3)
+        scores = scale * jax.random.normal(of_scores, (prompts, arms))
+        pointwise = scores + 3 * jax.random.normal(of_prompts, (prompts, 1))
+        lead = scores - jnp.median(scores, axis=1, keepdims=True)
+        shown = (jnp.stack([x + bias, jnp.zeros_like(x)], axis=-1) for x in (lead, -lead))
+        table = jnp.where(anchored > 0, rewards.symmetric_win_probability(*shown), pointwise)
+        task, method = lab.Task(prompts, arms, 1, lab.by_sequence(table)), methods.reinforce_plus_plus(beta=0.0)
+        trained = lab.train(task, method, of_training, steps=60, group_size=4, optimizer=8.0)
+        reached = jnp.sum(lab.probabilities(trained.params, 1) * scores, axis=1)
+        start = jnp.mean(scores, axis=1)
+        return jnp.min((reached - start) / (jnp.max(scores, axis=1) - start))
+
+    lab.check("pairwise-rl", worst_progress, method=1.0, baseline=0.0, seeds=16, margin=0.2)
+
+
+def test_discriminating_between_other_policies_makes_a_better_reward_model_of_few_preferences():
+    # Policies are Markov chains, and a scorer is a bilinear form of the transitions of reference and candidate.
+    vocab, length, pool, drawn = 3, 6, 8, 32
+    sequences = np.array(np.unravel_index(np.arange(vocab**length), (vocab,) * length)).T
+    counts = np.zeros((vocab**length, vocab**2), np.float32)
+    for t in range(length - 1):
+        np.add.at(counts, (np.arange(vocab**length), sequences[:, t] * vocab + sequences[:, t + 1]), 1)
+    moves = jnp.asarray(counts)
+
+    def nearer_to_the_target(pretrained, key):
+        of_chains, of_answers, of_batches, of_start = jax.random.split(key, 4)
+        chains = jax.nn.log_softmax(2.5 * jax.random.normal(of_chains, (pool + 2, vocab, vocab)))
+        logp = chains.reshape(pool + 2, -1) @ moves.T - jnp.log(vocab)  # [chains, sequences]
+        answers = moves[jax.random.categorical(of_answers, logp[:, None], shape=(pool + 2, drawn))]
+        source = jnp.repeat(jnp.arange(pool), 2)
+
+        def discrimination(form, number):
+            two = jax.random.randint(jax.random.fold_in(of_batches, number), (pool, 2), 0, drawn)
+            batch = answers[jnp.arange(pool)[:, None], two].reshape(2 * pool, -1)
+            return losses.policy_discrimination((batch @ form @ batch.T)[None], source[None])[0]
+
+        # Eight preferences for the target's answers over another policy's; the reference is the target's too.
+        def preference(form, number):
+            del number
+            reference, better, worse = answers[-1, :8], answers[-1, 8:16], answers[-2, :8]
+            score = lambda candidate: jnp.sum((reference @ form) * candidate, axis=1)  # noqa: E731
+            return jnp.mean(losses.bradley_terry(score(better), score(worse)))
+
+        form = 0.01 * jax.random.normal(of_start, (vocab**2, vocab**2))
+        form = jnp.where(pretrained > 0, fit(discrimination, form, steps=150, learning_rate=0.02), form)
+        form = fit(preference, form, steps=50, learning_rate=0.02)
+        # Where training on the reward less the KL to the first policy ends, exactly.
+        reached = jax.nn.log_softmax(jnp.mean(answers[-1, :8] @ form @ moves.T, axis=0))
+        kl = jnp.sum(jnp.exp(reached) * (reached - logp[-1]))
+        return jnp.mean(-jnp.log(vocab**length) - logp[-1]) - kl
+
+    found = lab.check("polar", nearer_to_the_target, method=1.0, baseline=0.0, seeds=16)
+    assert found.method.mean() > 2  # nats by which the policy comes nearer
+
+
+def test_a_reward_model_that_learns_from_corrupted_right_answers_is_not_hacked():
+    # One of six answers is right; a phrase that two wrong ones have is worth more to the reward model than being right.
+    right, phrase = jnp.eye(6)[0], jnp.array([0.0, 1.0, 1.0, 0.0, 0.0, 0.0])
+    prompts, group = 4, 8
+    rows = jnp.arange(prompts)[:, None]
+
+    def accuracy(rate, key):
+        def step(carry, key):
+            logits, weights = carry
+            of_answers, of_pairs, of_phrase = jax.random.split(key, 3)
+            answers = jax.random.categorical(of_answers, logits[:, None], shape=(prompts, group))
+            features = jnp.stack([right, phrase], axis=1)[answers]
+            credit = advantages.grpo(jax.nn.sigmoid(features @ weights))
+            gain = jax.grad(lambda x: jnp.mean(credit * jax.nn.log_softmax(x)[rows, answers]))(logits)
+
+            # The other model writes a wrong answer, with the phrase in half of the cases.
+            chosen, mask = losses.cooper_pairs(of_pairs, features[..., 0], jnp.ones(prompts))
+            better = features[jnp.arange(prompts), chosen]
+            worse = jnp.stack([jnp.zeros(prompts), jax.random.bernoulli(of_phrase, 0.5, (prompts,))], axis=1)
+            loss = lambda w: masked.mean(losses.bradley_terry(better @ w, worse @ w), mask)  # noqa: E731
+            return (logits + 2 * gain, weights - rate * jax.grad(loss)(weights)), None
+
+        start = jnp.zeros((prompts, 6)), jnp.array([1.0, 1.5])
+        (logits, _), _ = jax.lax.scan(step, start, jax.random.split(key, 100))
+        return jnp.mean(jax.nn.softmax(logits) @ right)
+
+    found = lab.check("cooper", accuracy, method=0.5, baseline=0.0, seeds=32, margin=0.3)
+    assert found.baseline.mean() < 1 / 6  # of the first policy: the frozen model's reward went up, the accuracy down
+
+
+def test_a_latent_inferred_from_eight_comparisons_tells_users_with_opposite_tastes_apart():
+    # Users agree on one feature of an answer, and half of them like of another one what the others dislike.
+    users, comparisons, size, hidden = 32, 16, 2, 16
+
+    def data(key):
+        of_taste, of_answers, of_labels = jax.random.split(key, 3)
+        taste = jnp.where(jnp.arange(users) % 2 == 0, 1.0, -1.0) * jax.random.choice(of_taste, jnp.array([-1.0, 1.0]))
+        answers = jax.random.normal(of_answers, (2, users, comparisons, 2))
+        lead = answers[0] - answers[1]
+        won = jax.random.bernoulli(of_labels, jax.nn.sigmoid(2 * lead[..., 0] + 4 * taste[:, None] * lead[..., 1]))
+        return jnp.where(won[..., None], answers, answers[::-1]), taste
+
+    def encode(params, pairs):
+        own = jnp.tanh(jnp.concatenate(list(pairs[:, :, :8]), axis=-1) @ params["read"]) @ params["to_latent"]
+        return jnp.split(jnp.clip(jnp.mean(own, axis=1), -1.0, 1.0), 2, axis=1)
+
+    def scores(params, answers, latent):
+        weights = params["all"] + latent @ params["of_latent"]
+        return jnp.sum(answers * weights[:, None], axis=-1)
+
+    def accuracy(personal, key):
+        of_params, of_training, of_test = jax.random.split(key, 3)
+        shapes = {"read": (4, hidden), "to_latent": (hidden, 2 * size), "of_latent": (size, 2)}
+        keys = jax.random.split(of_params, len(shapes))
+        params = {name: jax.random.normal(k, shapes[name]) / 2 for k, name in zip(keys, shapes, strict=True)}
+        params["all"] = jnp.zeros(2)
+
+        def loss(params, number):
+            of_data, of_latent = jax.random.split(jax.random.fold_in(of_training, number))
+            pairs, _ = data(of_data)
+            mean, log_variance = encode(params, pairs)
+            latent = personal * losses.draw_latent(of_latent, mean, log_variance)
+            better, worse = (scores(params, answers[:, 8:], latent) for answers in pairs)
+            weight = 1e-2 * losses.cyclical_annealing(number, period=50)
+            return jnp.mean(losses.vpl(better, worse, mean, log_variance, kl_weight=weight))
+
+        params = fit(loss, params, steps=150, learning_rate=0.03)
+        pairs, taste = data(of_test)
+        latent = personal * encode(params, pairs)[0]
+        # New answers of equal merit but for the feature on which tastes differ.
+        liked = jnp.zeros((users, 1, 2)).at[:, 0, 1].set(taste)
+        return jnp.mean(scores(params, liked, latent) > scores(params, -liked, latent))
+
+    found = lab.check("vpl", accuracy, method=1.0, baseline=0.0, seeds=16, margin=0.3)
+    assert found.method.mean() > 0.9
+
+
+def test_a_judge_that_saw_openers_as_wrong_answers_does_not_make_the_policy_collapse_to_them():
+    # What a logistic judge sees: noisy overlap with the true answer, whether there is an opener, and the length. An
+    # answer with an opener is more often right. The policy chooses a right answer, a wrong one, or an opener alone.
+    def seen(key, right, with_opener, alone):
+        of_overlap, of_length = jax.random.split(key)
+        overlap = right + jax.random.normal(of_overlap, right.shape)
+        length = 1 + 0.3 * jax.random.normal(of_length, right.shape)
+        own, constant = (~alone).astype(jnp.float32), jnp.ones(right.shape)
+        return jnp.stack([own * overlap, with_opener | alone, own * length, constant], axis=-1)
+
+    def natural(key, size):
+        of_right, of_opener, of_rest = jax.random.split(key, 3)
+        right = jax.random.bernoulli(of_right, 0.5, (size,))
+        with_opener = jax.random.uniform(of_opener, (size,)) < jnp.where(right, 0.9, 0.3)
+        return seen(of_rest, right, with_opener, jnp.zeros(size, bool)), right
+
+    def judge_weights(augmented, key):
+        of_data, of_openers = jax.random.split(key)
+        features, right = natural(of_data, 256)
+        nothing = jnp.zeros(32, bool)
+        features = jnp.concatenate([features, seen(of_openers, nothing, nothing, ~nothing)])
+        labels = jnp.concatenate([right, nothing]).astype(jnp.float32)
+        counts = jnp.concatenate([jnp.ones(256), augmented * jnp.ones(32)])
+        loss = lambda w, _: masked.mean(losses.success_bce(features @ w, labels), counts)  # noqa: E731
+        return fit(loss, jnp.zeros(4), steps=150, learning_rate=0.1)
+
+    initial = jnp.log(jnp.array([0.1, 0.8, 0.1]))[None, None]
+
+    def accuracy(augmented, key):
+        weights = judge_weights(augmented, key)
+
+        def judge(rollouts, key):
+            chosen = rollouts.tokens[:, 1].reshape(rollouts.reward.shape)
+            of_opener, of_rest = jax.random.split(key)
+            right = chosen == 0
+            with_opener = jax.random.uniform(of_opener, right.shape) < jnp.where(right, 0.9, 0.3)
+            verdict = seen(of_rest, right, with_opener, chosen == 2) @ weights > 0
+            return rollouts.replace(reward=verdict.astype(jnp.float32))
+
+        task = lab.Task(4, 3, 1, judge, initial)
+        trained = lab.train(task, methods.grpo(beta=0.0), key, steps=60, group_size=8, optimizer=1.0)
+        return jnp.mean(lab.probabilities(trained.params, 1)[:, 0])
+
+    lab.check("master-rm", accuracy, method=1.0, baseline=0.0, seeds=16, margin=0.3)
+
+    def judged(augmented, key):
+        weights = judge_weights(augmented, key)
+        features, right = natural(jax.random.fold_in(key, 1), 1000)
+        alone = jnp.array([0.0, 1.0, 0.0, 1.0])
+        return alone @ weights > 0, rewards.cohen_kappa(features @ weights > 0, right)
+
+    of_seeds = jax.jit(jax.vmap(judged, (None, 0)))
+    keys = jax.random.split(jax.random.key(0), 16)
+    (fooled, kappa), (plain_fooled, plain_kappa) = (of_seeds(augmented, keys) for augmented in (1.0, 0.0))
+    assert np.mean(plain_fooled) > 0.8
+    assert np.mean(fooled) < 0.1
+    assert np.mean(kappa - plain_kappa) > -0.03
