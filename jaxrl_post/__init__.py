@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxrl_post import (
         advantages,
+        control,
         curation,
         data,
         kernels,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "advantages",
+    "control",
     "curation",
     "data",
     "kernels",

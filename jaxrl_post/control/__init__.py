@@ -1,0 +1,23 @@
+"""Decision processes small enough for tables: values over a horizon, and rewards that are designed for a learner."""
+
+from jaxrl_post.control.reward_design import (
+    adaptive_informativeness,
+    choose_subgoals,
+    design_reward,
+    explors_bonus,
+    explors_gradient,
+    informativeness,
+)
+from jaxrl_post.control.tables import action_gaps, action_values, best_policy
+
+__all__ = [
+    "action_gaps",
+    "action_values",
+    "adaptive_informativeness",
+    "best_policy",
+    "choose_subgoals",
+    "design_reward",
+    "explors_bonus",
+    "explors_gradient",
+    "informativeness",
+]
