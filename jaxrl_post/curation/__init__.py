@@ -1,5 +1,13 @@
 """What to try next, and which of what was tried to learn from."""
 
+from jaxrl_post.curation.budgets import (
+    Schedule,
+    extra_rollouts,
+    knapsack,
+    promoted_prompts,
+    rollout_value,
+    variance_promotion,
+)
 from jaxrl_post.curation.groups import informative, select_groups, spread_first, take_groups
 from jaxrl_post.curation.memory import PromptMemory, init_memory, recall, remember
 from jaxrl_post.curation.pareto import (
@@ -15,30 +23,56 @@ from jaxrl_post.curation.pareto import (
     pareto_insert,
     sparsity,
 )
+from jaxrl_post.curation.samples import (
+    BatchFilter,
+    ExitRule,
+    RankFilter,
+    balanced,
+    batch_filter,
+    filter_r2,
+    pool_finished,
+    process_consistency,
+    rank_filter,
+)
 from jaxrl_post.curation.success_rate import PreferencePairs, long2short_pairs, priority_probs, shortest_correct
 
 __all__ = [
+    "BatchFilter",
+    "ExitRule",
     "ParetoArchive",
     "PreferencePairs",
     "PromptMemory",
+    "RankFilter",
+    "Schedule",
+    "balanced",
+    "batch_filter",
     "best_for",
     "crowding_distance",
     "expected_utility",
+    "extra_rollouts",
+    "filter_r2",
     "hypervolume",
     "hypervolume_contribution",
     "informative",
     "init_memory",
+    "knapsack",
     "long2short_pairs",
     "most_isolated",
     "non_dominated",
     "pareto_archive",
     "pareto_insert",
+    "pool_finished",
     "priority_probs",
+    "process_consistency",
+    "promoted_prompts",
+    "rank_filter",
     "recall",
     "remember",
+    "rollout_value",
     "select_groups",
     "shortest_correct",
     "sparsity",
     "spread_first",
     "take_groups",
+    "variance_promotion",
 ]

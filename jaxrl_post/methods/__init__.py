@@ -16,6 +16,7 @@ from jaxrl_post.methods.component_rewards import (
 from jaxrl_post.methods.consistency import a2po, copg, flowrl, gvpo, kimi, p3o
 from jaxrl_post.methods.constrained import c_morl
 from jaxrl_post.methods.credit import Advantage, Credit, Signals
+from jaxrl_post.methods.curated import observe_r1, pf_ppo, prof, reinforce_ada
 from jaxrl_post.methods.distillation import kdrl, opd
 from jaxrl_post.methods.divergence import disco, f_dpg
 from jaxrl_post.methods.exploration import clip_cov, egpo, high_entropy_tokens, kl_cov, rapo
@@ -125,6 +126,7 @@ __all__ = [
     "nash_md",
     "novelty_bonus",
     "nsr",
+    "observe_r1",
     "online_dpo",
     "opd",
     "opo",
@@ -136,16 +138,19 @@ __all__ = [
     "par",
     "pass_at_k",
     "pav",
+    "pf_ppo",
     "pipo",
     "policy_gradient",
     "policy_improvement",
     "ppo",
     "ppr_renorm",
     "pr_clip_delta",
+    "prof",
     "rae",
     "rapo",
     "rec",
     "reinforce",
+    "reinforce_ada",
     "reinforce_plus_plus",
     "reinforce_plus_plus_baseline",
     "remax",

@@ -61,7 +61,7 @@ from jaxrl_post.rewards.potential import (
 )
 from jaxrl_post.rewards.provers import beam_score, bok_value, effective_reward, prover_advantage, prover_quality
 from jaxrl_post.rewards.reference_shaping import ReferenceShape, RunningShape, preference_as_reward, running_scale
-from jaxrl_post.rewards.relative_length import group_length, too_short
+from jaxrl_post.rewards.relative_length import group_length, shortest_bonus, too_short
 from jaxrl_post.rewards.renorm import on_step_ends, renorm
 from jaxrl_post.rewards.rubrics import from_rubric, rubric_functions
 from jaxrl_post.rewards.scaling import gap_reward, rescale, zscore_by_input
@@ -181,6 +181,7 @@ __all__ = [
     "running_scale",
     "score",
     "set_overlap",
+    "shortest_bonus",
     "shuffle_consistency",
     "shuffled_agreement",
     "soft_overlong",

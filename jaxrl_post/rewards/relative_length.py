@@ -84,3 +84,40 @@ def too_short(
     enough = tolerance * masked.mean(lengths, valid & (correct != 0), 1, keepdims=True)
     missing = lengths / jnp.where(enough > 0, enough, 1.0) - 1
     return jnp.where(valid & (enough > 0), max_penalty * jnp.minimum(missing, 0.0), 0.0)
+
+
+def shortest_bonus(
+    lengths: Array, correct: Array, valid: Array | None = None, *, bonus: float = 0.2, min_length: float = 100.0
+) -> Array:
+    """A bonus for the shortest right answer of a group, unless it is so short that there is little left to cut.
+
+    Args:
+        lengths: `[P, G]` int or float, tokens of each answer.
+        correct: `[P, G]`, nonzero where the answer is right.
+        valid: `[P, G]` bool, False where the answer does not count; None for all.
+        bonus: what it earns.
+        min_length: it must be longer than this.
+
+    Returns:
+        `[P, G]`, float32 or wider; of equally short ones the first has the bonus.
+
+    Raises:
+        ValueError: if the arrays are not `[P, G]` of one shape.
+
+    Example:
+        >>> found = shortest_bonus(jnp.array([[300, 150, 120]]), jnp.array([[1, 1, 0]]))
+        >>> [round(float(r), 4) for r in found[0]]
+        [0.0, 0.2, 0.0]
+
+    Reference: Observe-R1: Unlocking Reasoning Abilities of MLLMs with Dynamic Progressive Reinforcement Learning
+    (arXiv 2505.12432).
+    """
+    lengths, correct = masked.as_float(lengths), jnp.asarray(correct) != 0
+    masked.check_axes("lengths", lengths, "[P, G]", "reshape with as_groups(lengths, group_size=8)")
+    masked.check_like("correct", correct, "lengths", lengths)
+    valid = jnp.ones(lengths.shape, bool) if valid is None else jnp.asarray(valid) != 0
+    masked.check_like("valid", valid, "lengths", lengths)
+    right = valid & correct
+    shortest = jnp.argmin(jnp.where(right, lengths, jnp.inf), axis=1, keepdims=True)
+    chosen = right & (jnp.arange(lengths.shape[1]) == shortest) & (lengths > min_length)
+    return jnp.where(chosen, jnp.asarray(bonus, lengths.dtype), 0.0)

@@ -46,3 +46,13 @@ def test_much_shorter_than_the_right_answers_costs():
     for options in ({"max_penalty": -1.0}, {"tolerance": 0.0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             relative_length.too_short(lengths, correct, **options)
+
+
+def test_the_shortest_right_answer_earns_a_bonus_unless_it_is_short_enough():
+    lengths = jnp.array([[300, 150, 90, 120], [300, 150, 150, 120], [5, 6, 7, 8]])
+    correct = jnp.array([[1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]])
+    found = relative_length.shortest_bonus(lengths, correct)
+    np.testing.assert_allclose(found, [[0] * 4, [0, 0.2, 0, 0], [0] * 4], atol=1e-6)
+    valid = jnp.array([[1, 1, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1]])
+    found = relative_length.shortest_bonus(lengths, correct, valid, bonus=1.0)
+    np.testing.assert_allclose(found[0], [0, 1.0, 0, 0])
