@@ -20,6 +20,17 @@ from jaxrl_post.rewards.judge_attacks import (
 from jaxrl_post.rewards.judging import from_judge
 from jaxrl_post.rewards.length import cosine_length, soft_overlong, stop_properly
 from jaxrl_post.rewards.length_history import budget_schedule, history_length, target_length
+from jaxrl_post.rewards.listwise_judge import (
+    ListwiseReply,
+    consensus_scores,
+    from_listwise_judge,
+    kendall_tau,
+    listwise_reply_reward,
+    listwise_request,
+    order_accuracy,
+    parse_listwise,
+    score_accuracy,
+)
 from jaxrl_post.rewards.loading import load
 from jaxrl_post.rewards.math import gsm8k_answer, math_verify, math_verify_reward
 from jaxrl_post.rewards.novelty import (
@@ -51,6 +62,7 @@ __all__ = [
     "Call",
     "JudgeAttack",
     "Ladder",
+    "ListwiseReply",
     "Matching",
     "Reward",
     "RewardError",
@@ -74,6 +86,7 @@ __all__ = [
     "check_columns",
     "cohen_kappa",
     "combine_bonuses",
+    "consensus_scores",
     "consistency_reward",
     "cosine_length",
     "count_bonus",
@@ -89,6 +102,7 @@ __all__ = [
     "fingerprint",
     "fit_temperature",
     "from_judge",
+    "from_listwise_judge",
     "from_rubric",
     "from_verifiers",
     "from_verl",
@@ -101,6 +115,9 @@ __all__ = [
     "gsm8k_answer",
     "history_length",
     "information_gain",
+    "kendall_tau",
+    "listwise_reply_reward",
+    "listwise_request",
     "load",
     "marginal_gains",
     "matching_reward",
@@ -110,7 +127,9 @@ __all__ = [
     "on_step_ends",
     "opener",
     "opener_negatives",
+    "order_accuracy",
     "parse_calls",
+    "parse_listwise",
     "partial_choice",
     "partial_choice_reward",
     "prover_advantage",
@@ -121,6 +140,7 @@ __all__ = [
     "rto",
     "rubric_functions",
     "score",
+    "score_accuracy",
     "set_overlap",
     "soft_overlong",
     "stop_properly",

@@ -255,3 +255,41 @@ def test_a_judge_that_saw_openers_as_wrong_answers_does_not_make_the_policy_coll
     assert np.mean(plain_fooled) > 0.8
     assert np.mean(fooled) < 0.1
     assert np.mean(kappa - plain_kappa) > -0.03
+
+
+def test_a_judge_trained_with_the_listwise_reward_follows_principles_that_it_never_saw():
+    # Answers have three properties, and a principle is what each of them is worth. The judge's scores have noise, which
+    # it learns by, as from sampled replies.
+    size, answers, lists, samples = 3, 4, 16, 8
+
+    def data(key, principles):
+        properties = jax.random.normal(key, (lists, answers, size))
+        merit = jnp.einsum("lad,ld->la", properties, principles)
+        return properties, jnp.clip(jnp.round(3 + merit), 1, 5)
+
+    def tau(reads_principle, key):
+        of_seen, of_new, of_training = jax.random.split(key, 3)
+        seen = jax.random.normal(of_seen, (lists, size))
+
+        def mean_scores(params, properties, principles):
+            weights = params["all"] + reads_principle * principles @ params["by_principle"]
+            return 3 + jnp.einsum("lad,ld->la", properties, weights)
+
+        def loss(params, number):
+            of_data, of_noise = jax.random.split(jax.random.fold_in(of_training, number))
+            properties, consensus = data(of_data, seen)
+            mean = mean_scores(params, properties, seen)[:, None]
+            replies = jax.lax.stop_gradient(mean + 0.5 * jax.random.normal(of_noise, (lists, samples, answers)))
+            scores, true = jnp.clip(replies, 1, 5), jnp.broadcast_to(consensus[:, None], replies.shape)
+            reward = (rewards.order_accuracy(scores, true) + rewards.score_accuracy(scores, true)) / 2
+            logp = -jnp.sum(jnp.square((replies - mean) / 0.5), axis=2) / 2
+            return -jnp.mean(advantages.grpo(reward) * logp)
+
+        params = {"all": jnp.zeros(size), "by_principle": jnp.zeros((size, size))}
+        params = fit(loss, params, steps=150, learning_rate=0.03)
+        of_principles, of_data = jax.random.split(of_new)
+        new = jax.random.normal(of_principles, (lists, size))
+        properties, consensus = data(of_data, new)
+        return jnp.mean(rewards.kendall_tau(mean_scores(params, properties, new), consensus))
+
+    lab.check("rewardanything", tau, method=1.0, baseline=0.0, seeds=16, margin=0.3)
