@@ -1,6 +1,6 @@
 """What to try next, and which of what was tried to learn from."""
 
-from jaxrl_post.curation.groups import informative, select_groups, spread_first, take_groups
+from jaxrl_post.curation.groups import informative, select_groups, spread_first, take_groups, within_accuracy
 from jaxrl_post.curation.memory import PromptMemory, init_memory, recall, remember
 from jaxrl_post.curation.pareto import (
     ParetoArchive,
@@ -41,4 +41,5 @@ __all__ = [
     "sparsity",
     "spread_first",
     "take_groups",
+    "within_accuracy",
 ]

@@ -293,3 +293,46 @@ def test_a_judge_trained_with_the_listwise_reward_follows_principles_that_it_nev
         return jnp.mean(rewards.kendall_tau(mean_scores(params, properties, new), consensus))
 
     lab.check("rewardanything", tau, method=1.0, baseline=0.0, seeds=16, margin=0.3)
+
+
+def test_implicit_rewards_of_tokens_find_the_decisive_token_in_fewer_samples_than_the_outcome():
+    # One of eight tokens decides. The implicit reward model has a table like the policy's and sees the same outcomes.
+    prompts, group, length, vocab, beta, steps = 4, 4, 8, 4, 0.5, 80
+    mask, reference = jnp.ones((prompts * group, length)), jnp.full((prompts * group, length), -jnp.log(vocab))
+
+    def learned(with_process, key):
+        def step(carry, key):
+            policy, implicit = carry
+            tokens = jax.random.categorical(key, policy[:, None], shape=(prompts, group, length))
+            outcome = (tokens[..., 1] == 0).astype(jnp.float32)
+
+            def logp(logits):
+                rows = jnp.arange(prompts)[:, None, None]
+                return jax.nn.log_softmax(logits)[rows, jnp.arange(length), tokens].reshape(-1, length)
+
+            def cross_entropy(logits):
+                return jnp.sum(
+                    losses.implicit_outcome_bce(logp(logits), reference, outcome.reshape(-1), mask, beta=beta)
+                )
+
+            implicit = implicit - 0.2 * jax.grad(cross_entropy)(implicit)
+            process = losses.implicit_reward(logp(implicit), reference, beta=beta)
+            credit = advantages.prime(process, outcome, mask, process_weight=with_process)
+            gain = jax.grad(lambda logits: jnp.sum(credit * logp(logits)))(policy)
+            policy = policy + 0.3 * gain / jnp.maximum(optax.tree.norm(gain), 1e-8)
+            return (policy, implicit), jnp.mean(jax.nn.softmax(policy[:, 1])[:, 0])
+
+        start = jnp.zeros((2, prompts, length, vocab))
+        (_, implicit), solved = jax.lax.scan(step, tuple(start), jax.random.split(key, steps))
+        return solved, beta * (jax.nn.log_softmax(implicit) + jnp.log(vocab))
+
+    def speed(with_process, key):
+        solved, _ = learned(with_process, key)
+        return -jnp.where(jnp.any(solved > 0.9), jnp.argmax(solved > 0.9), steps).astype(jnp.float32)
+
+    lab.check("prime-implicit", speed, method=1.0, baseline=0.0, seeds=16, margin=2.0)
+
+    _, rewards_of_tokens = jax.jit(jax.vmap(learned, (None, 0)))(1.0, jax.random.split(jax.random.key(0), 16))
+    rewards_of_tokens = np.asarray(rewards_of_tokens)  # [seeds, prompts, length, vocab]
+    assert rewards_of_tokens[:, :, 1, 0].min() > 0.1
+    assert np.mean(rewards_of_tokens[:, :, 1, 0]) > 4 * np.mean(np.abs(np.delete(rewards_of_tokens, 1, axis=2)))
