@@ -9,6 +9,7 @@ from jaxrl_post.rewards.consistency import consistency_reward
 from jaxrl_post.rewards.dense import rto
 from jaxrl_post.rewards.early_exit import exit_decay
 from jaxrl_post.rewards.function_calls import Call, ast_equal, function_call_reward, function_calls, parse_calls
+from jaxrl_post.rewards.goal_embedding import goal_similarity, pearson_distance
 from jaxrl_post.rewards.judge_attacks import (
     MASTER_KEYS,
     JudgeAttack,
@@ -110,6 +111,7 @@ __all__ = [
     "function_calls",
     "gap_reward",
     "gated_sum",
+    "goal_similarity",
     "greedy_matching",
     "group_length",
     "gsm8k_answer",
@@ -132,6 +134,7 @@ __all__ = [
     "parse_listwise",
     "partial_choice",
     "partial_choice_reward",
+    "pearson_distance",
     "prover_advantage",
     "prover_quality",
     "renorm",
