@@ -365,3 +365,38 @@ def test_a_baseline_description_takes_the_background_out_of_a_zero_shot_reward()
     distance = jax.jit(jax.vmap(lambda table: rewards.pearson_distance(table, progress)))
     far, near, nearest = (np.mean(distance(tables(alpha, keys))) for alpha in (0.0, 0.5, 1.0))
     assert nearest < near < far - 0.05
+
+
+def test_a_reward_model_that_goes_on_learning_from_references_keeps_the_policy_near_them():
+    # The policy is a Gaussian in the plane with a mean to learn, and references are of another one. A linear head first
+    # learns to tell them from the first policy; frozen then, it is a reward that grows on and on in one direction.
+    spread, target, warm_up, steps = 0.5, jnp.array([1.0, 0.5]), 50, 450
+
+    def nearness(updates, key):
+        def step(carry, given):
+            mean, head = carry
+            number, key = given
+            of_references, of_samples = jax.random.split(key)
+            real = target + spread * jax.random.normal(of_references, (64, 2))
+            made = mean + spread * jax.random.normal(of_samples, (64, 2))
+
+            def score(head, points):
+                return points @ head[:2] + head[2]
+
+            def loss(head):
+                decay = 0.01 * jnp.sum(jnp.square(head))
+                return losses.discriminator_hinge(score(head, real), score(head, made)) + decay
+
+            its_turn = (number < warm_up) | losses.discriminators_turn(number, updates=updates)
+            head = head - its_turn * 0.3 * jax.grad(loss)(head)
+            credit = advantages.grpo(score(head, made).reshape(4, 16)).reshape(-1, 1)
+            gain = jnp.mean(credit * (made - mean), axis=0) / spread**2
+            policys_turn = (number >= warm_up) & (number % 2 == 1)
+            return (mean + policys_turn * 0.02 * gain, head), jnp.linalg.norm(mean - target)
+
+        start = jnp.zeros(2), jnp.zeros(3)
+        _, distance = jax.lax.scan(step, start, (jnp.arange(steps), jax.random.split(key, steps)))
+        return -jnp.mean(distance[-100:])
+
+    found = lab.check("adv-grpo", nearness, method=1, baseline=0, seeds=16, margin=1.0)
+    assert found.method.mean() > -0.5 * jnp.linalg.norm(target)  # of where it began
