@@ -20,6 +20,7 @@ from jaxrl_post.advantages.group import (
     rloo,
 )
 from jaxrl_post.advantages.group_likelihood import jepo
+from jaxrl_post.advantages.implicit_process import prime, prime_norm
 from jaxrl_post.advantages.improvement import attribution, improvement_signal
 from jaxrl_post.advantages.keyed import grpo_by_key, mean_by_key, rloo_by_key, second_moment_factor
 from jaxrl_post.advantages.layout import as_groups, from_turns, is_last, on_last_token, per_token, to_turns
@@ -100,6 +101,8 @@ __all__ = [
     "otb",
     "pass_at_k",
     "per_token",
+    "prime",
+    "prime_norm",
     "prompt_of",
     "rae",
     "random_blocks",

@@ -8,7 +8,7 @@ from jaxrl_post.curation.budgets import (
     rollout_value,
     variance_promotion,
 )
-from jaxrl_post.curation.groups import informative, select_groups, spread_first, take_groups
+from jaxrl_post.curation.groups import informative, select_groups, spread_first, take_groups, within_accuracy
 from jaxrl_post.curation.memory import PromptMemory, init_memory, recall, remember
 from jaxrl_post.curation.pareto import (
     ParetoArchive,
@@ -75,4 +75,5 @@ __all__ = [
     "spread_first",
     "take_groups",
     "variance_promotion",
+    "within_accuracy",
 ]

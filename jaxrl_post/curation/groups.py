@@ -35,6 +35,36 @@ def informative(reward: Array, valid: Array, *, eps: float = 1e-6) -> Array:
     return highest - lowest > eps
 
 
+def within_accuracy(reward: Array, valid: Array, *, low: float = 0.2, high: float = 0.8) -> Array:
+    """Which groups have a mean reward from `low` to `high`: prompts that are neither too hard nor too easy.
+
+    Args:
+        reward: `[P, G]`, 1 for a right answer and 0 for a wrong one.
+        valid: `[P, G]` bool.
+        low: the least mean.
+        high: the largest mean.
+
+    Returns:
+        `[P]` bool; False for a group without valid answers.
+
+    Raises:
+        ValueError: if `reward` is not `[P, G]`, `valid` has another shape, or `low` is above `high`.
+
+    Example:
+        >>> within_accuracy(jnp.array([[1.0, 0.0], [1.0, 1.0]]), jnp.ones((2, 2), bool)).tolist()
+        [True, False]
+
+    Reference: Process Reinforcement through Implicit Rewards (arXiv 2502.01456).
+    """
+    if low > high:
+        raise ValueError(f"low must be at most high, got {low} and {high}; no group would be left")
+    reward, valid = masked.as_float(reward), jnp.asarray(valid) != 0
+    masked.check_axes("reward", reward, "[P, G]")
+    masked.check_like("valid", valid, "reward", reward)
+    mean = masked.mean(reward, valid, 1)
+    return jnp.any(valid, axis=1) & (mean >= low - 1e-6) & (mean <= high + 1e-6)
+
+
 def spread_first(reward: Array, valid: Array, keep: int, *, eps: float = 1e-6) -> Array:
     """Indices of `keep` groups: the informative ones first, each kind in its own order.
 

@@ -1,5 +1,6 @@
 """What to minimise: losses with one number per token, sequence or prompt, and the one function that reduces them."""
 
+from jaxrl_post.losses.adversarial import discriminator_hinge, discriminators_turn, patch_reward, scorer_is_fooled
 from jaxrl_post.losses.aggregation import aggregate, denominator
 from jaxrl_post.losses.answer_preference import aot, apo_down, apo_zero, bco, kto, kto_anchor, nca, sppo
 from jaxrl_post.losses.consistency import a2po, copg, flowrl, gvpo, opmd, optimal_value
@@ -48,7 +49,7 @@ from jaxrl_post.losses.policy import (
 )
 from jaxrl_post.losses.position_weights import position_weights
 from jaxrl_post.losses.preference import discopop, dpo, exo, hinge, implicit_reward, ipo, robust_dpo
-from jaxrl_post.losses.process import success_bce
+from jaxrl_post.losses.process import implicit_outcome_bce, success_bce
 from jaxrl_post.losses.reference_free import cpo, log_odds, orpo, simpo
 from jaxrl_post.losses.reward_model import (
     bradley_terry,
@@ -111,6 +112,8 @@ __all__ = [
     "densify",
     "disco",
     "discopop",
+    "discriminator_hinge",
+    "discriminators_turn",
     "divergence_mask",
     "divergence_reward",
     "dno",
@@ -136,6 +139,7 @@ __all__ = [
     "gspo",
     "gvpo",
     "hinge",
+    "implicit_outcome_bce",
     "implicit_reward",
     "importance_ratio",
     "importance_weights",
@@ -166,6 +170,7 @@ __all__ = [
     "p3o_joint",
     "p3o_separate",
     "pass_pairs",
+    "patch_reward",
     "policy_discrimination",
     "position_weights",
     "positive_mask",
@@ -185,6 +190,7 @@ __all__ = [
     "rover_target",
     "running_log_partition",
     "sapo",
+    "scorer_is_fooled",
     "second_moment_mask",
     "segment_logp",
     "sequence_log_ratio",

@@ -25,6 +25,7 @@ from jaxrl_post.rewards.early_exit import exit_decay
 from jaxrl_post.rewards.evidence import evidence, evidence_score
 from jaxrl_post.rewards.function_calls import Call, ast_equal, function_call_reward, function_calls, parse_calls
 from jaxrl_post.rewards.gaussian_boxes import gaussian_box, gaussian_coverage, gaussian_point
+from jaxrl_post.rewards.goal_embedding import goal_similarity, pearson_distance
 from jaxrl_post.rewards.judge_attacks import (
     MASTER_KEYS,
     JudgeAttack,
@@ -37,6 +38,17 @@ from jaxrl_post.rewards.judging import from_judge
 from jaxrl_post.rewards.length import cosine_length, soft_overlong, stop_properly
 from jaxrl_post.rewards.length_history import budget_schedule, history_length, target_length
 from jaxrl_post.rewards.likelihood import LikelihoodForm, answer_likelihood
+from jaxrl_post.rewards.listwise_judge import (
+    ListwiseReply,
+    consensus_scores,
+    from_listwise_judge,
+    kendall_tau,
+    listwise_reply_reward,
+    listwise_request,
+    order_accuracy,
+    parse_listwise,
+    score_accuracy,
+)
 from jaxrl_post.rewards.loading import load
 from jaxrl_post.rewards.math import gsm8k_answer, math_verify, math_verify_reward
 from jaxrl_post.rewards.novelty import (
@@ -83,6 +95,7 @@ __all__ = [
     "JudgeAttack",
     "Ladder",
     "LikelihoodForm",
+    "ListwiseReply",
     "Matching",
     "ReferenceShape",
     "Reward",
@@ -115,6 +128,7 @@ __all__ = [
     "cohen_kappa",
     "combine_bonuses",
     "confidence_bonus",
+    "consensus_scores",
     "consistency_reward",
     "cosine_length",
     "count_bonus",
@@ -137,6 +151,7 @@ __all__ = [
     "fit_temperature",
     "flawed_success",
     "from_judge",
+    "from_listwise_judge",
     "from_rubric",
     "from_verifiers",
     "from_verl",
@@ -147,6 +162,7 @@ __all__ = [
     "gaussian_box",
     "gaussian_coverage",
     "gaussian_point",
+    "goal_similarity",
     "greedy_matching",
     "grounded_answer",
     "group_length",
@@ -155,6 +171,9 @@ __all__ = [
     "history_length",
     "hop",
     "information_gain",
+    "kendall_tau",
+    "listwise_reply_reward",
+    "listwise_request",
     "load",
     "marginal_gains",
     "matching_reward",
@@ -164,9 +183,12 @@ __all__ = [
     "on_step_ends",
     "opener",
     "opener_negatives",
+    "order_accuracy",
     "parse_calls",
+    "parse_listwise",
     "partial_choice",
     "partial_choice_reward",
+    "pearson_distance",
     "potential_shaping",
     "preference_as_reward",
     "progress_from_hops",
@@ -180,6 +202,7 @@ __all__ = [
     "rubric_functions",
     "running_scale",
     "score",
+    "score_accuracy",
     "set_overlap",
     "shortest_bonus",
     "shuffle_consistency",

@@ -255,3 +255,148 @@ def test_a_judge_that_saw_openers_as_wrong_answers_does_not_make_the_policy_coll
     assert np.mean(plain_fooled) > 0.8
     assert np.mean(fooled) < 0.1
     assert np.mean(kappa - plain_kappa) > -0.03
+
+
+def test_a_judge_trained_with_the_listwise_reward_follows_principles_that_it_never_saw():
+    # Answers have three properties, and a principle is what each of them is worth. The judge's scores have noise, which
+    # it learns by, as from sampled replies.
+    size, answers, lists, samples = 3, 4, 16, 8
+
+    def data(key, principles):
+        properties = jax.random.normal(key, (lists, answers, size))
+        merit = jnp.einsum("lad,ld->la", properties, principles)
+        return properties, jnp.clip(jnp.round(3 + merit), 1, 5)
+
+    def tau(reads_principle, key):
+        of_seen, of_new, of_training = jax.random.split(key, 3)
+        seen = jax.random.normal(of_seen, (lists, size))
+
+        def mean_scores(params, properties, principles):
+            weights = params["all"] + reads_principle * principles @ params["by_principle"]
+            return 3 + jnp.einsum("lad,ld->la", properties, weights)
+
+        def loss(params, number):
+            of_data, of_noise = jax.random.split(jax.random.fold_in(of_training, number))
+            properties, consensus = data(of_data, seen)
+            mean = mean_scores(params, properties, seen)[:, None]
+            replies = jax.lax.stop_gradient(mean + 0.5 * jax.random.normal(of_noise, (lists, samples, answers)))
+            scores, true = jnp.clip(replies, 1, 5), jnp.broadcast_to(consensus[:, None], replies.shape)
+            reward = (rewards.order_accuracy(scores, true) + rewards.score_accuracy(scores, true)) / 2
+            logp = -jnp.sum(jnp.square((replies - mean) / 0.5), axis=2) / 2
+            return -jnp.mean(advantages.grpo(reward) * logp)
+
+        params = {"all": jnp.zeros(size), "by_principle": jnp.zeros((size, size))}
+        params = fit(loss, params, steps=150, learning_rate=0.03)
+        of_principles, of_data = jax.random.split(of_new)
+        new = jax.random.normal(of_principles, (lists, size))
+        properties, consensus = data(of_data, new)
+        return jnp.mean(rewards.kendall_tau(mean_scores(params, properties, new), consensus))
+
+    lab.check("rewardanything", tau, method=1.0, baseline=0.0, seeds=16, margin=0.3)
+
+
+def test_implicit_rewards_of_tokens_find_the_decisive_token_in_fewer_samples_than_the_outcome():
+    # One of eight tokens decides. The implicit reward model has a table like the policy's and sees the same outcomes.
+    prompts, group, length, vocab, beta, steps = 4, 4, 8, 4, 0.5, 80
+    mask, reference = jnp.ones((prompts * group, length)), jnp.full((prompts * group, length), -jnp.log(vocab))
+
+    def learned(with_process, key):
+        def step(carry, key):
+            policy, implicit = carry
+            tokens = jax.random.categorical(key, policy[:, None], shape=(prompts, group, length))
+            outcome = (tokens[..., 1] == 0).astype(jnp.float32)
+
+            def logp(logits):
+                rows = jnp.arange(prompts)[:, None, None]
+                return jax.nn.log_softmax(logits)[rows, jnp.arange(length), tokens].reshape(-1, length)
+
+            def cross_entropy(logits):
+                return jnp.sum(
+                    losses.implicit_outcome_bce(logp(logits), reference, outcome.reshape(-1), mask, beta=beta)
+                )
+
+            implicit = implicit - 0.2 * jax.grad(cross_entropy)(implicit)
+            process = losses.implicit_reward(logp(implicit), reference, beta=beta)
+            credit = advantages.prime(process, outcome, mask, process_weight=with_process)
+            gain = jax.grad(lambda logits: jnp.sum(credit * logp(logits)))(policy)
+            policy = policy + 0.3 * gain / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(gain))), 1e-8)
+            return (policy, implicit), jnp.mean(jax.nn.softmax(policy[:, 1])[:, 0])
+
+        start = jnp.zeros((2, prompts, length, vocab))
+        (_, implicit), solved = jax.lax.scan(step, tuple(start), jax.random.split(key, steps))
+        return solved, beta * (jax.nn.log_softmax(implicit) + jnp.log(vocab))
+
+    def speed(with_process, key):
+        solved, _ = learned(with_process, key)
+        return -jnp.where(jnp.any(solved > 0.9), jnp.argmax(solved > 0.9), steps).astype(jnp.float32)
+
+    lab.check("prime-implicit", speed, method=1.0, baseline=0.0, seeds=16, margin=2.0)
+
+    _, rewards_of_tokens = jax.jit(jax.vmap(learned, (None, 0)))(1.0, jax.random.split(jax.random.key(0), 16))
+    rewards_of_tokens = np.asarray(rewards_of_tokens)  # [seeds, prompts, length, vocab]
+    assert rewards_of_tokens[:, :, 1, 0].min() > 0.1
+    assert np.mean(rewards_of_tokens[:, :, 1, 0]) > 4 * np.mean(np.abs(np.delete(rewards_of_tokens, 1, axis=2)))
+
+
+def test_a_baseline_description_takes_the_background_out_of_a_zero_shot_reward():
+    # Four moves, of which those to the left lead to the goal. An encoder sees the place, and of every path also much
+    # that has nothing to do with it, in directions of which the descriptions name one.
+    vocab, length, size = 3, 4, 8
+    moves = np.array(np.unravel_index(np.arange(vocab**length), (vocab,) * length)).T
+    progress = jnp.asarray((moves == 0).mean(axis=1))
+    place, scene = jnp.eye(size)[0], jnp.eye(size)[1]
+
+    def reward_table(alpha, key):
+        background = 1.5 * jax.random.normal(key, (vocab**length, size)).at[:, 0].set(0.0)
+        seen = (2 * progress - 1)[:, None] * place + background
+        return rewards.goal_similarity(seen, (place + scene)[None], (scene - place)[None], alpha=alpha)
+
+    def success(alpha, key):
+        of_table, of_training = jax.random.split(key)
+        task = lab.Task(1, vocab, length, lab.by_sequence(reward_table(alpha, of_table)))
+        method = methods.grpo(beta=0.0)
+        trained = lab.train(task, method, of_training, steps=60, group_size=8, optimizer=2.0)
+        return lab.probabilities(trained.params, length)[0] @ progress
+
+    lab.check("vlm-rm", success, method=0.5, baseline=0.0, seeds=16, margin=0.05)
+
+    keys = jax.random.split(jax.random.key(0), 16)
+    tables = jax.jit(jax.vmap(reward_table, (None, 0)))
+    distance = jax.jit(jax.vmap(lambda table: rewards.pearson_distance(table, progress)))
+    far, near, nearest = (np.mean(distance(tables(alpha, keys))) for alpha in (0.0, 0.5, 1.0))
+    assert nearest < near < far - 0.05
+
+
+def test_a_reward_model_that_goes_on_learning_from_references_keeps_the_policy_near_them():
+    # The policy is a Gaussian in the plane with a mean to learn, and references are of another one. A linear head first
+    # learns to tell them from the first policy; frozen then, it is a reward that grows on and on in one direction.
+    spread, target, warm_up, steps = 0.5, jnp.array([1.0, 0.5]), 50, 450
+
+    def nearness(updates, key):
+        def step(carry, given):
+            mean, head = carry
+            number, key = given
+            of_references, of_samples = jax.random.split(key)
+            real = target + spread * jax.random.normal(of_references, (64, 2))
+            made = mean + spread * jax.random.normal(of_samples, (64, 2))
+
+            def score(head, points):
+                return points @ head[:2] + head[2]
+
+            def loss(head):
+                decay = 0.01 * jnp.sum(jnp.square(head))
+                return losses.discriminator_hinge(score(head, real), score(head, made)) + decay
+
+            its_turn = (number < warm_up) | losses.discriminators_turn(number, updates=updates)
+            head = head - its_turn * 0.3 * jax.grad(loss)(head)
+            credit = advantages.grpo(score(head, made).reshape(4, 16)).reshape(-1, 1)
+            gain = jnp.mean(credit * (made - mean), axis=0) / spread**2
+            policys_turn = (number >= warm_up) & (number % 2 == 1)
+            return (mean + policys_turn * 0.02 * gain, head), jnp.linalg.norm(mean - target)
+
+        start = jnp.zeros(2), jnp.zeros(3)
+        _, distance = jax.lax.scan(step, start, (jnp.arange(steps), jax.random.split(key, steps)))
+        return -jnp.mean(distance[-100:])
+
+    found = lab.check("adv-grpo", nearness, method=1, baseline=0, seeds=16, margin=1.0)
+    assert found.method.mean() > -0.5 * jnp.linalg.norm(target)  # of where it began

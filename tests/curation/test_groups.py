@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_post.curation import informative, select_groups, spread_first, take_groups
+from jaxrl_post.curation import informative, select_groups, spread_first, take_groups, within_accuracy
 from jaxrl_post.types import Rollouts
 from tests.advantages.compiled import compiled
 
@@ -96,3 +96,12 @@ def test_rewards_of_another_shape_than_who_counts_are_refused(shape):
         informative(reward, VALID)
     with pytest.raises(ValueError, match=f"{name} .*{rest}"):
         spread_first(reward, VALID, 1)
+
+
+def test_groups_that_are_neither_too_hard_nor_too_easy_are_within_the_accuracy():
+    reward = jnp.array([[1, 0, 0, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]])
+    valid = jnp.ones((5, 5), bool).at[4, 0].set(False)
+    assert compiled(within_accuracy)(reward, valid).tolist() == [True, True, False, False, False]
+    assert not compiled(within_accuracy)(reward, 0 * valid, low=0.0).any()
+    with pytest.raises(ValueError, match="low must be at most high"):
+        within_accuracy(reward, valid, low=0.9)

@@ -29,3 +29,25 @@ def test_its_gradient_is_the_error_of_the_rate_and_none_reaches_the_counts():
 def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match="success_rate must have the shape of logits"):
         losses.success_bce(jnp.zeros((2, 3)), jnp.zeros(2))
+
+
+def test_the_implicit_reward_of_a_right_answer_has_the_tables_loss():
+    logp, ref, mask = jnp.array([[-1.0, -1.0, jnp.nan]]), jnp.array([[-2.0, -2.0, 0.0]]), jnp.array([[1, 1, 0]])
+    loss = lambda *x: losses.implicit_outcome_bce(*x, mask, beta=0.05)  # noqa: E731
+    np.testing.assert_allclose(loss(logp, ref, jnp.ones(1)), [0.644397], rtol=1e-5)
+    np.testing.assert_allclose(loss(logp, ref, jnp.zeros(1)), [np.log1p(np.exp(0.1))], rtol=1e-5)
+    slopes = jax.jit(jax.grad(lambda *x: losses.implicit_outcome_bce(*x, mask).sum(), (0, 1, 2)))(
+        logp, ref, jnp.ones(1)
+    )
+    np.testing.assert_allclose(slopes[0], [[-0.05 / (1 + np.exp(0.1))] * 2 + [0]], rtol=1e-5)
+    assert not any(np.any(slope) for slope in slopes[1:])
+
+
+def test_an_answer_without_tokens_teaches_the_implicit_reward_nothing():
+    value, slope = jax.jit(
+        jax.value_and_grad(lambda x: losses.implicit_outcome_bce(x, 0 * x, jnp.ones(1), jnp.zeros((1, 2))).sum())
+    )(jnp.ones((1, 2)))
+    np.testing.assert_allclose(value, np.log(2), rtol=1e-6)
+    assert not slope.any()
+    with pytest.raises(ValueError, match="beta must be above 0"):
+        losses.implicit_outcome_bce(jnp.zeros((1, 2)), jnp.zeros((1, 2)), jnp.ones(1), jnp.ones((1, 2)), beta=0.0)
