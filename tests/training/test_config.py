@@ -116,6 +116,11 @@ CASES = [
     ({"data__on_long_prompt": "fliter"}, "data.on_long_prompt", "did you mean 'filter'?"),
     ({"rewards": []}, "rewards", "at least one reward"),
     ({"rewards": [{"weight": 2}]}, "rewards.0", "exactly one of name"),
+    (
+        {"rewards": [{"name": "agreement"}], "rollout__group_size": 1, "method": {"name": "reinforce"}},
+        "rewards.0.name",
+        "completions of a group",
+    ),
     ({"rewards": [{"name": "task_score", "path": "a:b"}]}, "rewards.0", "exactly one of name"),
     ({"rewards": [{"path": "a.b"}]}, "rewards.0.path", "module:function"),
     ({"rewards": [{"path": "nowhere.py:f"}]}, "rewards.0.path", "no such file"),

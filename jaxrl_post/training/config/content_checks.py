@@ -126,16 +126,17 @@ def _template(text: str, key: str, problems: Problems) -> None:
         problems.add(key, "names no column, so it is the same for every problem; write e.g. {question}", text)
 
 
-def _check_judge(config: Config, key: str, problems: Problems) -> None:
-    """A judge of pairs needs pairs; on held-out problems it says who is better, not who is right."""
+def _check_compared(config: Config, key: str, value: str, problems: Problems) -> None:
+    """A judge of pairs, or a vote, needs a group; on held-out problems neither says who is right."""
     rollout, held_out = config.rollout, config.eval
     if rollout is not None and problems.ok("rollout") and rollout.group_size < 2:
         why = "compares the completions of a group: give rollout.group_size of at least 2"
-        problems.add(f"{key}.adapter", why, "judge")
+        problems.add(key, why, value)
     if len(config.rewards or ()) == 1 and held_out is not None and problems.ok("eval") and held_out.problems:
+        what = "win rates say who is better" if value == "judge" else "a vote says who agrees"
         problems.warnings.append(
-            f"{key}.adapter = judge: a greedy completion has no other to be compared with, and win rates say who is "
-            "better, not who is right: accuracy on held-out problems means nothing; set eval.problems to 0"
+            f"{key} = {value}: a greedy completion has no other to be compared with, and {what}, not who is right: "
+            "accuracy on held-out problems means nothing; set eval.problems to 0"
         )
 
 
@@ -151,6 +152,8 @@ def check_rewards(config: Config, made: Method | None, problems: Problems) -> No
             refuse_unused(reward, key, ("adapter",), "it is for a function given by path", problems)
             if reward.name not in (known := reward_names()):
                 problems.add(f"{key}.name", f"there is no such reward; {nearest(reward.name, known)}", reward.name)
+            if reward.name == "agreement":
+                _check_compared(config, f"{key}.name", "agreement", problems)
             if reward.name in TASK_REWARDS and config.data is not None and problems.ok("data") and not config.data.task:
                 problems.add(f"{key}.name", "scores with the generator of data.task; give data.task", reward.name)
             if reward.name == ENVIRONMENT_REWARD and problems.ok("data", "rollout"):
@@ -161,7 +164,7 @@ def check_rewards(config: Config, made: Method | None, problems: Problems) -> No
         elif not all(reward.path.rpartition(":")[::2]):  # pyright: ignore[reportOptionalMemberAccess]
             problems.add(f"{key}.path", "must be module:function or file.py:function", reward.path)
         elif reward.adapter == "judge":
-            _check_judge(config, key, problems)
+            _check_compared(config, f"{key}.adapter", "judge", problems)
     if config.rewards and problems.ok("rewards") and all(reward.weight == 0 for reward in config.rewards):
         problems.add("rewards", "all have weight 0, so that there is nothing to learn from; give one another weight")
     if made is not None and made.learns_from == "rollouts" and problems.ok("rewards") and not config.rewards:
