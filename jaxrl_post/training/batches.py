@@ -110,7 +110,10 @@ class Batches:
         # Completions that go on keep their problems, of which the others take the next ones singly.
         partial = stage.kind == "rollouts" and config.rollout.tokens_per_step is not None
         each = 1 if partial else stage.batch_size
-        self._stream = data.stream(source, batch_size=each, seed=config.seed, exclude=exclude, keep=fits)
+        shuffle = config.curriculum.name == "uniform"
+        self._stream = data.stream(
+            source, batch_size=each, seed=config.seed, exclude=exclude, keep=fits, shuffle=shuffle
+        )
         if cursor.data is not None:
             self._stream.set_state(cursor.data)
         self.problems: list[data.Problem] = []

@@ -88,6 +88,22 @@ def write_weighted(tmp_path, weight):
     return path
 
 
+def test_problems_may_come_in_the_order_of_the_data(tmp_path):
+    values = configs.to_dict(configs.load(write_weighted(tmp_path, lambda n: 1.0)))
+    for name, sorted_ in (("in_order", True), ("uniform", False)):
+        values["curriculum"]["name"] = name
+        parts = setup.build(configs.from_dict(values))
+        stage = parts.stages[0]
+        batches, cursor = Batches(parts, stage, Cursor()), Cursor()
+        state = parts.begin(stage, parts.initial_params(), step=0)
+        seen = []
+        for _ in range(2):
+            batches.next(state, cursor)
+            seen += [int(problem["answer"]) for problem in batches.problems]
+        assert len(set(seen)) == len(seen) > 2
+        assert (seen == sorted(seen)) == sorted_
+
+
 @pytest.mark.parametrize("oversample", [1, 2])
 def test_a_column_of_numbers_that_a_method_wants_goes_with_its_prompts(tmp_path, oversample):
     path = write_weighted(tmp_path, lambda n: 0.5 + n)

@@ -181,7 +181,11 @@ class RewardConfig:
 class CurriculumConfig:
     """Which prompts to try next."""
 
-    name: Literal["uniform"] = option("uniform: every problem once, in random order, then again", "uniform")
+    name: Literal["uniform", "in_order"] = option(
+        "uniform: every problem once, in random order, then again; in_order: in the order of the data, e.g. easy ones "
+        "first, or wordings of a question next to each other",
+        "uniform",
+    )
     oversample: int = option(
         "sample this many times the prompts of a step and train on those whose rewards vary first; where none do, a "
         "method that learns from differences alone leaves the step out",
