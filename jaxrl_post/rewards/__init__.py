@@ -54,6 +54,13 @@ from jaxrl_post.rewards.scaling import gap_reward, rescale, zscore_by_input
 from jaxrl_post.rewards.scoring import Reward, RewardError, RewardFunction, RowErrors, Scored, check_columns, score
 from jaxrl_post.rewards.similarity import Matching, greedy_matching, matching_reward
 from jaxrl_post.rewards.submodular import coverage, distinct_ngrams, facility_location, information_gain, marginal_gains
+from jaxrl_post.rewards.trajectory_scores import (
+    blended,
+    mixed_step_score,
+    step_alignment,
+    step_coherence,
+    trace_score,
+)
 from jaxrl_post.rewards.verifiable import exact_match, task_score, task_solved, thresholded
 from jaxrl_post.rewards.word_overlap import word_f1
 from jaxrl_post.rewards.yes_no import yes_probability
@@ -74,6 +81,7 @@ __all__ = [
     "ast_equal",
     "attack_judge",
     "beam_score",
+    "blended",
     "bok_value",
     "box_edges",
     "box_grounding",
@@ -125,6 +133,7 @@ __all__ = [
     "matching_reward",
     "math_verify",
     "math_verify_reward",
+    "mixed_step_score",
     "noveld_bonus",
     "on_step_ends",
     "opener",
@@ -146,6 +155,8 @@ __all__ = [
     "score_accuracy",
     "set_overlap",
     "soft_overlong",
+    "step_alignment",
+    "step_coherence",
     "stop_properly",
     "sweet_spot",
     "symmetric_win_probability",
@@ -154,6 +165,7 @@ __all__ = [
     "task_solved",
     "thresholded",
     "token_embedding",
+    "trace_score",
     "verified_score",
     "word_f1",
     "yes_probability",
