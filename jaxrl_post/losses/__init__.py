@@ -49,7 +49,7 @@ from jaxrl_post.losses.policy import (
 )
 from jaxrl_post.losses.position_weights import position_weights
 from jaxrl_post.losses.preference import discopop, dpo, exo, hinge, implicit_reward, ipo, robust_dpo
-from jaxrl_post.losses.process import implicit_outcome_bce, success_bce
+from jaxrl_post.losses.process import implicit_outcome_bce, success_bce, trace_loss
 from jaxrl_post.losses.reference_free import cpo, log_odds, orpo, simpo
 from jaxrl_post.losses.reward_model import (
     bradley_terry,
@@ -210,6 +210,7 @@ __all__ = [
     "token_reward",
     "top_entropy_mask",
     "topr",
+    "trace_loss",
     "trajectory_dpo",
     "uncertain_smoothing",
     "value",

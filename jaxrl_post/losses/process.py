@@ -71,3 +71,55 @@ def implicit_outcome_bce(logp: Array, ref_logp: Array, outcome: Array, mask: Arr
     check_positive("beta", beta)
     logp, ref_logp, mask = as_tokens(logp, ref_logp, mask)
     return success_bce(beta * masked.sum(logp - ref_logp, mask, 1), outcome)
+
+
+def trace_loss(
+    step_scores: Array,
+    step_targets: Array,
+    mask: Array,
+    trace_scores: Array,
+    success_rate: Array,
+    *,
+    step_weight: float = 1.0,
+    trace_weight: float = 1.0,
+) -> Array:
+    r"""Squared errors of a judge of steps and of whole traces.
+
+    $$\ell = \lambda_s\, \mathrm{mean}_t (R_t - r_t)^2 + \lambda_f (R - r)^2$$
+
+    Args:
+        step_scores: `[B, S]` float, the judge's, of steps.
+        step_targets: `[B, S]` float, see `rewards.mixed_step_score`. A constant.
+        mask: `[B, S]`, nonzero where there is a step.
+        trace_scores: `[B]` float, the judge's, of whole traces.
+        success_rate: `[B]` float in [0, 1], of answers by a template that was made of the trace. A constant.
+        step_weight: $\lambda_s$.
+        trace_weight: $\lambda_f$.
+
+    Returns:
+        `[B]`, float32 or wider; a trace without steps has the second term alone.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+
+    Example:
+        >>> scores, mask = jnp.array([[0.5, 9.0]]), jnp.array([[1, 0]])
+        >>> trace_loss(scores, jnp.zeros((1, 2)), mask, jnp.ones(1), jnp.array([0.5])).tolist()
+        [0.5]
+
+    Reference: ReasonFlux-PRM: Trajectory-Aware PRMs for Long Chain-of-Thought Reasoning in LLMs (arXiv 2506.18896).
+    """
+    step_scores, mask = masked.as_float(step_scores), jnp.asarray(mask)
+    masked.check_axes("step_scores", step_scores, "[B, S]")
+    masked.check_like("mask", mask, "step_scores", step_scores)
+    trace_scores, success_rate = masked.as_float(trace_scores), masked.as_float(success_rate)
+    masked.check_like("trace_scores", trace_scores, "one number per row of step_scores", step_scores[:, 0])
+    masked.check_like("success_rate", success_rate, "trace_scores", trace_scores)
+    step_targets = masked.as_float(step_targets)
+    masked.check_like("step_targets", step_targets, "step_scores", step_scores)
+    step_targets, success_rate = jax.lax.stop_gradient((step_targets, success_rate))
+    inside = mask != 0
+    error = jnp.where(inside, step_scores, 0.0) - jnp.where(inside, step_targets, 0.0)
+    return step_weight * masked.mean(jnp.square(error), mask, 1) + trace_weight * jnp.square(
+        trace_scores - success_rate
+    )

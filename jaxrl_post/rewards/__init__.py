@@ -95,6 +95,13 @@ from jaxrl_post.rewards.similarity import Matching, greedy_matching, matching_re
 from jaxrl_post.rewards.spans import span_decay, span_scores, word_of_token
 from jaxrl_post.rewards.submodular import coverage, distinct_ngrams, facility_location, information_gain, marginal_gains
 from jaxrl_post.rewards.text_diversity import diversity, text_diversity, token_diversity
+from jaxrl_post.rewards.trajectory_scores import (
+    blended,
+    mixed_step_score,
+    step_alignment,
+    step_coherence,
+    trace_score,
+)
 from jaxrl_post.rewards.verifiable import exact_match, task_score, task_solved, thresholded
 from jaxrl_post.rewards.word_overlap import word_f1
 from jaxrl_post.rewards.yes_no import yes_probability
@@ -127,6 +134,7 @@ __all__ = [
     "attack_judge",
     "base_and_bonus",
     "beam_score",
+    "blended",
     "bok_value",
     "box_edges",
     "box_grounding",
@@ -198,6 +206,7 @@ __all__ = [
     "matching_reward",
     "math_verify",
     "math_verify_reward",
+    "mixed_step_score",
     "noveld_bonus",
     "on_step_ends",
     "opener",
@@ -232,6 +241,8 @@ __all__ = [
     "soft_overlong",
     "span_decay",
     "span_scores",
+    "step_alignment",
+    "step_coherence",
     "stop_properly",
     "sweet_spot",
     "symmetric_win_probability",
@@ -244,6 +255,7 @@ __all__ = [
     "token_diversity",
     "token_embedding",
     "too_short",
+    "trace_score",
     "trajectory_agreement",
     "trust",
     "verified_score",

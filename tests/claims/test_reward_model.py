@@ -400,3 +400,54 @@ def test_a_reward_model_that_goes_on_learning_from_references_keeps_the_policy_n
 
     found = lab.check("adv-grpo", nearness, method=1, baseline=0, seeds=16, margin=1.0)
     assert found.method.mean() > -0.5 * jnp.linalg.norm(target)  # of where it began
+
+
+def test_traces_chosen_by_a_judge_of_thoughts_make_better_demonstrations_than_by_a_judge_of_responses():
+    # A step of thought is one of twelve kinds, each of its own worth; half of the kinds are explorations, and thoughts
+    # have a tone of their own that no response has. What is worthless in a thought is not found in the response.
+    kinds, size, length, train, pool = 12, 8, 6, 64, 400
+
+    def worth_of_demonstrations(aware, key):
+        of_kinds, of_tone, of_worth, of_training, of_pool = jax.random.split(key, 5)
+        kind = jax.random.normal(of_kinds, (kinds, size))
+        kind = kind / jnp.linalg.norm(kind, axis=1, keepdims=True)
+        tone = jax.random.normal(of_tone, (size,)) / size**0.5
+        worth = jax.random.uniform(of_worth, (kinds,))
+
+        def traces(key, number):
+            of_steps, of_noise, of_rest, of_judge, of_success = jax.random.split(key, 5)
+            steps = jax.random.randint(of_steps, (number, length), 0, kinds)
+            noise, rest = (jax.random.normal(k, (number, length, size)) / size**0.5 for k in (of_noise, of_rest))
+            thought = kind[steps] + (steps % 2)[..., None] * tone + 0.5 * noise
+            good = worth[steps]
+            response = good[..., None] * kind[steps] + (1 - good[..., None]) * rest
+            quality = jnp.clip(good + 0.3 * jax.random.normal(of_judge, good.shape), 0, 1)
+            success = jnp.mean(jax.random.bernoulli(of_success, jnp.mean(good, axis=1), (4, number)), axis=0)
+            return steps, thought, response, quality, success
+
+        _, thought, response, quality, success = traces(of_training, train)
+        alignment, coherence = (
+            rewards.step_alignment(thought, response),
+            rewards.step_coherence(thought, thought[:8, 0]),
+        )
+        mixed = rewards.mixed_step_score(alignment, quality, coherence)
+        seen = jnp.where(aware > 0, thought, response)
+        targets = jnp.where(aware > 0, mixed, success[:, None])
+
+        def judged(params, steps):
+            return steps @ params["step"] + params["of_step"], jnp.mean(steps @ params["trace"], 1) + params["of_trace"]
+
+        def loss(params, _):
+            of_steps, of_traces = judged(params, seen)
+            error = losses.trace_loss(of_steps, targets, jnp.ones(targets.shape), of_traces, success)
+            return jnp.mean(error) + 1e-3 * sum(jnp.sum(jnp.square(x)) for x in params.values())
+
+        start = {"step": jnp.zeros(size), "trace": jnp.zeros(size), "of_step": jnp.zeros(()), "of_trace": jnp.zeros(())}
+        params = fit(loss, start, steps=150, learning_rate=0.03)
+        steps, thought, *_ = traces(of_pool, pool)
+        of_steps, of_traces = judged(params, thought)
+        chosen = jnp.argsort(-rewards.trace_score(of_steps, jnp.ones(of_steps.shape), of_traces))[: pool // 10]
+        # The likeliest policy of these demonstrations takes each kind of step as often as they do.
+        return jnp.mean(worth[steps[chosen]])
+
+    lab.check("reasonflux-prm", worth_of_demonstrations, method=1.0, baseline=0.0, seeds=32)

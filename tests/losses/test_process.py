@@ -51,3 +51,18 @@ def test_an_answer_without_tokens_teaches_the_implicit_reward_nothing():
     assert not slope.any()
     with pytest.raises(ValueError, match="beta must be above 0"):
         losses.implicit_outcome_bce(jnp.zeros((1, 2)), jnp.zeros((1, 2)), jnp.ones(1), jnp.ones((1, 2)), beta=0.0)
+
+
+def test_the_loss_adds_steps_and_traces_and_leaves_padding_out():
+    scores, targets = jnp.array([[0.5, 1.0, jnp.nan], [jnp.nan] * 3]), jnp.array([[0.0, 0.5, jnp.nan], [0.0] * 3])
+    mask, whole, rate = jnp.array([[1, 1, 0], [0, 0, 0]]), jnp.array([1.0, 0.5]), jnp.array([0.5, 0.5])
+    found = losses.trace_loss(scores, targets, mask, whole, rate, step_weight=2.0, trace_weight=4.0)
+    np.testing.assert_allclose(found, [2 * 0.25 + 4 * 0.25, 0])
+    gradient = jax.jit(jax.grad(lambda s, t, w, r: losses.trace_loss(s, t, mask, w, r).sum(), argnums=(0, 1, 2, 3)))(
+        scores, targets, whole, rate
+    )
+    np.testing.assert_allclose(gradient[0], [[0.5, 0.5, 0], [0, 0, 0]])
+    np.testing.assert_allclose(gradient[2], [1.0, 0])
+    assert not any(np.any(gradient[place]) for place in (1, 3))
+    with pytest.raises(ValueError, match="success_rate must have the shape of trace_scores"):
+        losses.trace_loss(scores, targets, mask, whole, jnp.ones(3))
