@@ -8,6 +8,7 @@ from jaxrl_post.curation.budgets import (
     rollout_value,
     variance_promotion,
 )
+from jaxrl_post.curation.data_measures import count_pairs, coverage_ratio, trajectory_quality
 from jaxrl_post.curation.groups import informative, select_groups, spread_first, take_groups, within_accuracy
 from jaxrl_post.curation.memory import PromptMemory, init_memory, recall, remember
 from jaxrl_post.curation.pareto import (
@@ -47,6 +48,8 @@ __all__ = [
     "balanced",
     "batch_filter",
     "best_for",
+    "count_pairs",
+    "coverage_ratio",
     "crowding_distance",
     "expected_utility",
     "extra_rollouts",
@@ -74,6 +77,7 @@ __all__ = [
     "sparsity",
     "spread_first",
     "take_groups",
+    "trajectory_quality",
     "variance_promotion",
     "within_accuracy",
 ]

@@ -16,6 +16,7 @@ from jaxrl_post.losses.covariance import (
     token_covariance,
 )
 from jaxrl_post.losses.decoupled_reward import drpo, length_weights
+from jaxrl_post.losses.differential_information import differential_entropy, differential_information, optimal_rejected
 from jaxrl_post.losses.discriminative import disco, kl_hinge, likelihood_ratio_score, log_likelihood_score
 from jaxrl_post.losses.divergence_policy_gradient import divergence_reward, f_dpg, log_partition, running_log_partition
 from jaxrl_post.losses.entropy import (
@@ -110,6 +111,8 @@ __all__ = [
     "decoupled_ppo",
     "denominator",
     "densify",
+    "differential_entropy",
+    "differential_information",
     "disco",
     "discopop",
     "discriminator_hinge",
@@ -165,6 +168,7 @@ __all__ = [
     "nll",
     "off_policy_sequence_mask",
     "opmd",
+    "optimal_rejected",
     "optimal_value",
     "orpo",
     "p3o_joint",

@@ -13,6 +13,15 @@ from jaxrl_post.rewards.agreement import (
     semantic_entropy,
     similarity_across,
 )
+from jaxrl_post.rewards.benchmarks import (
+    OneToMany,
+    best_of_n,
+    best_of_n_kl,
+    hacking_gap,
+    hacking_onset,
+    one_to_many,
+    overoptimization,
+)
 from jaxrl_post.rewards.boxes import box_edges, box_grounding, box_hit, box_iou, box_reward, difficulty_weights
 from jaxrl_post.rewards.budget import budget_cosine, budget_level
 from jaxrl_post.rewards.captions import CaptionLabels, above_usual, episode_counts, with_intrinsic
@@ -93,6 +102,7 @@ from jaxrl_post.rewards.scoring import Reward, RewardError, RewardFunction, RowE
 from jaxrl_post.rewards.shuffling import shuffle_consistency, shuffled_agreement
 from jaxrl_post.rewards.similarity import Matching, greedy_matching, matching_reward
 from jaxrl_post.rewards.spans import span_decay, span_scores, word_of_token
+from jaxrl_post.rewards.spurious import advantage_loss, clip_share, expected_advantage_loss, random_reward
 from jaxrl_post.rewards.submodular import coverage, distinct_ngrams, facility_location, information_gain, marginal_gains
 from jaxrl_post.rewards.text_diversity import diversity, text_diversity, token_diversity
 from jaxrl_post.rewards.trajectory_scores import (
@@ -116,6 +126,7 @@ __all__ = [
     "LikelihoodForm",
     "ListwiseReply",
     "Matching",
+    "OneToMany",
     "ReferenceShape",
     "Reward",
     "RewardError",
@@ -126,6 +137,7 @@ __all__ = [
     "Scored",
     "Vote",
     "above_usual",
+    "advantage_loss",
     "agreement",
     "answer_confidence",
     "answer_likelihood",
@@ -134,6 +146,8 @@ __all__ = [
     "attack_judge",
     "base_and_bonus",
     "beam_score",
+    "best_of_n",
+    "best_of_n_kl",
     "blended",
     "bok_value",
     "box_edges",
@@ -148,6 +162,7 @@ __all__ = [
     "check_columns",
     "chunk_reward",
     "clip_delta",
+    "clip_share",
     "co_reward",
     "cohen_kappa",
     "combine_bonuses",
@@ -171,6 +186,7 @@ __all__ = [
     "evidence_score",
     "exact_match",
     "exit_decay",
+    "expected_advantage_loss",
     "facility_location",
     "fingerprint",
     "first_error",
@@ -193,6 +209,8 @@ __all__ = [
     "grounded_answer",
     "group_length",
     "gsm8k_answer",
+    "hacking_gap",
+    "hacking_onset",
     "held_between_calls",
     "history_length",
     "hop",
@@ -209,9 +227,11 @@ __all__ = [
     "mixed_step_score",
     "noveld_bonus",
     "on_step_ends",
+    "one_to_many",
     "opener",
     "opener_negatives",
     "order_accuracy",
+    "overoptimization",
     "paraphrase_consistency",
     "parse_calls",
     "parse_listwise",
@@ -224,6 +244,7 @@ __all__ = [
     "progress_mix",
     "prover_advantage",
     "prover_quality",
+    "random_reward",
     "renorm",
     "rescale",
     "rnd_bonus",
