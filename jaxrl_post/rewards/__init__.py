@@ -15,8 +15,6 @@ from jaxrl_post.rewards.agreement import (
 )
 from jaxrl_post.rewards.benchmarks import (
     OneToMany,
-    best_of_n,
-    best_of_n_kl,
     hacking_gap,
     hacking_onset,
     one_to_many,
@@ -146,8 +144,6 @@ __all__ = [
     "attack_judge",
     "base_and_bonus",
     "beam_score",
-    "best_of_n",
-    "best_of_n_kl",
     "blended",
     "bok_value",
     "box_edges",

@@ -1,4 +1,4 @@
-"""How good a reward model is for what it is used for: ranking, best-of-n, and not being hacked."""
+"""How good a reward model is for what it is used for: to tell right from wrong, and not to be hacked."""
 
 from __future__ import annotations
 
@@ -42,62 +42,6 @@ def one_to_many(scores: Array) -> OneToMany:
         raise ValueError(f"scores must have a right answer and a wrong one at least, got shape {scores.shape}")
     rank = 1 + jnp.sum(scores[:, 1:] >= scores[:, :1], axis=1)
     return OneToMany(jnp.mean(rank == 1, dtype=scores.dtype), jnp.mean(1 / rank.astype(scores.dtype)))
-
-
-def best_of_n_kl(n: Array) -> Array:
-    r"""How far the best of $n$ answers moves a policy, $KL = \log n - (n - 1) / n$ nats; an upper bound for ties.
-
-    Args:
-        n: any shape, answers, at least 1.
-
-    Returns:
-        The shape of `n`, float32 or wider.
-
-    Example:
-        >>> round(best_of_n_kl(jnp.array(4)).item(), 4)
-        0.6363
-
-    Reference: Scaling Laws for Reward Model Overoptimization (arXiv 2210.10760).
-    """
-    n = masked.as_float(n)
-    return jnp.log(n) - (n - 1) / n
-
-
-def best_of_n(proxy: Array, gold: Array, n: int) -> Array:
-    r"""The expected true score of the best of $n$ answers by a reward model, without bias, from $N \ge n$ of them.
-
-    $$\sum_i \frac{\binom{i - 1}{n - 1}}{\binom{N}{n}}\, g_{(i)}, \qquad (i)\text{ the } i\text{-th smallest proxy}$$
-
-    Args:
-        proxy: `[P, N]` float, the reward model's scores. Of equal ones the later is the better.
-        gold: `[P, N]` float, the true ones.
-        n: answers to choose from, 1 to N.
-
-    Returns:
-        `[P]`, float32 or wider.
-
-    Raises:
-        ValueError: if the shapes do not fit, or `n` is not in `[1, N]`.
-
-    Example:
-        >>> proxy, gold = jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[0.0, 1.0, 0.0]])
-        >>> [round(best_of_n(proxy, gold, n).item(), 4) for n in (1, 2, 3)]
-        [0.3333, 0.3333, 0.0]
-
-    Reference: Measuring Goodhart's law (Hilton & Gao, 2022).
-    """
-    proxy, gold = masked.as_float(proxy), masked.as_float(gold)
-    masked.check_axes("proxy", proxy, "[P, N]")
-    masked.check_like("gold", gold, "proxy", proxy)
-    total = proxy.shape[1]
-    if not 1 <= n <= total:
-        raise ValueError(f"n must be between 1 and N={total}, got {n}")
-    # C(i - 1, n - 1) / C(N, n), as a product of shares from the largest down.
-    weights = [n / total]
-    for place in range(total - 1, 0, -1):
-        weights.append(weights[-1] * max(place - n + 1, 0) / place)
-    order = jnp.argsort(proxy, axis=1)[:, ::-1]
-    return jnp.take_along_axis(gold, order, axis=1) @ jnp.asarray(weights, gold.dtype)
 
 
 def overoptimization(gold: Array) -> Array:

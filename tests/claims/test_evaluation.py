@@ -39,7 +39,8 @@ def test_one_against_nine_of_the_same_style_tells_which_reward_model_chooses_wel
 
         answers = jax.random.normal(keys[4], (100, 32))
         proxy = score(answers, jax.random.normal(keys[5], answers.shape), keys[6])
-        gold = jax.vmap(lambda s: jnp.mean(rewards.best_of_n(s, answers, 16)))(proxy)
+        best = jax.vmap(jax.vmap(lambda s, a: rewards.expected_best_of_n(s, a, 16)), (0, None))(proxy, answers)
+        gold = jnp.mean(best, axis=1)
         return _correlation(jnp.where(many > 0, one_of_ten, pairs), gold)
 
     lab.check("rewardmath", outcome, method=1.0, baseline=0.0, seeds=16, margin=0.3)

@@ -1,7 +1,5 @@
 """Measures of reward models, against the papers' numbers and brute force."""
 
-import itertools
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,17 +15,6 @@ def test_one_right_answer_must_beat_all_wrong_ones():
     np.testing.assert_allclose([*by_chance], [0.1, 0.2929], atol=0.01)
     with pytest.raises(ValueError, match="wrong one"):
         rewards.one_to_many(scores[:, :1])
-
-
-def test_the_best_of_n_is_the_mean_over_all_choices_of_n():
-    rng = np.random.default_rng(0)
-    proxy, gold = rng.normal(size=(2, 1, 7)).astype(np.float32)
-    for n in range(1, 8):
-        picked = [gold[0, max(c, key=lambda i: proxy[0, i])] for c in itertools.combinations(range(7), n)]
-        np.testing.assert_allclose(rewards.best_of_n(proxy, gold, n), [np.mean(picked)], rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(rewards.best_of_n_kl(jnp.array([1, 4])), [0.0, 0.63629], atol=1e-5)
-    with pytest.raises(ValueError, match="n must be"):
-        rewards.best_of_n(proxy, gold, 8)
 
 
 def test_overoptimization_and_its_onset():
