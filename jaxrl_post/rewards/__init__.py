@@ -8,6 +8,7 @@ from jaxrl_post.rewards.combining import Ladder, gated_sum, sweet_spot, verified
 from jaxrl_post.rewards.consistency import consistency_reward
 from jaxrl_post.rewards.dense import rto
 from jaxrl_post.rewards.early_exit import exit_decay
+from jaxrl_post.rewards.ensembles import best_of_n_kl, ensemble_reward, expected_best_of_n
 from jaxrl_post.rewards.function_calls import Call, ast_equal, function_call_reward, function_calls, parse_calls
 from jaxrl_post.rewards.goal_embedding import goal_similarity, pearson_distance
 from jaxrl_post.rewards.judge_attacks import (
@@ -81,6 +82,7 @@ __all__ = [
     "ast_equal",
     "attack_judge",
     "beam_score",
+    "best_of_n_kl",
     "blended",
     "bok_value",
     "box_edges",
@@ -105,8 +107,10 @@ __all__ = [
     "effective_reward",
     "elliptical_bonus",
     "elliptical_bonus_of_group",
+    "ensemble_reward",
     "exact_match",
     "exit_decay",
+    "expected_best_of_n",
     "facility_location",
     "fingerprint",
     "fit_temperature",
