@@ -7,6 +7,7 @@ from jaxrl_post.rewards.choices import partial_choice, partial_choice_reward, se
 from jaxrl_post.rewards.combining import Ladder, gated_sum, sweet_spot, verified_score
 from jaxrl_post.rewards.consistency import consistency_reward
 from jaxrl_post.rewards.dense import rto
+from jaxrl_post.rewards.density_ratio import density_ratio_reward, pair_accuracy
 from jaxrl_post.rewards.early_exit import exit_decay
 from jaxrl_post.rewards.ensembles import best_of_n_kl, ensemble_reward, expected_best_of_n
 from jaxrl_post.rewards.function_calls import Call, ast_equal, function_call_reward, function_calls, parse_calls
@@ -102,6 +103,7 @@ __all__ = [
     "cosine_length",
     "count_bonus",
     "coverage",
+    "density_ratio_reward",
     "difficulty_weights",
     "distinct_ngrams",
     "effective_reward",
@@ -143,6 +145,7 @@ __all__ = [
     "opener",
     "opener_negatives",
     "order_accuracy",
+    "pair_accuracy",
     "parse_calls",
     "parse_listwise",
     "partial_choice",

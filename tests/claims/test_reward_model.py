@@ -491,3 +491,30 @@ def test_an_ensemble_less_its_variance_finds_better_answers_than_one_model_in_be
         return jnp.mean(jax.vmap(lambda proxy: rewards.expected_best_of_n(proxy, reached, 512))(proxies))
 
     lab.check("rm-ensemble-wco-uwo", gold_of_the_best, method=1.0, baseline=0.0, seeds=12)
+
+
+def test_a_density_ratio_ranks_the_better_the_further_its_models_are_apart_in_alignment():
+    # Models of five degrees of alignment with a utility of answers, each with errors of its own; all share the habits
+    # of their base, which the ratio takes out.
+    answers, prompts = 16, 8
+
+    def accuracy(weak, key):
+        of_utility, of_base, of_errors = jax.random.split(key, 3)
+        utility = jax.random.normal(of_utility, (prompts, answers))
+        base = 3 * jax.random.normal(of_base, (prompts, answers))
+        errors = jax.random.normal(of_errors, (5, prompts, answers))
+        logp = jax.nn.log_softmax(base + jnp.arange(5)[:, None, None] * utility + errors)
+        strong, weak = logp[4].reshape(-1, 1), logp[weak].reshape(-1, 1)
+        ratio = rewards.density_ratio_reward(strong, weak, jnp.ones(strong.shape)).reshape(prompts, answers)
+        first, second = jnp.triu_indices(answers, k=1)
+        right = utility[:, first] > utility[:, second]
+        one, other = ratio[:, first], ratio[:, second]
+        better, worse = jnp.where(right, one, other), jnp.where(right, other, one)
+        return rewards.pair_accuracy(better.reshape(-1), worse.reshape(-1))
+
+    found = lab.check("cdr", accuracy, method=jnp.array(0), baseline=jnp.array(3), seeds=32, margin=0.1)
+    key = jax.random.key(0)
+    by_gap = [float(accuracy(weak, key)) for weak in (4, 3, 2, 1, 0)]
+    assert by_gap[0] == 0.5
+    assert by_gap == sorted(by_gap)
+    assert found.method.mean() > 0.8
