@@ -40,7 +40,9 @@ from jaxrl_post.rewards.confidence import answer_confidence, confidence_bonus
 from jaxrl_post.rewards.consistency import consistency_reward
 from jaxrl_post.rewards.critics import critique, first_error
 from jaxrl_post.rewards.dense import rto
+from jaxrl_post.rewards.density_ratio import density_ratio_reward, pair_accuracy
 from jaxrl_post.rewards.early_exit import exit_decay
+from jaxrl_post.rewards.ensembles import best_of_n_kl, ensemble_reward, expected_best_of_n
 from jaxrl_post.rewards.evidence import evidence, evidence_score
 from jaxrl_post.rewards.function_calls import Call, ast_equal, function_call_reward, function_calls, parse_calls
 from jaxrl_post.rewards.gaussian_boxes import gaussian_box, gaussian_coverage, gaussian_point
@@ -144,6 +146,7 @@ __all__ = [
     "attack_judge",
     "base_and_bonus",
     "beam_score",
+    "best_of_n_kl",
     "blended",
     "bok_value",
     "box_edges",
@@ -170,6 +173,7 @@ __all__ = [
     "coverage",
     "critique",
     "cross_agreement",
+    "density_ratio_reward",
     "difficulty_weights",
     "distinct_ngrams",
     "diversity",
@@ -177,12 +181,14 @@ __all__ = [
     "elliptical_bonus",
     "elliptical_bonus_of_group",
     "empo_reward",
+    "ensemble_reward",
     "episode_counts",
     "evidence",
     "evidence_score",
     "exact_match",
     "exit_decay",
     "expected_advantage_loss",
+    "expected_best_of_n",
     "facility_location",
     "fingerprint",
     "first_error",
@@ -228,6 +234,7 @@ __all__ = [
     "opener_negatives",
     "order_accuracy",
     "overoptimization",
+    "pair_accuracy",
     "paraphrase_consistency",
     "parse_calls",
     "parse_listwise",

@@ -451,3 +451,70 @@ def test_traces_chosen_by_a_judge_of_thoughts_make_better_demonstrations_than_by
         return jnp.mean(worth[steps[chosen]])
 
     lab.check("reasonflux-prm", worth_of_demonstrations, method=1.0, baseline=0.0, seeds=32)
+
+
+def test_an_ensemble_less_its_variance_finds_better_answers_than_one_model_in_best_of_512():
+    # The truth is a random network; five smaller ones learn from the same 300 comparisons, a quarter of them flipped.
+    size, comparisons, models, hidden = 16, 300, 5, 32
+
+    def gold_of_the_best(ensemble, key):
+        of_truth, of_data, of_flips, of_models, of_samples = jax.random.split(key, 5)
+        of_first, of_last = jax.random.split(of_truth)
+        first, last = jax.random.normal(of_first, (size, 32)), jax.random.normal(of_last, (32,))
+
+        def gold(x):
+            return jnp.tanh(x @ first * 2 / size**0.5) @ last
+
+        x = jax.random.normal(of_data, (2, comparisons, size))
+        won = jax.random.bernoulli(of_flips, 0.75, (comparisons,)) == (gold(x[0]) > gold(x[1]))
+        better, worse = jnp.where(won[:, None], x, x[::-1])
+
+        def score(params, x):
+            return jnp.tanh(x @ params["in"] + params["bias"]) @ params["out"]
+
+        def learn(key):
+            one, two = jax.random.split(key)
+            start = {"in": jax.random.normal(one, (size, hidden)) / size**0.5, "bias": jnp.zeros(hidden)}
+            start["out"] = jax.random.normal(two, (hidden,)) / hidden**0.5
+            loss = lambda p, _: jnp.mean(losses.bradley_terry(score(p, better), score(p, worse)))  # noqa: E731
+            params = fit(loss, start, steps=60, learning_rate=0.05)
+            return params, score(params, x[0])
+
+        params, usual = jax.vmap(learn)(jax.random.split(of_models, models))
+        samples = jax.random.normal(of_samples, (1024, size))
+        scores = jax.vmap(score, (0, None))(params, samples) - jnp.mean(usual, axis=1, keepdims=True)
+        scores = scores / jnp.std(usual, axis=1, keepdims=True)
+        reached = gold(samples)
+        reached = (reached - jnp.mean(reached)) / jnp.std(reached)
+        # Of the single models, what they reach on average.
+        proxies = jnp.where(ensemble > 0, rewards.ensemble_reward(scores, combine="uncertainty"), scores)
+        return jnp.mean(jax.vmap(lambda proxy: rewards.expected_best_of_n(proxy, reached, 512))(proxies))
+
+    lab.check("rm-ensemble-wco-uwo", gold_of_the_best, method=1.0, baseline=0.0, seeds=12)
+
+
+def test_a_density_ratio_ranks_the_better_the_further_its_models_are_apart_in_alignment():
+    # Models of five degrees of alignment with a utility of answers, each with errors of its own; all share the habits
+    # of their base, which the ratio takes out.
+    answers, prompts = 16, 8
+
+    def accuracy(weak, key):
+        of_utility, of_base, of_errors = jax.random.split(key, 3)
+        utility = jax.random.normal(of_utility, (prompts, answers))
+        base = 3 * jax.random.normal(of_base, (prompts, answers))
+        errors = jax.random.normal(of_errors, (5, prompts, answers))
+        logp = jax.nn.log_softmax(base + jnp.arange(5)[:, None, None] * utility + errors)
+        strong, weak = logp[4].reshape(-1, 1), logp[weak].reshape(-1, 1)
+        ratio = rewards.density_ratio_reward(strong, weak, jnp.ones(strong.shape)).reshape(prompts, answers)
+        first, second = jnp.triu_indices(answers, k=1)
+        right = utility[:, first] > utility[:, second]
+        one, other = ratio[:, first], ratio[:, second]
+        better, worse = jnp.where(right, one, other), jnp.where(right, other, one)
+        return rewards.pair_accuracy(better.reshape(-1), worse.reshape(-1))
+
+    found = lab.check("cdr", accuracy, method=jnp.array(0), baseline=jnp.array(3), seeds=32, margin=0.1)
+    key = jax.random.key(0)
+    by_gap = [float(accuracy(weak, key)) for weak in (4, 3, 2, 1, 0)]
+    assert by_gap[0] == 0.5
+    assert by_gap == sorted(by_gap)
+    assert found.method.mean() > 0.8
