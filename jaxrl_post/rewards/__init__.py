@@ -20,6 +20,7 @@ from jaxrl_post.rewards.benchmarks import (
     one_to_many,
     overoptimization,
 )
+from jaxrl_post.rewards.binding import with_options
 from jaxrl_post.rewards.boxes import box_edges, box_grounding, box_hit, box_iou, box_reward, difficulty_weights
 from jaxrl_post.rewards.budget import budget_cosine, budget_level
 from jaxrl_post.rewards.captions import CaptionLabels, above_usual, episode_counts, with_intrinsic
@@ -284,6 +285,7 @@ __all__ = [
     "trust",
     "verified_score",
     "with_intrinsic",
+    "with_options",
     "word_f1",
     "word_of_token",
     "yes_probability",

@@ -22,7 +22,13 @@ def make_rewards(config: Config, train: Callable[[], data.Source]) -> list[rewar
         if option.path is not None:
             function = find_function(option.path, f"rewards.{number}.path")
             adapters = {"verl": rewards.from_verl, "verifiers": rewards.from_verifiers, "judge": rewards.from_judge}
-            function = adapters[option.adapter](function) if option.adapter in adapters else function
+            try:
+                if option.adapter in adapters:
+                    function = rewards.with_options(adapters[option.adapter], option.options)(function)
+                else:
+                    function = rewards.with_options(function, option.options)
+            except ValueError as error:
+                raise ConfigError([f"rewards.{number}.options: {error}"]) from None
         elif option.name == ENVIRONMENT_REWARD:
             function = _environment_reward
         elif option.name in ("task_score", "task_solved"):
@@ -30,7 +36,7 @@ def make_rewards(config: Config, train: Callable[[], data.Source]) -> list[rewar
             assert isinstance(source, data.ReasoningGymSource)  # the configuration's check has seen to it
             function = getattr(rewards, option.name)(source.score_answer)
         elif option.name in (known := reward_names()):
-            function = getattr(rewards, option.name)
+            function = rewards.with_options(getattr(rewards, option.name), option.options)
         else:
             raise ConfigError([f"rewards: there is no reward {option.name!r}; use {', '.join(known)} or path"])
         if option.threshold is not None:

@@ -116,6 +116,8 @@ CASES = [
     ({"data__on_long_prompt": "fliter"}, "data.on_long_prompt", "did you mean 'filter'?"),
     ({"rewards": []}, "rewards", "at least one reward"),
     ({"rewards": [{"weight": 2}]}, "rewards.0", "exactly one of name"),
+    ({"rewards": [{"name": "agreement", "options": {"votes": "majority"}}]}, "rewards.0.options.votes", "vote"),
+    ({"rewards": [{"name": "task_score", "options": {"x": 1}}]}, "rewards.0.options.x", "has no options"),
     (
         {"rewards": [{"name": "agreement"}], "rollout__group_size": 1, "method": {"name": "reinforce"}},
         "rewards.0.name",

@@ -7,7 +7,7 @@ import glob
 import importlib.util
 import inspect
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,19 @@ def _check_compared(config: Config, key: str, value: str, problems: Problems) ->
         )
 
 
+def _check_reward_options(name: str, options: Mapping[str, Any], key: str, problems: Problems) -> None:
+    """A reward of the library takes its keywords; those of the data and of environments have none."""
+    from jaxrl_post import rewards
+
+    taken: list[str] = []
+    if name not in (*TASK_REWARDS, ENVIRONMENT_REWARD):
+        parameters = inspect.signature(getattr(rewards, name)).parameters.values()
+        taken = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    for unknown in sorted(set(options) - set(taken)):
+        hint = nearest(unknown, taken) if taken else f"{name} has no options"
+        problems.add(f"{key}.{unknown}", f"there is no such option; {hint}", options[unknown])
+
+
 def check_rewards(config: Config, made: Method | None, problems: Problems) -> None:
     """Each component of the reward, and that there is one where the method, if it could be made, needs it."""
     for index, reward in enumerate(config.rewards or ()):
@@ -152,6 +165,8 @@ def check_rewards(config: Config, made: Method | None, problems: Problems) -> No
             refuse_unused(reward, key, ("adapter",), "it is for a function given by path", problems)
             if reward.name not in (known := reward_names()):
                 problems.add(f"{key}.name", f"there is no such reward; {nearest(reward.name, known)}", reward.name)
+            elif reward.options and problems.ok(f"{key}.options"):
+                _check_reward_options(reward.name, reward.options, f"{key}.options", problems)
             if reward.name == "agreement":
                 _check_compared(config, f"{key}.name", "agreement", problems)
             if reward.name in TASK_REWARDS and config.data is not None and problems.ok("data") and not config.data.task:
@@ -163,7 +178,7 @@ def check_rewards(config: Config, made: Method | None, problems: Problems) -> No
                     problems.add(f"{key}.name", why, reward.name)
         elif not all(reward.path.rpartition(":")[::2]):  # pyright: ignore[reportOptionalMemberAccess]
             problems.add(f"{key}.path", "must be module:function or file.py:function", reward.path)
-        elif reward.adapter == "judge":
+        elif reward.adapter == "judge" and "against" not in reward.options:
             _check_compared(config, f"{key}.adapter", "judge", problems)
     if config.rewards and problems.ok("rewards") and all(reward.weight == 0 for reward in config.rewards):
         problems.add("rewards", "all have weight 0, so that there is nothing to learn from; give one another weight")

@@ -175,6 +175,11 @@ class RewardConfig:
         "better, from which each completion has its win rate in its group",
         "trl",
     )
+    options: dict[str, Any] = option(
+        'keywords of the function that are the same for the whole run, e.g. {pattern: "<answer>(.*?)</answer>"}; of '
+        "the adapters verl, verifiers and judge, theirs",
+        factory=dict,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
